@@ -1,0 +1,292 @@
+//! Owns the place where one job's commands run, and its one shell session.
+//!
+//! Receives [`Prepare`], then [`Export`], [`Inject`] and [`RunCommand`] one at a time, and [`Abort`]
+//! at any moment; sends [`Append`] with the session's output, awaited, to the log buffer.
+//!
+//! The reply to a message is the only end of that work, and comes after all of its output was
+//! appended. When the shell is gone, everything that needs it fails at once.
+
+use std::future::Future;
+use std::rc::Rc;
+use std::time::Duration;
+
+use actix::prelude::*;
+use tokio::sync::Mutex;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use crate::job::{EnvVar, InjectedFile};
+use crate::log_buffer::{Append, LogBuffer};
+use crate::log_event::LogEvent;
+use crate::ports::{ExecutorBackend, ScriptEnd, SessionEvent, ShellSession, StepError};
+use crate::terminal_text::{FULL_EVENT, TerminalText};
+
+/// How long output waits for more to share its event with: long enough for an event to be worth
+/// its overhead, short enough for somebody who watches.
+const GATHER: Duration = Duration::from_millis(8);
+
+/// Brings up the place and opens the session.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Result<(), ExecutorError>")]
+pub struct Prepare;
+
+/// Exports variables in the session.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<ScriptEnd, ExecutorError>")]
+pub struct Export {
+    /// Which.
+    pub variables: Vec<EnvVar>,
+}
+
+/// Asks how the log shows a file's path.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<String, ExecutorError>")]
+pub struct ShownPath {
+    /// Which file.
+    pub file: InjectedFile,
+}
+
+/// Puts a file in place.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<(), ExecutorError>")]
+pub struct Inject {
+    /// Which.
+    pub file: InjectedFile,
+}
+
+/// Runs shell text in the session.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<ScriptEnd, ExecutorError>")]
+pub struct RunCommand {
+    /// The text.
+    pub script: String,
+}
+
+/// Gives up what is at work, and everything that may still be asked. What was printed so far is
+/// still appended. Doesn't end any process: that is the containment's work.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct Abort;
+
+/// Why a message could not be carried out.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ExecutorError {
+    /// The step itself failed, for the reason given.
+    #[error(transparent)]
+    Step(#[from] StepError),
+    /// The shell ended while the script ran.
+    #[error("the job's shell ended")]
+    ShellEnded,
+    /// There is no shell, because it has ended or was never there.
+    #[error("the job's shell has ended, so this can't run")]
+    NoShell,
+    /// An [`Abort`] came.
+    #[error("aborted")]
+    Aborted,
+    /// The output could not be appended to the log.
+    #[error("the job's log could not be written: {0}")]
+    Log(String),
+}
+
+/// See the module.
+pub struct Executor {
+    work: Rc<Mutex<Work>>,
+    aborted: CancellationToken,
+}
+
+struct Work {
+    backend: Box<dyn ExecutorBackend>,
+    session: Option<Box<dyn ShellSession>>,
+    log: Addr<LogBuffer>,
+    text: TerminalText,
+}
+
+impl Executor {
+    /// An executor that appends output to `log`.
+    pub fn new(backend: Box<dyn ExecutorBackend>, log: Addr<LogBuffer>) -> Self {
+        let work = Work {
+            backend,
+            session: None,
+            log,
+            text: TerminalText::default(),
+        };
+        Self {
+            work: Rc::new(Mutex::new(work)),
+            aborted: CancellationToken::new(),
+        }
+    }
+
+    /// Runs `step` on the work, after what is at work already and until an abort.
+    fn reply_with<T, F>(&self, step: F) -> ResponseActFuture<Self, Result<T, ExecutorError>>
+    where
+        T: 'static,
+        F: AsyncFnOnce(&mut Work, &CancellationToken) -> Result<T, ExecutorError> + 'static,
+    {
+        let (work, aborted) = (Rc::clone(&self.work), self.aborted.clone());
+        let reply = async move { step(&mut *work.lock().await, &aborted).await };
+        Box::pin(reply.into_actor(self))
+    }
+}
+
+/// `work`, unless it is aborted first.
+async fn unless_aborted<T, E>(
+    aborted: &CancellationToken,
+    work: impl Future<Output = Result<T, E>>,
+) -> Result<T, ExecutorError>
+where
+    ExecutorError: From<E>,
+{
+    tokio::select! {
+        biased;
+        () = aborted.cancelled() => Err(ExecutorError::Aborted),
+        done = work => Ok(done?),
+    }
+}
+
+impl Work {
+    async fn run(
+        &mut self,
+        script: &str,
+        aborted: &CancellationToken,
+    ) -> Result<ScriptEnd, ExecutorError> {
+        let Some(session) = &mut self.session else {
+            return Err(ExecutorError::NoShell);
+        };
+        if session.start(script).await.is_err() {
+            self.session = None;
+            return Err(ExecutorError::NoShell);
+        }
+        let end = self.follow_script(aborted).await;
+        self.text.finish();
+        self.append_text().await?;
+        if matches!(end, Err(ExecutorError::ShellEnded)) {
+            self.session = None;
+        }
+        end
+    }
+
+    /// Appends the output until the script is over.
+    async fn follow_script(
+        &mut self,
+        aborted: &CancellationToken,
+    ) -> Result<ScriptEnd, ExecutorError> {
+        let Some(session) = &mut self.session else {
+            return Err(ExecutorError::NoShell);
+        };
+        let mut due: Option<Instant> = None;
+        loop {
+            let event = tokio::select! {
+                biased;
+                () = aborted.cancelled() => return Err(ExecutorError::Aborted),
+                event = session.next_event() => Some(event),
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => None,
+            };
+            match event {
+                Some(SessionEvent::Output(bytes)) => {
+                    self.text.push(&bytes);
+                    let since = *due.get_or_insert_with(|| Instant::now() + GATHER);
+                    if self.text.len() < FULL_EVENT && Instant::now() < since {
+                        continue;
+                    }
+                }
+                Some(SessionEvent::ScriptEnded(end)) => return Ok(end),
+                Some(SessionEvent::ShellEnded) => return Err(ExecutorError::ShellEnded),
+                None => {}
+            }
+            append(&self.log, &mut self.text).await?;
+            due = None;
+        }
+    }
+
+    async fn append_text(&mut self) -> Result<(), ExecutorError> {
+        append(&self.log, &mut self.text).await
+    }
+}
+
+async fn append(log: &Addr<LogBuffer>, text: &mut TerminalText) -> Result<(), ExecutorError> {
+    for piece in text.take() {
+        let appended = log
+            .send(Append {
+                event: LogEvent::cmd_output(piece),
+            })
+            .await;
+        let appended = appended.map_err(|crash| ExecutorError::Log(crash.to_string()))?;
+        appended.map_err(|error| ExecutorError::Log(error.to_string()))?;
+    }
+    Ok(())
+}
+
+impl Actor for Executor {
+    type Context = Context<Self>;
+}
+
+impl Handler<Prepare> for Executor {
+    type Result = ResponseActFuture<Self, Result<(), ExecutorError>>;
+
+    fn handle(&mut self, _: Prepare, _: &mut Self::Context) -> Self::Result {
+        self.reply_with(async |work: &mut Work, aborted: &CancellationToken| {
+            work.session = Some(unless_aborted(aborted, work.backend.prepare()).await?);
+            Ok(())
+        })
+    }
+}
+
+impl Handler<Export> for Executor {
+    type Result = ResponseActFuture<Self, Result<ScriptEnd, ExecutorError>>;
+
+    fn handle(&mut self, message: Export, _: &mut Self::Context) -> Self::Result {
+        self.reply_with(async move |work: &mut Work, aborted: &CancellationToken| {
+            let staged = work.backend.stage_variables(&message.variables);
+            let script = unless_aborted(aborted, staged).await?;
+            work.run(&script, aborted).await
+        })
+    }
+}
+
+impl Handler<ShownPath> for Executor {
+    type Result = ResponseActFuture<Self, Result<String, ExecutorError>>;
+
+    fn handle(&mut self, message: ShownPath, _: &mut Self::Context) -> Self::Result {
+        self.reply_with(async move |work: &mut Work, _: &CancellationToken| {
+            Ok(work.backend.shown_path(&message.file))
+        })
+    }
+}
+
+impl Handler<Inject> for Executor {
+    type Result = ResponseActFuture<Self, Result<(), ExecutorError>>;
+
+    fn handle(&mut self, message: Inject, _: &mut Self::Context) -> Self::Result {
+        self.reply_with(async move |work: &mut Work, aborted: &CancellationToken| {
+            unless_aborted(aborted, work.backend.inject(&message.file)).await
+        })
+    }
+}
+
+impl Handler<RunCommand> for Executor {
+    type Result = ResponseActFuture<Self, Result<ScriptEnd, ExecutorError>>;
+
+    fn handle(&mut self, message: RunCommand, _: &mut Self::Context) -> Self::Result {
+        self.reply_with(async move |work: &mut Work, aborted: &CancellationToken| {
+            work.run(&message.script, aborted).await
+        })
+    }
+}
+
+impl Handler<Abort> for Executor {
+    type Result = ();
+
+    fn handle(&mut self, _: Abort, _: &mut Self::Context) {
+        self.aborted.cancel();
+    }
+}
+
+/// Makes the actor panic as a bug would.
+#[cfg(feature = "testing")]
+impl Handler<crate::testing::PanicNow> for Executor {
+    type Result = ();
+
+    fn handle(&mut self, _: crate::testing::PanicNow, _: &mut Self::Context) {
+        crate::testing::panic_as_asked();
+    }
+}

@@ -1,0 +1,451 @@
+//! The job request as it is written (PROTOCOL: "The job request"), and how it becomes a [`Job`].
+//!
+//! [`WireRequest`] is what a control plane sends; [`FileRequest`] is the same with the aliases that
+//! job files may use. `null` and absent mean empty everywhere.
+
+use std::collections::BTreeMap;
+
+use base64::Engine as _;
+use base64::engine::DecodePaddingMode;
+use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
+use bytes::Bytes;
+use serde::{Deserialize, Deserializer};
+
+use crate::job::{
+    Command, EnvVar, ExecutorKind, InjectedFile, Job, JobId, Problem, Problems, VariableName,
+};
+
+/// The executors that a request may name.
+pub const KNOWN_EXECUTORS: [&str; 2] = ["shell", "dockercompose"];
+
+/// The fields of a request, by the place they stand in, for hints at misspelt ones.
+pub const KNOWN_FIELDS: [&str; 33] = [
+    "job_id",
+    "id",
+    "job_name",
+    "executor",
+    "compose",
+    "containers",
+    "image_pull_credentials",
+    "host_setup_commands",
+    "name",
+    "image",
+    "command",
+    "entrypoint",
+    "user",
+    "env_vars",
+    "files",
+    "file",
+    "commands",
+    "directive",
+    "alias",
+    "epilogue_always_commands",
+    "epilogue_commands",
+    "epilogue_on_pass_commands",
+    "epilogue_on_fail_commands",
+    "value",
+    "path",
+    "content",
+    "mode",
+    "ssh_public_keys",
+    "callbacks",
+    "logger",
+    "method",
+    "url",
+    "max_size_in_bytes",
+];
+
+/// The request names no job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the job has no id: `job_id` must be a string that is not empty")]
+pub struct NoJobId;
+
+fn null_is_empty<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Ok(Option::<T>::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// One definition, two schemas: only files know the aliases. Over the wire a field called `id` is
+/// unknown like any other, and must not clash with `job_id`.
+macro_rules! request_schema {
+    ($(#[$doc:meta])* $name:ident
+        $(, id: $id:literal, epilogue: $epilogue:literal, files: $files:literal)?) => {
+        $(#[$doc])*
+        #[derive(Debug, Deserialize)]
+        pub struct $name {
+            #[serde(default, deserialize_with = "null_is_empty" $(, alias = $id)?)]
+            job_id: String,
+            #[serde(default, deserialize_with = "null_is_empty")]
+            job_name: String,
+            #[serde(default, deserialize_with = "null_is_empty")]
+            executor: String,
+            #[serde(default, deserialize_with = "null_is_empty")]
+            compose: RawCompose,
+            #[serde(default, deserialize_with = "null_is_empty")]
+            commands: Vec<RawCommand>,
+            #[serde(default, deserialize_with = "null_is_empty" $(, alias = $epilogue)?)]
+            epilogue_always_commands: Vec<RawCommand>,
+            #[serde(default, deserialize_with = "null_is_empty")]
+            epilogue_on_pass_commands: Vec<RawCommand>,
+            #[serde(default, deserialize_with = "null_is_empty")]
+            epilogue_on_fail_commands: Vec<RawCommand>,
+            #[serde(default, deserialize_with = "null_is_empty")]
+            env_vars: Vec<RawEnvVar>,
+            #[serde(default, deserialize_with = "null_is_empty" $(, alias = $files)?)]
+            files: Vec<RawFile>,
+            #[serde(default, deserialize_with = "null_is_empty")]
+            ssh_public_keys: Vec<String>,
+            #[serde(default, deserialize_with = "null_is_empty")]
+            callbacks: RawCallbacks,
+            #[serde(default, deserialize_with = "null_is_empty")]
+            logger: RawLogger,
+        }
+
+        impl $name {
+            /// Decodes everything that can be decoded; what can't be is a problem of its part.
+            pub fn decode(self) -> Result<Job, NoJobId> {
+                // Read here so that a type error in them is an error; their values have no use in
+                // a shell job.
+                let _ = (&self.compose, &self.ssh_public_keys, &self.callbacks, &self.logger);
+                let executor = decode_executor(&self.executor);
+                let octal_modes = executor != Ok(ExecutorKind::DockerCompose);
+                Ok(Job {
+                    id: JobId::new(self.job_id).ok_or(NoJobId)?,
+                    name: Some(self.job_name).filter(|name| !name.is_empty()),
+                    executor,
+                    environment: decode_environment(&self.env_vars),
+                    files: decode_files(&self.files, octal_modes),
+                    commands: decode_commands(self.commands),
+                    epilogue_always: decode_commands(self.epilogue_always_commands),
+                    epilogue_on_pass: decode_commands(self.epilogue_on_pass_commands),
+                    epilogue_on_fail: decode_commands(self.epilogue_on_fail_commands),
+                })
+            }
+
+            /// Indices into `env_vars` of variables that a later one of the same name replaces.
+            pub fn replaced_variables(&self) -> Vec<usize> {
+                let last: BTreeMap<&str, usize> =
+                    self.env_vars.iter().enumerate().map(|(i, v)| (v.name.as_str(), i)).collect();
+                (0..self.env_vars.len()).filter(|i| last[self.env_vars[*i].name.as_str()] != *i).collect()
+            }
+
+            /// The name of variable `index` of `env_vars`, as written.
+            pub fn variable_name(&self, index: usize) -> &str {
+                &self.env_vars[index].name
+            }
+        }
+    };
+}
+
+request_schema!(
+    /// A request as a control plane sends it.
+    WireRequest
+);
+request_schema!(
+    /// A request as a person writes it into a file.
+    FileRequest, id: "id", epilogue: "epilogue_commands", files: "file"
+);
+
+/// Fields of the request that no executor of this build reads yet still have their types checked.
+macro_rules! raw {
+    ($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty),* $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Debug, Default, Deserialize)]
+        #[expect(dead_code, reason = "read by serde: a wrong type is an error wherever it stands")]
+        struct $name {
+            $(#[serde(default, deserialize_with = "null_is_empty")] $field: $type,)*
+        }
+    };
+}
+
+raw!(RawCompose {
+    containers: Vec<RawContainer>,
+    image_pull_credentials: Vec<RawCredentials>,
+    host_setup_commands: Vec<RawCommand>,
+});
+raw!(RawContainer {
+    name: String,
+    image: String,
+    command: String,
+    entrypoint: String,
+    user: String,
+    env_vars: Vec<RawEnvVar>,
+    files: Vec<RawFile>,
+});
+raw!(RawCredentials { env_vars: Vec<RawEnvVar>, files: Vec<RawFile> });
+raw!(RawCallbacks {
+    finished: String,
+    teardown_finished: String,
+    token: String
+});
+raw!(RawLogger {
+    method: String,
+    url: String,
+    token: String,
+    max_size_in_bytes: u64
+});
+
+#[derive(Debug, Default, Deserialize)]
+struct RawCommand {
+    #[serde(default, deserialize_with = "null_is_empty")]
+    directive: String,
+    #[serde(default, deserialize_with = "null_is_empty")]
+    alias: String,
+}
+
+#[derive(Default, Deserialize)]
+struct RawEnvVar {
+    #[serde(default, deserialize_with = "null_is_empty")]
+    name: String,
+    #[serde(default, deserialize_with = "null_is_empty")]
+    value: String,
+}
+
+impl std::fmt::Debug for RawEnvVar {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}=…", self.name)
+    }
+}
+
+#[derive(Default, Deserialize)]
+struct RawFile {
+    #[serde(default, deserialize_with = "null_is_empty")]
+    path: String,
+    #[serde(default, deserialize_with = "null_is_empty")]
+    content: String,
+    #[serde(default, deserialize_with = "null_is_empty")]
+    mode: String,
+}
+
+impl std::fmt::Debug for RawFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} (mode {})", self.path, self.mode)
+    }
+}
+
+fn problem(path: String, message: impl Into<String>) -> Problem {
+    Problem {
+        path,
+        message: message.into(),
+    }
+}
+
+fn decode_executor(name: &str) -> Result<ExecutorKind, Problems> {
+    match name {
+        "" | "shell" => Ok(ExecutorKind::Shell),
+        "dockercompose" => Ok(ExecutorKind::DockerCompose),
+        unknown => Err(vec![problem(
+            "executor".into(),
+            format!(
+                "unknown executor `{unknown}`; known are: {}",
+                KNOWN_EXECUTORS.join(", ")
+            ),
+        )]),
+    }
+}
+
+fn decode_commands(commands: Vec<RawCommand>) -> Vec<Command> {
+    let decode = |raw: RawCommand| Command {
+        directive: raw.directive,
+        alias: Some(raw.alias).filter(|alias| !alias.is_empty()),
+    };
+    commands.into_iter().map(decode).collect()
+}
+
+fn decode_environment(variables: &[RawEnvVar]) -> Result<Vec<EnvVar>, Problems> {
+    let mut problems = Problems::new();
+    let mut by_name = BTreeMap::new();
+    for (i, raw) in variables.iter().enumerate() {
+        let name = VariableName::new(&raw.name).ok_or_else(|| {
+            problem(
+                format!("env_vars[{i}].name"),
+                format!(
+                    "invalid variable name `{}`: letters, digits and _ only, and no digit first",
+                    raw.name.escape_debug()
+                ),
+            )
+        });
+        let value = decode_base64(&raw.value).map_err(|why| {
+            problem(
+                format!("env_vars[{i}].value"),
+                format!("the value of `{}` {why}", raw.name.escape_debug()),
+            )
+        });
+        let value = value.and_then(|value| {
+            let contains_nul = memchr::memchr(0, &value).is_some();
+            let refused = || {
+                problem(
+                    format!("env_vars[{i}].value"),
+                    format!(
+                        "the value of `{}` contains a NUL byte, which no environment can hold",
+                        raw.name.escape_debug()
+                    ),
+                )
+            };
+            if contains_nul {
+                Err(refused())
+            } else {
+                Ok(value)
+            }
+        });
+        match (name, value) {
+            (Ok(name), Ok(value)) => {
+                by_name.insert(name, value);
+            }
+            (name, value) => problems.extend(name.err().into_iter().chain(value.err())),
+        }
+    }
+    let in_order = by_name
+        .into_iter()
+        .map(|(name, value)| EnvVar { name, value })
+        .collect();
+    if problems.is_empty() {
+        Ok(in_order)
+    } else {
+        Err(problems)
+    }
+}
+
+fn decode_files(files: &[RawFile], octal_modes: bool) -> Result<Vec<InjectedFile>, Problems> {
+    let mut problems = Problems::new();
+    let mut decoded = Vec::with_capacity(files.len());
+    for (i, raw) in files.iter().enumerate() {
+        if raw.path.is_empty() || raw.path.contains('\0') {
+            problems.push(problem(
+                format!("files[{i}].path"),
+                "a path must not be empty or hold a NUL",
+            ));
+        }
+        if octal_modes && parse_octal_mode(&raw.mode).is_none() {
+            problems.push(problem(
+                format!("files[{i}].mode"),
+                format!(
+                    "bad file permission '{}' for {}: an octal mode like 0644 is needed",
+                    raw.mode.escape_debug(),
+                    raw.path.escape_debug()
+                ),
+            ));
+        }
+        match decode_base64(&raw.content) {
+            Ok(content) => decoded.push(InjectedFile {
+                path: raw.path.clone(),
+                content,
+                mode: raw.mode.clone(),
+            }),
+            Err(why) => problems.push(problem(
+                format!("files[{i}].content"),
+                format!("the content of `{}` {why}", raw.path.escape_debug()),
+            )),
+        }
+    }
+    if problems.is_empty() {
+        Ok(decoded)
+    } else {
+        Err(problems)
+    }
+}
+
+/// The permission bits that an octal string of up to four significant digits stands for.
+pub fn parse_octal_mode(mode: &str) -> Option<u32> {
+    let digits_only = !mode.is_empty() && mode.bytes().all(|b| b.is_ascii_digit());
+    let bits = u32::from_str_radix(mode, 8).ok()?;
+    (digits_only && bits <= 0o7777).then_some(bits)
+}
+
+/// Base64 with or without padding; white space anywhere in it is ignored.
+fn decode_base64(text: &str) -> Result<Bytes, &'static str> {
+    const LENIENT: GeneralPurpose = GeneralPurpose::new(
+        &base64::alphabet::STANDARD,
+        GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+    );
+    let compact: Vec<u8> = text.bytes().filter(|b| !b.is_ascii_whitespace()).collect();
+    LENIENT
+        .decode(compact)
+        .map(Bytes::from)
+        .map_err(|_| "is not base64")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decode(json: &str) -> Job {
+        serde_json::from_str::<FileRequest>(json)
+            .unwrap()
+            .decode()
+            .unwrap()
+    }
+
+    #[test]
+    fn null_and_absent_mean_empty() {
+        let job = decode(
+            r#"{"job_id":"1","executor":null,"commands":null,"env_vars":[{"name":"A","value":null}],
+                "files":null,"callbacks":null,"logger":{"max_size_in_bytes":null},"compose":null}"#,
+        );
+        assert_eq!(job.executor, Ok(ExecutorKind::Shell));
+        assert_eq!(job.environment.unwrap()[0].value, Bytes::new());
+    }
+
+    #[test]
+    fn aliases_belong_to_files_only() {
+        let aliased = r#"{"id":"1","file":[],"epilogue_commands":[{"directive":"x"}]}"#;
+        assert_eq!(decode(aliased).epilogue_always.len(), 1);
+        let wire: WireRequest = serde_json::from_str(aliased).unwrap();
+        assert_eq!(wire.decode().unwrap_err(), NoJobId);
+        let both: WireRequest =
+            serde_json::from_str(r#"{"job_id":"1","id":{"any":"thing"}}"#).unwrap();
+        assert_eq!(both.decode().unwrap().id.as_str(), "1");
+    }
+
+    #[test]
+    fn the_last_of_a_name_wins_and_names_are_sorted() {
+        let job = decode(
+            r#"{"job_id":"1","env_vars":[{"name":"B","value":"MQ"},{"name":"A","value":"Mg=="},
+                {"name":"B","value":"M w\n= ="}]}"#,
+        );
+        let variables = job.environment.unwrap();
+        let pairs: Vec<_> = variables
+            .iter()
+            .map(|v| (v.name.as_str(), &v.value[..]))
+            .collect();
+        assert_eq!(pairs, [("A", &b"2"[..]), ("B", b"3")]);
+    }
+
+    #[test]
+    fn every_problem_is_named_with_its_place() {
+        let job = decode(
+            r#"{"job_id":"1","executor":"vm","env_vars":[{"name":"A=1; touch x; B","value":"!"},
+                {"name":"N","value":"AA=="}],
+                "files":[{"path":"","content":"*","mode":"rw"},{"path":"a","content":"","mode":"+644"}]}"#,
+        );
+        let problems: Vec<_> = job.problems().map(ToString::to_string).collect();
+        let places: Vec<_> = job.problems().map(|p| p.path.as_str()).collect();
+        assert_eq!(
+            places,
+            [
+                "executor",
+                "env_vars[0].name",
+                "env_vars[0].value",
+                "env_vars[1].value",
+                "files[0].path",
+                "files[0].mode",
+                "files[0].content",
+                "files[1].mode"
+            ]
+        );
+        assert!(problems[0].contains("known are: shell, dockercompose"));
+        assert!(problems[5].contains("bad file permission 'rw'"));
+    }
+
+    #[test]
+    fn modes_are_octal() {
+        assert_eq!(parse_octal_mode("0600"), Some(0o600));
+        assert_eq!(parse_octal_mode("755"), Some(0o755));
+        for bad in ["", "8", "u+x", "-1", "+7", "99999", "0o644"] {
+            assert_eq!(parse_octal_mode(bad), None, "{bad}");
+        }
+    }
+}

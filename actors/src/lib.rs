@@ -1,0 +1,32 @@
+//! The job supervisor: messages, decisions, actors, and the ports they need.
+//!
+//! ```text
+//! a job's source ──▶ StartJob · StopJob · GetStatus · GetLog ──▶ JobSupervisor
+//!        ▲                                                         │  spawns, afresh for every job:
+//!        └── JobFinished{id, outcome} (a Recipient) ◀──────────────┤
+//!                                                                  │
+//!   Prepare · Export · Inject · RunCommand · Abort ──▶ Executor ◀──┤
+//!        Append(event), awaited = back-pressure ──▶ LogBuffer ◀────┤ Seal before JobFinished
+//! ReadFrom{line} → file and range; Follow waits for more ─▶ │      │
+//!                     Count · Time (lossy) ──▶ Metrics ◀───────────┘
+//! ```
+//!
+//! This crate does no I/O of its own: its [`ports`] are implemented by the binary. Decisions
+//! ([`job_lifecycle`], [`log_index`], [`terminal_text`]) are plain synchronous types with property
+//! tests; actors perform the effects.
+
+pub mod executor;
+pub mod job;
+pub mod job_lifecycle;
+mod job_log;
+pub mod job_request;
+mod job_steps;
+pub mod job_supervisor;
+pub mod log_buffer;
+pub mod log_event;
+pub mod log_index;
+pub mod metrics;
+pub mod ports;
+pub mod terminal_text;
+#[cfg(feature = "testing")]
+pub mod testing;

@@ -1,0 +1,189 @@
+//! One line of a job's log: an event and its JSON.
+//!
+//! The keys and their order are the protocol's (PROTOCOL: "Log events"); clients compare key sets.
+
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+use crate::job::Outcome;
+
+/// The longest encoded output line, in bytes: readers commonly give up on lines of 64 KiB.
+pub const MAX_OUTPUT_LINE: usize = 60 * 1024;
+
+/// Seconds since the epoch, now.
+pub fn unix_time() -> u64 {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |age| age.as_secs())
+}
+
+/// Something that happened in a job. Times are whole seconds since the epoch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum LogEvent {
+    /// The first line of a log.
+    JobStarted {
+        /// When.
+        timestamp: u64,
+    },
+    /// A step began.
+    CmdStarted {
+        /// When.
+        timestamp: u64,
+        /// The step's title: a command's alias or its whole text.
+        directive: String,
+    },
+    /// A step printed.
+    CmdOutput {
+        /// When.
+        timestamp: u64,
+        /// What; joined over events it is the step's whole output.
+        output: String,
+    },
+    /// A step ended.
+    CmdFinished {
+        /// When.
+        timestamp: u64,
+        /// The title that the step began with.
+        directive: String,
+        /// 0 for success.
+        exit_code: i32,
+        /// When it began.
+        started_at: u64,
+        /// When it ended.
+        finished_at: u64,
+    },
+    /// The last line of a log.
+    JobFinished {
+        /// When.
+        timestamp: u64,
+        /// `passed`, `failed` or `stopped`.
+        result: String,
+    },
+}
+
+impl LogEvent {
+    /// The job began, now.
+    pub fn job_started() -> Self {
+        Self::JobStarted {
+            timestamp: unix_time(),
+        }
+    }
+
+    /// A step began, now.
+    pub fn cmd_started(directive: impl Into<String>) -> Self {
+        Self::CmdStarted {
+            timestamp: unix_time(),
+            directive: directive.into(),
+        }
+    }
+
+    /// A step printed, now.
+    pub fn cmd_output(output: impl Into<String>) -> Self {
+        Self::CmdOutput {
+            timestamp: unix_time(),
+            output: output.into(),
+        }
+    }
+
+    /// A step that began at `started_at` ended, now.
+    pub fn cmd_finished(directive: impl Into<String>, exit_code: i32, started_at: u64) -> Self {
+        let now = unix_time();
+        Self::CmdFinished {
+            timestamp: now,
+            directive: directive.into(),
+            exit_code,
+            started_at,
+            finished_at: now,
+        }
+    }
+
+    /// The job ended, now.
+    pub fn job_finished(outcome: Outcome) -> Self {
+        Self::JobFinished {
+            timestamp: unix_time(),
+            result: outcome.as_str().into(),
+        }
+    }
+
+    /// Appends the event's JSON and a newline to `line`.
+    pub fn encode(&self, line: &mut Vec<u8>) -> Result<(), serde_json::Error> {
+        serde_json::to_writer(&mut *line, self)?;
+        line.push(b'\n');
+        Ok(())
+    }
+
+    /// Reads one line of a log.
+    pub fn decode(line: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(line)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn line(event: &LogEvent) -> String {
+        let mut line = Vec::new();
+        event.encode(&mut line).unwrap();
+        String::from_utf8(line).unwrap()
+    }
+
+    #[test]
+    fn lines_are_those_of_the_protocol() {
+        let timestamp = 1_700_000_000;
+        let cases = [
+            (
+                LogEvent::JobStarted { timestamp },
+                r#"{"event":"job_started","timestamp":1700000000}"#,
+            ),
+            (
+                LogEvent::CmdStarted {
+                    timestamp,
+                    directive: "echo hi".into(),
+                },
+                r#"{"event":"cmd_started","timestamp":1700000000,"directive":"echo hi"}"#,
+            ),
+            (
+                LogEvent::CmdOutput {
+                    timestamp,
+                    output: "hi\n".into(),
+                },
+                r#"{"event":"cmd_output","timestamp":1700000000,"output":"hi\n"}"#,
+            ),
+            (
+                LogEvent::CmdFinished {
+                    timestamp,
+                    directive: "echo hi".into(),
+                    exit_code: 0,
+                    started_at: timestamp,
+                    finished_at: timestamp,
+                },
+                r#"{"event":"cmd_finished","timestamp":1700000000,"directive":"echo hi","exit_code":0,"started_at":1700000000,"finished_at":1700000000}"#,
+            ),
+            (
+                LogEvent::JobFinished {
+                    timestamp,
+                    result: "passed".into(),
+                },
+                r#"{"event":"job_finished","timestamp":1700000000,"result":"passed"}"#,
+            ),
+        ];
+        for (event, expected) in cases {
+            assert_eq!(line(&event), format!("{expected}\n"));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_output_survives_its_line(output in any::<String>()) {
+            let event = LogEvent::cmd_output(output);
+            let line = line(&event);
+            prop_assert_eq!(line.matches('\n').count(), 1);
+            prop_assert_eq!(LogEvent::decode(line.as_bytes()).unwrap(), event);
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! What the actors need from the world outside; implemented by the binary, scripted in tests.
+
+use std::fmt;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::LocalBoxFuture;
+
+use crate::job::{EnvVar, InjectedFile, Job};
+
+/// Everything that is made afresh for one job.
+pub struct JobParts {
+    /// Prepares the place where commands run.
+    pub backend: Box<dyn ExecutorBackend>,
+    /// Ends everything the job started; works when the executor has died.
+    pub containment: Box<dyn Containment>,
+    /// Keeps the job's log.
+    pub spool: Box<dyn LogSpool>,
+}
+
+/// Makes the parts of each job.
+pub trait JobPartsFactory {
+    /// Makes `job`'s parts; nothing of the job runs yet.
+    fn make(&self, job: &Job) -> io::Result<JobParts>;
+}
+
+/// Why a step could not be done, in words for the job's log; never holds a secret.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct StepError(pub String);
+
+/// The place where a job's commands run: this machine's shell, a container, a pod.
+pub trait ExecutorBackend {
+    /// Brings the place up and opens the job's one shell session in it.
+    fn prepare(&mut self) -> LocalBoxFuture<'_, Result<Box<dyn ShellSession>, StepError>>;
+
+    /// Brings the variables to where the shell can read them, and answers the shell text that
+    /// exports them; the values are not in that text.
+    fn stage_variables<'a>(
+        &'a mut self,
+        variables: &'a [EnvVar],
+    ) -> LocalBoxFuture<'a, Result<String, StepError>>;
+
+    /// The path of `file` as the log shows it.
+    fn shown_path(&self, file: &InjectedFile) -> String;
+
+    /// Puts `file` in place.
+    fn inject<'a>(
+        &'a mut self,
+        file: &'a InjectedFile,
+    ) -> LocalBoxFuture<'a, Result<(), StepError>>;
+}
+
+/// What a shell session has to say next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SessionEvent {
+    /// Bytes of the terminal, in order.
+    Output(Bytes),
+    /// The script that was started is over; all of its output came before.
+    ScriptEnded(ScriptEnd),
+    /// There is no shell any more; all of its output came before.
+    ShellEnded,
+}
+
+/// How a script ended, in a shell that lives on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ScriptEnd {
+    /// The shell's `$?`.
+    pub exit_code: i32,
+    /// The shell's variable `SEMAPHORE_JOB_RESULT`, empty if unset.
+    pub job_result: String,
+}
+
+/// One shell for the whole job.
+pub trait ShellSession {
+    /// Has the shell run `script`. Not called again before the script has ended.
+    fn start<'a>(&'a mut self, script: &'a str) -> LocalBoxFuture<'a, io::Result<()>>;
+
+    /// Waits for the next event. Dropping the future loses nothing.
+    fn next_event(&mut self) -> LocalBoxFuture<'_, SessionEvent>;
+}
+
+/// Processes that are still there after everything was tried.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("could not end everything that the job started: {what}")]
+pub struct LeftBehind {
+    /// What is left and why, for the agent's own log.
+    pub what: String,
+}
+
+/// Power over everything a job started.
+pub trait Containment {
+    /// Kills the session's shell, so that it runs nothing more.
+    fn kill_shell(&self);
+
+    /// Asks everything to end, waits `grace` at most, kills what is left. Resolves when nothing is
+    /// left, or with what could not be ended. Another call while one is at work shortens its grace.
+    fn end_everything(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>>;
+}
+
+/// An append-only file of lines that outlives a crash of the actor that writes it.
+pub trait LogSpool: Send + fmt::Debug {
+    /// Writes whole lines at the end.
+    fn append(&mut self, lines: &[u8]) -> io::Result<()>;
+
+    /// Reads from `offset` on; 0 bytes at the end.
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;
+
+    /// Cuts everything from `length` bytes on.
+    fn truncate(&mut self, length: u64) -> io::Result<()>;
+
+    /// Where the file is.
+    fn path(&self) -> &Path;
+
+    /// Another handle on the same file.
+    fn reopen(&self) -> io::Result<Box<dyn LogSpool>>;
+}
+
+/// Where measurements go. Never fails a job: what can't be sent is dropped.
+pub trait MetricsSink {
+    /// Adds one to a counter.
+    fn count(&mut self, name: &str, tag: &str);
+
+    /// Records how long something took.
+    fn time(&mut self, name: &str, duration: Duration, tag: &str);
+}
+
+/// A sink for agents without a metrics server.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DiscardMetrics;
+
+impl MetricsSink for DiscardMetrics {
+    fn count(&mut self, _name: &str, _tag: &str) {}
+
+    fn time(&mut self, _name: &str, _duration: Duration, _tag: &str) {}
+}

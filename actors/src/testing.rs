@@ -1,0 +1,323 @@
+//! Scripted ports, and ways to make actors crash. For tests only.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::io;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use actix::prelude::*;
+use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::LocalBoxFuture;
+use tokio::sync::{Notify, mpsc, oneshot};
+
+use crate::job::{EnvVar, InjectedFile, Job};
+use crate::job_supervisor::JobFinished;
+use crate::ports::{
+    Containment, ExecutorBackend, JobParts, JobPartsFactory, LeftBehind, LogSpool, MetricsSink,
+    ScriptEnd, SessionEvent, ShellSession, StepError,
+};
+
+/// Makes the actor that receives it panic.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct PanicNow;
+
+/// Panics as a bug would.
+#[expect(clippy::panic, reason = "a crash is what it is for")]
+pub fn panic_as_asked() {
+    panic!("a test asked for this panic");
+}
+
+/// A spool in memory; clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct MemorySpool(Arc<Mutex<MemorySpoolState>>);
+
+#[derive(Debug, Default)]
+struct MemorySpoolState {
+    bytes: Vec<u8>,
+    fail_after: Option<usize>,
+}
+
+impl MemorySpool {
+    fn state(&self) -> MutexGuard<'_, MemorySpoolState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Everything written.
+    pub fn contents(&self) -> Vec<u8> {
+        self.state().bytes.clone()
+    }
+
+    /// The next append writes only so many bytes and fails.
+    pub fn fail_next_append_after(&self, bytes: usize) {
+        self.state().fail_after = Some(bytes);
+    }
+}
+
+impl LogSpool for MemorySpool {
+    fn append(&mut self, lines: &[u8]) -> io::Result<()> {
+        let mut state = self.state();
+        match state.fail_after.take() {
+            Some(bytes) => {
+                state.bytes.extend_from_slice(&lines[..bytes]);
+                Err(io::ErrorKind::StorageFull.into())
+            }
+            None => {
+                state.bytes.extend_from_slice(lines);
+                Ok(())
+            }
+        }
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        let state = self.state();
+        let start = usize::try_from(offset)
+            .unwrap_or(usize::MAX)
+            .min(state.bytes.len());
+        let length = buffer.len().min(state.bytes.len() - start);
+        buffer[..length].copy_from_slice(&state.bytes[start..start + length]);
+        Ok(length)
+    }
+
+    fn truncate(&mut self, length: u64) -> io::Result<()> {
+        self.state()
+            .bytes
+            .truncate(usize::try_from(length).unwrap_or(usize::MAX));
+        Ok(())
+    }
+
+    fn path(&self) -> &Path {
+        Path::new("memory")
+    }
+
+    fn reopen(&self) -> io::Result<Box<dyn LogSpool>> {
+        Ok(Box::new(self.clone()))
+    }
+}
+
+/// What a scripted shell does with the next script.
+#[derive(Clone, Debug)]
+pub enum Reaction {
+    /// It prints and ends with an exit code.
+    End(&'static str, i32),
+    /// It prints and ends with 130, `SEMAPHORE_JOB_RESULT` being the third.
+    StopFromInside(&'static str, &'static str),
+    /// It prints and ends the shell.
+    EndShell(&'static str),
+    /// It prints and never ends.
+    Hang(&'static str),
+}
+
+/// The world of one scripted job; clones share it.
+#[derive(Clone, Default)]
+pub struct ScriptedJob(Rc<ScriptedState>);
+
+#[derive(Default)]
+struct ScriptedState {
+    reactions: RefCell<VecDeque<Reaction>>,
+    calls: RefCell<Vec<String>>,
+    called: Notify,
+    hang_in_prepare: Cell<bool>,
+    fail_prepare: Cell<bool>,
+    spool: MemorySpool,
+}
+
+impl ScriptedJob {
+    /// A job whose shell reacts to script after script as told, and to all others with success.
+    pub fn new(reactions: impl IntoIterator<Item = Reaction>) -> Self {
+        let job = Self::default();
+        job.0.reactions.borrow_mut().extend(reactions);
+        job
+    }
+
+    /// The preparation never ends.
+    #[must_use]
+    pub fn hanging_in_prepare(self) -> Self {
+        self.0.hang_in_prepare.set(true);
+        self
+    }
+
+    /// The preparation fails.
+    #[must_use]
+    pub fn failing_in_prepare(self) -> Self {
+        self.0.fail_prepare.set(true);
+        self
+    }
+
+    /// Everything that the actors asked of the ports so far.
+    pub fn calls(&self) -> Vec<String> {
+        self.0.calls.borrow().clone()
+    }
+
+    /// Waits until `call` was made.
+    pub async fn until_called(&self, call: &str) {
+        loop {
+            let called = self.0.called.notified();
+            if self.0.calls.borrow().iter().any(|made| made == call) {
+                return;
+            }
+            called.await;
+        }
+    }
+
+    /// The job's log, as text.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&self.0.spool.contents()).into_owned()
+    }
+
+    fn call(&self, call: impl Into<String>) {
+        self.0.calls.borrow_mut().push(call.into());
+        self.0.called.notify_waiters();
+    }
+}
+
+impl JobPartsFactory for ScriptedJob {
+    fn make(&self, _: &Job) -> io::Result<JobParts> {
+        Ok(JobParts {
+            backend: Box::new(self.clone()),
+            containment: Box::new(self.clone()),
+            spool: Box::new(self.0.spool.clone()),
+        })
+    }
+}
+
+impl ExecutorBackend for ScriptedJob {
+    fn prepare(&mut self) -> LocalBoxFuture<'_, Result<Box<dyn ShellSession>, StepError>> {
+        async {
+            self.call("prepare");
+            if self.0.hang_in_prepare.get() {
+                std::future::pending::<()>().await;
+            }
+            if self.0.fail_prepare.get() {
+                return Err(StepError("there is no shell".into()));
+            }
+            let session = ScriptedSession {
+                job: self.clone(),
+                events: VecDeque::new(),
+            };
+            Ok(Box::new(session) as Box<dyn ShellSession>)
+        }
+        .boxed_local()
+    }
+
+    fn stage_variables<'a>(
+        &'a mut self,
+        variables: &'a [EnvVar],
+    ) -> LocalBoxFuture<'a, Result<String, StepError>> {
+        let names: Vec<_> = variables.iter().map(|v| v.name.as_str()).collect();
+        async move { Ok(format!("export {}", names.join(" "))) }.boxed_local()
+    }
+
+    fn shown_path(&self, file: &InjectedFile) -> String {
+        file.path.clone()
+    }
+
+    fn inject<'a>(
+        &'a mut self,
+        file: &'a InjectedFile,
+    ) -> LocalBoxFuture<'a, Result<(), StepError>> {
+        self.call(format!("inject {}", file.path));
+        async move {
+            match file.path.as_str() {
+                "/refused" => Err(StepError("/refused: permission denied".into())),
+                _ => Ok(()),
+            }
+        }
+        .boxed_local()
+    }
+}
+
+struct ScriptedSession {
+    job: ScriptedJob,
+    events: VecDeque<SessionEvent>,
+}
+
+impl ShellSession for ScriptedSession {
+    fn start<'a>(&'a mut self, script: &'a str) -> LocalBoxFuture<'a, io::Result<()>> {
+        let exports = script.starts_with("export ");
+        let scripted = || self.job.0.reactions.borrow_mut().pop_front();
+        let reaction = if exports { None } else { scripted() };
+        let end = |exit_code, job_result: &str| {
+            SessionEvent::ScriptEnded(ScriptEnd {
+                exit_code,
+                job_result: job_result.into(),
+            })
+        };
+        let (text, last) = match reaction.unwrap_or(Reaction::End("", 0)) {
+            Reaction::End(text, exit_code) => (text, Some(end(exit_code, ""))),
+            Reaction::StopFromInside(text, result) => (text, Some(end(130, result))),
+            Reaction::EndShell(text) => (text, Some(SessionEvent::ShellEnded)),
+            Reaction::Hang(text) => (text, None),
+        };
+        if !text.is_empty() {
+            self.events
+                .push_back(SessionEvent::Output(Bytes::from_static(text.as_bytes())));
+        }
+        self.events.extend(last);
+        self.job.call(format!("run {script}"));
+        async { Ok(()) }.boxed_local()
+    }
+
+    fn next_event(&mut self) -> LocalBoxFuture<'_, SessionEvent> {
+        match self.events.pop_front() {
+            Some(event) => std::future::ready(event).boxed_local(),
+            None => std::future::pending().boxed_local(),
+        }
+    }
+}
+
+impl Containment for ScriptedJob {
+    fn kill_shell(&self) {
+        self.call("kill shell");
+    }
+
+    fn end_everything(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
+        self.call(format!("end everything within {grace:?}"));
+        std::future::ready(Ok(())).boxed_local()
+    }
+}
+
+/// A sink that keeps what it gets.
+#[derive(Clone, Debug)]
+pub struct RecordingMetrics(pub mpsc::UnboundedSender<String>);
+
+impl MetricsSink for RecordingMetrics {
+    fn count(&mut self, name: &str, tag: &str) {
+        // Nobody may be listening any more.
+        let _ = self.0.send(format!("{name}#{tag}"));
+    }
+
+    fn time(&mut self, name: &str, _: Duration, tag: &str) {
+        let _ = self.0.send(format!("{name}#{tag}"));
+    }
+}
+
+/// An actor that passes on the one [`JobFinished`] it gets.
+pub struct FinishedProbe(Option<oneshot::Sender<JobFinished>>);
+
+impl FinishedProbe {
+    /// A recipient, and what it will receive.
+    pub fn start_probe() -> (Recipient<JobFinished>, oneshot::Receiver<JobFinished>) {
+        let (sender, receiver) = oneshot::channel();
+        (Self(Some(sender)).start().recipient(), receiver)
+    }
+}
+
+impl Actor for FinishedProbe {
+    type Context = Context<Self>;
+}
+
+impl Handler<JobFinished> for FinishedProbe {
+    type Result = ();
+
+    fn handle(&mut self, message: JobFinished, _: &mut Self::Context) {
+        if let Some(sender) = self.0.take() {
+            // A test that no longer waits needs no answer.
+            let _ = sender.send(message);
+        }
+    }
+}
