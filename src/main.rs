@@ -1,1 +1,27 @@
-fn main() {}
+//! The `agent` program: parse, dispatch, exit code.
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use semaphore_agent::cli::{Cli, Command};
+use semaphore_agent::commands;
+use semaphore_agent::exit_code::Exit;
+use semaphore_agent::job_init;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let level = env_logger::Env::new().filter_or("SEMAPHORE_AGENT_LOG_LEVEL", "warn");
+    env_logger::Builder::from_env(level).init();
+    let exit = match cli.command {
+        Command::Run(args) => commands::run::run(&args),
+        Command::Version => commands::version::version(),
+        Command::JobInit => match job_init::run() {
+            Ok(()) => Exit::Success,
+            Err(error) => {
+                eprintln!("error: the job's first process failed: {error}");
+                Exit::Failure
+            }
+        },
+    };
+    exit.into()
+}

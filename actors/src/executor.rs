@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::job::{EnvVar, InjectedFile};
 use crate::log_buffer::{Append, LogBuffer};
 use crate::log_event::LogEvent;
-use crate::ports::{ExecutorBackend, ScriptEnd, SessionEvent, ShellSession, StepError};
+use crate::ports::{ExecutorBackend, Script, ScriptEnd, SessionEvent, ShellSession, StepError};
 use crate::terminal_text::{FULL_EVENT, TerminalText};
 
 /// How long output waits for more to share its event with: long enough for an event to be worth
@@ -54,12 +54,12 @@ pub struct Inject {
     pub file: InjectedFile,
 }
 
-/// Runs shell text in the session.
+/// Runs a script in the session.
 #[derive(Debug, Message)]
 #[rtype(result = "Result<ScriptEnd, ExecutorError>")]
 pub struct RunCommand {
-    /// The text.
-    pub script: String,
+    /// Which.
+    pub script: Script,
 }
 
 /// Gives up what is at work, and everything that may still be asked. What was printed so far is
@@ -146,7 +146,7 @@ where
 impl Work {
     async fn run(
         &mut self,
-        script: &str,
+        script: &Script,
         aborted: &CancellationToken,
     ) -> Result<ScriptEnd, ExecutorError> {
         let Some(session) = &mut self.session else {

@@ -18,7 +18,7 @@ use crate::job::{Command, EnvVar, ExecutorKind, Job, Outcome, Problem, VariableN
 use crate::job_log::JobLog;
 use crate::log_buffer::LogError;
 use crate::log_event::{LogEvent, unix_time};
-use crate::ports::{Containment, ScriptEnd, StepError};
+use crate::ports::{Containment, Script, ScriptEnd, StepError};
 
 /// A main command that exits with this code stops the job from inside.
 const STOP_FROM_INSIDE: i32 = 130;
@@ -201,10 +201,11 @@ impl JobSteps {
                     .append_output(format!("Running: {}\n", command.directive))
                     .await?;
             }
-            self.scripted(RunCommand {
-                script: command.directive.clone(),
-            })
-            .await
+            let script = Script {
+                text: command.directive.clone(),
+                untraced: false,
+            };
+            self.scripted(RunCommand { script }).await
         })
         .await
     }

@@ -107,6 +107,7 @@ pub struct JobSupervisor {
 struct Current {
     id: JobId,
     log: Rc<JobLog>,
+    #[cfg(feature = "testing")]
     executor: Addr<Executor>,
     containment: Rc<dyn Containment>,
     stop: CancellationToken,
@@ -155,6 +156,7 @@ impl JobSupervisor {
         self.current = Some(Current {
             id: job.id.clone(),
             log: Rc::clone(&log),
+            #[cfg(feature = "testing")]
             executor: executor.clone(),
             containment: Rc::clone(&containment),
             stop: interrupts.stop.clone(),

@@ -36,12 +36,12 @@ pub trait ExecutorBackend {
     /// Brings the place up and opens the job's one shell session in it.
     fn prepare(&mut self) -> LocalBoxFuture<'_, Result<Box<dyn ShellSession>, StepError>>;
 
-    /// Brings the variables to where the shell can read them, and answers the shell text that
-    /// exports them; the values are not in that text.
+    /// Brings the variables to where the shell can read them, and answers the script that
+    /// exports them; the values are not in its text.
     fn stage_variables<'a>(
         &'a mut self,
         variables: &'a [EnvVar],
-    ) -> LocalBoxFuture<'a, Result<String, StepError>>;
+    ) -> LocalBoxFuture<'a, Result<Script, StepError>>;
 
     /// The path of `file` as the log shows it.
     fn shown_path(&self, file: &InjectedFile) -> String;
@@ -64,6 +64,15 @@ pub enum SessionEvent {
     ShellEnded,
 }
 
+/// Text for a shell.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Script {
+    /// The text.
+    pub text: String,
+    /// Not to be shown by the job's `set -x` or `set -v`: it is the agent's, or holds secrets.
+    pub untraced: bool,
+}
+
 /// How a script ended, in a shell that lives on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ScriptEnd {
@@ -76,7 +85,7 @@ pub struct ScriptEnd {
 /// One shell for the whole job.
 pub trait ShellSession {
     /// Has the shell run `script`. Not called again before the script has ended.
-    fn start<'a>(&'a mut self, script: &'a str) -> LocalBoxFuture<'a, io::Result<()>>;
+    fn start<'a>(&'a mut self, script: &'a Script) -> LocalBoxFuture<'a, io::Result<()>>;
 
     /// Waits for the next event. Dropping the future loses nothing.
     fn next_event(&mut self) -> LocalBoxFuture<'_, SessionEvent>;

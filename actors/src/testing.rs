@@ -18,7 +18,7 @@ use crate::job::{EnvVar, InjectedFile, Job};
 use crate::job_supervisor::JobFinished;
 use crate::ports::{
     Containment, ExecutorBackend, JobParts, JobPartsFactory, LeftBehind, LogSpool, MetricsSink,
-    ScriptEnd, SessionEvent, ShellSession, StepError,
+    Script, ScriptEnd, SessionEvent, ShellSession, StepError,
 };
 
 /// Makes the actor that receives it panic.
@@ -207,9 +207,16 @@ impl ExecutorBackend for ScriptedJob {
     fn stage_variables<'a>(
         &'a mut self,
         variables: &'a [EnvVar],
-    ) -> LocalBoxFuture<'a, Result<String, StepError>> {
+    ) -> LocalBoxFuture<'a, Result<Script, StepError>> {
         let names: Vec<_> = variables.iter().map(|v| v.name.as_str()).collect();
-        async move { Ok(format!("export {}", names.join(" "))) }.boxed_local()
+        let text = format!("export {}", names.join(" "));
+        async move {
+            Ok(Script {
+                text,
+                untraced: true,
+            })
+        }
+        .boxed_local()
     }
 
     fn shown_path(&self, file: &InjectedFile) -> String {
@@ -237,8 +244,8 @@ struct ScriptedSession {
 }
 
 impl ShellSession for ScriptedSession {
-    fn start<'a>(&'a mut self, script: &'a str) -> LocalBoxFuture<'a, io::Result<()>> {
-        let exports = script.starts_with("export ");
+    fn start<'a>(&'a mut self, script: &'a Script) -> LocalBoxFuture<'a, io::Result<()>> {
+        let exports = script.untraced;
         let scripted = || self.job.0.reactions.borrow_mut().pop_front();
         let reaction = if exports { None } else { scripted() };
         let end = |exit_code, job_result: &str| {
@@ -258,7 +265,7 @@ impl ShellSession for ScriptedSession {
                 .push_back(SessionEvent::Output(Bytes::from_static(text.as_bytes())));
         }
         self.events.extend(last);
-        self.job.call(format!("run {script}"));
+        self.job.call(format!("run {}", script.text));
         async { Ok(()) }.boxed_local()
     }
 

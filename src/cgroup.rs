@@ -1,0 +1,167 @@
+//! A control group for one job, where the agent may make one: nothing leaves it by forking, and the
+//! kernel kills it as a whole.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// A group that holds a job's processes. Only its maker and the kernel know of it.
+#[derive(Debug)]
+pub struct JobCgroup {
+    path: PathBuf,
+}
+
+impl JobCgroup {
+    /// Makes a group called `name` below the agent's own, in the unified hierarchy if there is one,
+    /// else in an older one. Nothing if the agent may not.
+    pub fn create(name: &str) -> Option<Self> {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+        let memberships = fs::read_to_string("/proc/self/cgroup").ok()?;
+        candidates(&mounts, &memberships)
+            .into_iter()
+            .map(|own| Self {
+                path: own.join(name),
+            })
+            .find(|group| fs::create_dir(&group.path).is_ok() && group.is_usable())
+    }
+
+    fn is_usable(&self) -> bool {
+        let usable = self.open_procs().is_ok();
+        if !usable {
+            self.remove();
+        }
+        usable
+    }
+
+    /// The file that a process writes "0" to in order to enter.
+    pub fn open_procs(&self) -> io::Result<File> {
+        File::options()
+            .write(true)
+            .open(self.path.join("cgroup.procs"))
+    }
+
+    /// Kills everything in it.
+    pub fn kill(&self) {
+        if fs::write(self.path.join("cgroup.kill"), "1").is_err() {
+            // A hierarchy or a kernel without that file.
+            for pid in self.members() {
+                // It may have ended by itself.
+                let _ = kill(pid, Signal::SIGKILL);
+            }
+        }
+    }
+
+    /// Whether nothing is in it.
+    pub fn is_empty(&self) -> bool {
+        self.members().is_empty()
+    }
+
+    fn members(&self) -> Vec<Pid> {
+        let members = fs::read_to_string(self.path.join("cgroup.procs")).unwrap_or_default();
+        members
+            .lines()
+            .filter_map(|line| line.parse().ok().map(Pid::from_raw))
+            .collect()
+    }
+
+    /// Removes the empty group, and what the job may have made below it.
+    pub fn remove(&self) {
+        if let Err(error) = remove_tree(&self.path)
+            && error.kind() != ErrorKind::NotFound
+        {
+            log::warn!(path:? = self.path, error:% = error; "a control group can't be removed");
+        }
+    }
+}
+
+/// A control group's files can't be removed and need not be; its subgroups must be.
+fn remove_tree(group: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(group)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_tree(&entry.path())?;
+        }
+    }
+    fs::remove_dir(group)
+}
+
+/// The directories of the groups that the agent is in, the best hierarchy first.
+fn candidates(mounts: &str, memberships: &str) -> Vec<PathBuf> {
+    let mut found: Vec<(u8, PathBuf)> = Vec::new();
+    for line in mounts.lines() {
+        let Some((place, filesystem)) = line.split_once(" - ") else {
+            continue;
+        };
+        let mut place = place.split(' ').skip(3);
+        let (Some(root), Some(mount)) = (place.next(), place.next()) else {
+            continue;
+        };
+        let mut filesystem = filesystem.split(' ');
+        let (Some(kind), Some(options)) = (filesystem.next(), filesystem.nth(1)) else {
+            continue;
+        };
+        let (rank, controllers) = match kind {
+            "cgroup2" => (0, ""),
+            "cgroup" if has_word(options, "pids") => (1, "pids"),
+            "cgroup" if has_word(options, "name=systemd") => (2, "name=systemd"),
+            _ => continue,
+        };
+        let own = memberships.lines().find_map(|line| {
+            let (named, path) = line.split_once(':')?.1.split_once(':')?;
+            (named == controllers || has_word(named, controllers)).then_some(path)
+        });
+        if let Some(own) = own {
+            let below_mount = own
+                .strip_prefix(root)
+                .unwrap_or(own)
+                .trim_start_matches('/');
+            found.push((rank, Path::new(mount).join(below_mount)));
+        }
+    }
+    found.sort();
+    found.into_iter().map(|(_, path)| path).collect()
+}
+
+fn has_word(list: &str, word: &str) -> bool {
+    list.split(',').any(|one| one == word)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn paths(mounts: &str, memberships: &str) -> Vec<String> {
+        candidates(mounts, memberships)
+            .iter()
+            .map(|path| path.display().to_string())
+            .collect()
+    }
+
+    #[test]
+    fn the_unified_hierarchy_comes_first() {
+        let mounts = "\
+            30 25 0:25 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd\n\
+            31 25 0:26 / /sys/fs/cgroup/pids rw,relatime shared:7 - cgroup cgroup rw,pids\n\
+            32 25 0:27 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw,nsdelegate\n\
+            33 25 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n";
+        let memberships = "9:pids:/a\n1:name=systemd:/b\n3:cpu:/\n0::/user.slice/agent.service\n";
+        assert_eq!(
+            paths(mounts, memberships),
+            [
+                "/sys/fs/cgroup/unified/user.slice/agent.service",
+                "/sys/fs/cgroup/pids/a",
+                "/sys/fs/cgroup/systemd/b"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_container_sees_its_own_group_as_the_root() {
+        let mounts = "30 25 0:25 /docker/abc /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(paths(mounts, "0::/docker/abc\n"), ["/sys/fs/cgroup/"]);
+        assert_eq!(paths("nonsense\n1 - 2\n", ""), [""; 0]);
+    }
+}

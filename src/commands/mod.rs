@@ -1,0 +1,4 @@
+//! The agent's commands: the only places that start top-level actors.
+
+pub mod run;
+pub mod version;

@@ -1,0 +1,207 @@
+//! `agent run`: one job on this machine, shown to a person.
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::process;
+use std::time::Duration;
+
+use actix::{Actor, Addr, Context, Handler, Recipient, System};
+use actors::job::{ExecutorKind, Job, Outcome};
+use actors::job_supervisor::{GetLog, JobFinished, JobSupervisor, StartJob, StopJob, StopManner};
+use actors::log_buffer::{Follow, LogRange};
+use actors::metrics::Metrics;
+use actors::ports::DiscardMetrics;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use crate::cli::{Output, RunArgs};
+use crate::executors::shell::ShellConfig;
+use crate::exit_code::Exit;
+use crate::job_file::{self, Source};
+use crate::render::{Renderer, Style};
+use crate::shell_jobs::ShellJobs;
+use crate::state_dir::StateDir;
+
+/// What a job leaves running has so long to end when asked to.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Runs the job; its exit code is the job's result.
+pub fn run(args: &RunArgs) -> Exit {
+    let file = match job_file::read(&Source::from(args.file.as_path())) {
+        Ok(file) => file,
+        Err(error) => return refuse(&error),
+    };
+    for warning in &file.warnings {
+        eprintln!("warning: {warning}");
+    }
+    if file.job.executor == Ok(ExecutorKind::DockerCompose) {
+        return refuse("executor: this build can't run `dockercompose` jobs yet; `shell` it can");
+    }
+    match start(args, file.job) {
+        Ok(outcome) => outcome.into(),
+        Err(error) => {
+            eprintln!("error: {error}");
+            Exit::Failure
+        }
+    }
+}
+
+fn refuse(why: impl std::fmt::Display) -> Exit {
+    for line in why.to_string().lines() {
+        eprintln!("error: {line}");
+    }
+    Exit::Usage
+}
+
+fn start(args: &RunArgs, job: Job) -> io::Result<Outcome> {
+    let shell = ShellConfig::from_env()?;
+    let path = args
+        .state_dir
+        .clone()
+        .unwrap_or_else(|| StateDir::default_path(&shell.home));
+    let state = StateDir::open(path).map_err(io::Error::other)?;
+    System::new().block_on(supervise(
+        job,
+        ShellJobs { state, shell },
+        style(args.output),
+    ))
+}
+
+fn style(asked: Option<Output>) -> Style {
+    let terminal = io::stdout().is_terminal();
+    let no_colour = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    match asked {
+        Some(Output::Json) => Style::Json,
+        Some(Output::Pretty) | None if terminal => Style::Pretty { colour: !no_colour },
+        _ => Style::Plain,
+    }
+}
+
+async fn supervise(job: Job, jobs: ShellJobs, style: Style) -> io::Result<Outcome> {
+    let stops = StopSignals::listen()?;
+    let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
+    let supervisor = JobSupervisor::new(Box::new(jobs), metrics, GRACE).start();
+    let (finished, outcome) = FinishedOnce::start_once();
+    supervisor
+        .send(StartJob { job, finished })
+        .await
+        .map_err(io::Error::other)?
+        .map_err(io::Error::other)?;
+
+    let stopping = actix::spawn(stops.pass_on_to(supervisor.clone()));
+    let shown = show_log(&supervisor, style).await;
+    let outcome = outcome.await.map_err(io::Error::other);
+    stopping.abort();
+    shown?;
+    outcome
+}
+
+/// Shows the log until its end. Writing happens on a thread of its own: a slow reader, or one that
+/// went away, must not hold up the job.
+async fn show_log(supervisor: &Addr<JobSupervisor>, style: Style) -> io::Result<()> {
+    let (ranges, to_show) = mpsc::channel(1);
+    let writer = std::thread::spawn(move || write_log(to_show, style));
+    let mut line = 0;
+    let mut log = supervisor.send(GetLog).await.ok().flatten();
+    while let Some(current) = &log {
+        match current.buffer.send(Follow { line }).await {
+            Ok(Ok(range)) => {
+                line = range.next_line;
+                let sealed = range.sealed;
+                if ranges.send((range, Instant::now())).await.is_err() {
+                    // Nobody reads any more: as with any program, that is a reason to end.
+                    supervisor.do_send(StopJob {
+                        id: None,
+                        manner: StopManner::Grace,
+                    });
+                    break;
+                }
+                if sealed {
+                    break;
+                }
+            }
+            // A crashed buffer has a successor as soon as the job notices.
+            Ok(Err(_)) | Err(_) => {
+                actix::clock::sleep(Duration::from_millis(10)).await;
+                log = supervisor.send(GetLog).await.ok().flatten();
+            }
+        }
+    }
+    drop(ranges);
+    let written = actix_rt::task::spawn_blocking(|| writer.join()).await;
+    match written {
+        Ok(Ok(Err(error))) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
+        Ok(Ok(_)) => Ok(()),
+        _ => Err(io::Error::other("the output thread crashed")),
+    }
+}
+
+fn write_log(mut to_show: mpsc::Receiver<(LogRange, Instant)>, style: Style) -> io::Result<()> {
+    let mut renderer = Renderer::new(io::BufWriter::new(io::stdout().lock()), style);
+    while let Some((range, at)) = to_show.blocking_recv() {
+        renderer.show(&range, at)?;
+    }
+    Ok(())
+}
+
+/// The signals that ask for a stop.
+struct StopSignals([Signal; 3]);
+
+impl StopSignals {
+    fn listen() -> io::Result<Self> {
+        let kinds = [
+            SignalKind::interrupt(),
+            SignalKind::terminate(),
+            SignalKind::hangup(),
+        ];
+        let [interrupt, terminate, hangup] = kinds.map(signal);
+        Ok(Self([interrupt?, terminate?, hangup?]))
+    }
+
+    async fn next(&mut self) {
+        let [interrupt, terminate, hangup] = &mut self.0;
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    }
+
+    /// The first stops the job in order, the second kills at once. The third is for an agent that
+    /// does not react: it goes, and what the job started goes with it.
+    async fn pass_on_to(mut self, supervisor: Addr<JobSupervisor>) {
+        for manner in [StopManner::Grace, StopManner::AtOnce] {
+            self.next().await;
+            supervisor.do_send(StopJob { id: None, manner });
+        }
+        self.next().await;
+        // Nothing useful can be done about a full or closed terminal here.
+        let _ = io::stdout().flush();
+        process::exit(Exit::Stopped.code().into());
+    }
+}
+
+/// Hears of the job's end.
+struct FinishedOnce(Option<oneshot::Sender<Outcome>>);
+
+impl FinishedOnce {
+    fn start_once() -> (Recipient<JobFinished>, oneshot::Receiver<Outcome>) {
+        let (sender, receiver) = oneshot::channel();
+        (Self(Some(sender)).start().recipient(), receiver)
+    }
+}
+
+impl Actor for FinishedOnce {
+    type Context = Context<Self>;
+}
+
+impl Handler<JobFinished> for FinishedOnce {
+    type Result = ();
+
+    fn handle(&mut self, message: JobFinished, _: &mut Self::Context) {
+        if let Some(sender) = self.0.take() {
+            // Dropped only when the command is over anyway.
+            let _ = sender.send(message.outcome);
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! The places where a job's commands can run.
+
+pub mod shell;

@@ -1,0 +1,261 @@
+//! Runs a job in one login shell of this machine, on a pseudo-terminal.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Component, Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use actors::job::{EnvVar, InjectedFile};
+use actors::job_request::parse_octal_mode;
+use actors::ports::{ExecutorBackend, Script, SessionEvent, ShellSession, StepError};
+use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
+
+use crate::containment::ShellContainment;
+use crate::job_init::Spec;
+use crate::pty::{self, Pty};
+use crate::session::{Mark, Session, quoted};
+use crate::state_dir::JobDir;
+
+/// How long the user's profile scripts may take.
+const PROFILE_PATIENCE: Duration = Duration::from_secs(120);
+
+/// Variables with the agent's own secrets, which no job may see.
+pub const AGENT_SECRETS: [&str; 2] = ["SEMAPHORE_AGENT_TOKEN", "SEMAPHORE_AGENT_AUTH_TOKEN_SECRET"];
+
+/// What a shell job needs to know of its surroundings.
+#[derive(Clone, Debug)]
+pub struct ShellConfig {
+    /// Where the shell starts, and what relative paths are relative to.
+    pub home: PathBuf,
+    /// The environment that the shell starts with.
+    pub environment: Vec<(OsString, OsString)>,
+}
+
+impl ShellConfig {
+    /// The agent's own surroundings, less its secrets.
+    pub fn from_env() -> io::Result<Self> {
+        let mut environment: Vec<_> = std::env::vars_os()
+            .filter(|(name, _)| !AGENT_SECRETS.iter().any(|secret| name == secret))
+            .collect();
+        let is_set = |name: &str| environment.iter().any(|(n, v)| n == name && !v.is_empty());
+        let (has_home, has_term) = (is_set("HOME"), is_set("TERM"));
+        let home = std::env::home_dir().filter(|home| home.is_absolute());
+        let home = home.ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::NotFound,
+                "HOME is not the path of a directory",
+            )
+        })?;
+        if !has_home {
+            environment.push(("HOME".into(), home.clone().into()));
+        }
+        if !has_term {
+            environment.push(("TERM".into(), "xterm".into()));
+        }
+        Ok(Self { home, environment })
+    }
+}
+
+/// See the module.
+pub struct ShellBackend {
+    config: ShellConfig,
+    directory: Rc<JobDir>,
+    containment: ShellContainment,
+    staged: u32,
+}
+
+impl ShellBackend {
+    /// A place whose processes are started through `containment`.
+    pub fn new(config: ShellConfig, directory: Rc<JobDir>, containment: ShellContainment) -> Self {
+        Self {
+            config,
+            directory,
+            containment,
+            staged: 0,
+        }
+    }
+
+    async fn open_session(&self) -> io::Result<LocalSession> {
+        let (pty, shell_end) = pty::open()?;
+        let gone = Mark::random().map_err(io::Error::other)?;
+        let spec = Spec {
+            shell: ["bash", "--login", "--noediting"].map(str::to_owned).into(),
+            directory: self.config.home.clone(),
+            gone: gone.as_str().to_owned(),
+            scratch: self.directory.path().to_owned(),
+            group: format!("semaphore-agent-{}", self.directory.name()),
+        };
+        self.containment
+            .start(&spec, shell_end, self.config.environment.clone())
+            .await?;
+        let mut session = Session::new(pty, gone)?;
+        let path = self.directory.scratch().join("session");
+        write_private(&path, session.bootstrap().as_bytes())?;
+        session.start_bootstrap(&path).await?;
+        let ready = tokio::time::timeout(PROFILE_PATIENCE, wait_for_bootstrap(&mut session)).await;
+        ready.map_err(|_| {
+            let seconds = PROFILE_PATIENCE.as_secs();
+            let why = format!("the login shell was not ready after {seconds} s; do its profile scripts wait for something?");
+            io::Error::new(io::ErrorKind::TimedOut, why)
+        })??;
+        Ok(LocalSession {
+            session,
+            script: self.directory.scratch().join("command"),
+        })
+    }
+
+    /// `path` made absolute, without `.` and `..`.
+    fn absolute(&self, path: &str) -> PathBuf {
+        let full = match path.strip_prefix("~/") {
+            Some(below) => self.config.home.join(below),
+            None => self.config.home.join(path),
+        };
+        let mut normal = PathBuf::new();
+        for part in full.components() {
+            match part {
+                Component::CurDir => {}
+                Component::ParentDir => drop(normal.pop()),
+                part => normal.push(part),
+            }
+        }
+        normal
+    }
+}
+
+/// What the profile scripts print belongs to no step.
+async fn wait_for_bootstrap(session: &mut Session<Pty>) -> io::Result<()> {
+    let mut printed = Vec::new();
+    loop {
+        match session.next_event().await {
+            SessionEvent::Output(bytes) => printed.extend_from_slice(&bytes),
+            SessionEvent::ScriptEnded(_) => return Ok(()),
+            SessionEvent::ShellEnded => {
+                let tail = String::from_utf8_lossy(&printed[printed.len().saturating_sub(2000)..])
+                    .replace("\r\n", "\n");
+                let why = format!("the login shell ended before it was ready: {}", tail.trim());
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, why));
+            }
+        }
+    }
+}
+
+impl ExecutorBackend for ShellBackend {
+    fn prepare(&mut self) -> LocalBoxFuture<'_, Result<Box<dyn ShellSession>, StepError>> {
+        async {
+            let session = self.open_session().await;
+            let session = session.map_err(|error| StepError(format!("no shell: {error}")))?;
+            Ok(Box::new(session) as Box<dyn ShellSession>)
+        }
+        .boxed_local()
+    }
+
+    fn stage_variables<'a>(
+        &'a mut self,
+        variables: &'a [EnvVar],
+    ) -> LocalBoxFuture<'a, Result<Script, StepError>> {
+        self.staged += 1;
+        let path = self
+            .directory
+            .scratch()
+            .join(format!("environment-{}", self.staged));
+        let written = write_private(&path, &export_lines(variables));
+        let script = written
+            .map(|()| Script {
+                text: format!(". {}", quoted(&path)),
+                untraced: true,
+            })
+            .map_err(|error| StepError(format!("{}: {error}", path.display())));
+        std::future::ready(script).boxed_local()
+    }
+
+    fn shown_path(&self, file: &InjectedFile) -> String {
+        self.absolute(&file.path).display().to_string()
+    }
+
+    fn inject<'a>(
+        &'a mut self,
+        file: &'a InjectedFile,
+    ) -> LocalBoxFuture<'a, Result<(), StepError>> {
+        let path = self.absolute(&file.path);
+        let injected = match parse_octal_mode(&file.mode) {
+            Some(mode) => inject(&path, &file.content, mode)
+                .map_err(|error| StepError(format!("{}: {error}", path.display()))),
+            None => Err(StepError(format!(
+                "{}: bad file permission '{}'",
+                path.display(),
+                file.mode
+            ))),
+        };
+        std::future::ready(injected).boxed_local()
+    }
+}
+
+fn inject(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    let mut options = File::options();
+    let mut file = options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
+    // Before the content comes: it is often a key.
+    file.set_permissions(fs::Permissions::from_mode(mode))?;
+    file.write_all(content)
+}
+
+/// One `export` a line; the first that fails ends the script with bash's own words.
+fn export_lines(variables: &[EnvVar]) -> Vec<u8> {
+    let mut script = Vec::new();
+    for EnvVar { name, value } in variables {
+        script.extend_from_slice(b"export ");
+        script.extend_from_slice(name.as_str().as_bytes());
+        script.extend_from_slice(b"='");
+        for (i, part) in value.split(|byte| *byte == b'\'').enumerate() {
+            if i > 0 {
+                script.extend_from_slice(br"'\''");
+            }
+            script.extend_from_slice(part);
+        }
+        script.extend_from_slice(b"' || return 1\n");
+    }
+    script
+}
+
+/// Writes a file that only the agent's user can read.
+fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut options = File::options();
+    let mut file = options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all(content)
+}
+
+/// The session of a shell job: its scripts travel as files.
+struct LocalSession {
+    session: Session<Pty>,
+    script: PathBuf,
+}
+
+impl ShellSession for LocalSession {
+    fn start<'a>(&'a mut self, script: &'a Script) -> LocalBoxFuture<'a, io::Result<()>> {
+        async {
+            write_private(&self.script, self.session.file_of(script).as_bytes())?;
+            self.session.start_script(script, &self.script).await
+        }
+        .boxed_local()
+    }
+
+    fn next_event(&mut self) -> LocalBoxFuture<'_, SessionEvent> {
+        self.session.next_event().boxed_local()
+    }
+}

@@ -1,0 +1,572 @@
+//! Reads a job from a file, in YAML or JSON, and finds the lines of what is wrong with it.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::path::{Path, PathBuf};
+
+use actors::job::Job;
+use actors::job_request::{FileRequest, KNOWN_FIELDS};
+use serde::de::{
+    DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor,
+};
+
+/// The largest job file, in bytes.
+pub const MAX_SIZE: u64 = 32 * 1024 * 1024;
+
+/// Field names that files may use for others.
+const ALIASES: [(&str, &str); 3] = [
+    ("job_id", "id"),
+    ("files", "file"),
+    ("epilogue_always_commands", "epilogue_commands"),
+];
+
+/// Where a job comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Standard input, called `-`.
+    Stdin,
+    /// A file.
+    File(PathBuf),
+}
+
+impl From<&Path> for Source {
+    fn from(path: &Path) -> Self {
+        if path == Path::new("-") {
+            Self::Stdin
+        } else {
+            Self::File(path.to_owned())
+        }
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stdin => f.write_str("standard input"),
+            Self::File(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+/// A job, and what its author may want to know.
+#[derive(Debug)]
+pub struct JobFile {
+    /// The job, without problems.
+    pub job: Job,
+    /// One line each, with the place.
+    pub warnings: Vec<String>,
+}
+
+/// Why a file holds no job that can be run. Nothing of it was executed.
+#[derive(Debug, thiserror::Error)]
+pub enum JobFileError {
+    /// It can't be read.
+    #[error("{from}: can't be read: {cause}")]
+    Unreadable {
+        /// The file.
+        from: Source,
+        /// The system's reason.
+        cause: io::Error,
+    },
+    /// It is a directory.
+    #[error("{from}: is a directory; a job file in YAML or JSON is needed")]
+    Directory {
+        /// The file.
+        from: Source,
+    },
+    /// It is larger than [`MAX_SIZE`].
+    #[error("{from}: is larger than {} MiB, the most that a job file may have", MAX_SIZE / 1024 / 1024)]
+    TooLarge {
+        /// The file.
+        from: Source,
+    },
+    /// It holds bytes that are no text.
+    #[error("{from}: is not text: byte {offset} is not UTF-8")]
+    NotText {
+        /// The file.
+        from: Source,
+        /// Of the first such byte.
+        offset: usize,
+    },
+    /// It holds nothing.
+    #[error("{from}: is empty; a job needs at least a `job_id`")]
+    Empty {
+        /// The file.
+        from: Source,
+    },
+    /// It is not YAML or JSON, or a field has the wrong type.
+    #[error("{from}: {what}")]
+    Syntax {
+        /// The file.
+        from: Source,
+        /// What and where: path, line, column.
+        what: String,
+    },
+    /// Its fields hold what can't be run.
+    #[error("{}", what.join("\n"))]
+    Invalid {
+        /// One line for each problem, with its place.
+        what: Vec<String>,
+    },
+}
+
+/// Reads and checks a job.
+pub fn read(from: &Source) -> Result<JobFile, JobFileError> {
+    let text = read_text(from)?;
+    if text.trim().is_empty() {
+        return Err(JobFileError::Empty { from: from.clone() });
+    }
+    let format = Format::of(&text);
+    let mut unknown = Vec::new();
+    let request = format
+        .request(&text, &mut unknown)
+        .map_err(|what| JobFileError::Syntax {
+            from: from.clone(),
+            what,
+        })?;
+
+    let place = |path: &[Segment]| match format.locate(&text, path) {
+        Some(line) => format!("{from}:{line}"),
+        None => from.to_string(),
+    };
+    let mut warnings: Vec<String> = unknown
+        .iter()
+        .map(|path| format!("{}: unknown field {}", place(path), described(path)))
+        .collect();
+    for index in request.replaced_variables() {
+        let path = [
+            Segment::key("env_vars"),
+            Segment::Index(index),
+            Segment::key("name"),
+        ];
+        let name = request.variable_name(index).escape_debug().to_string();
+        let warning = format!(
+            "{}: variable `{name}` is set again further down; the last one wins",
+            place(&path)
+        );
+        warnings.push(warning);
+    }
+    let invalid = |what: Vec<String>| JobFileError::Invalid { what };
+    let job = request
+        .decode()
+        .map_err(|error| invalid(vec![format!("{from}: {error}")]))?;
+    let problems: Vec<String> = job
+        .problems()
+        .map(|problem| format!("{}: {problem}", place(&Segment::parse(&problem.path))))
+        .collect();
+    if problems.is_empty() {
+        Ok(JobFile { job, warnings })
+    } else {
+        Err(invalid(problems))
+    }
+}
+
+fn read_text(from: &Source) -> Result<String, JobFileError> {
+    let unreadable = |cause| JobFileError::Unreadable {
+        from: from.clone(),
+        cause,
+    };
+    let mut bytes = Vec::new();
+    let limited = match from {
+        Source::Stdin => io::stdin().take(MAX_SIZE + 1).read_to_end(&mut bytes),
+        Source::File(path) => {
+            let file = File::open(path).map_err(unreadable)?;
+            if file.metadata().map_err(unreadable)?.is_dir() {
+                return Err(JobFileError::Directory { from: from.clone() });
+            }
+            file.take(MAX_SIZE + 1).read_to_end(&mut bytes)
+        }
+    };
+    limited.map_err(unreadable)?;
+    if bytes.len() as u64 > MAX_SIZE {
+        return Err(JobFileError::TooLarge { from: from.clone() });
+    }
+    String::from_utf8(bytes).map_err(|error| JobFileError::NotText {
+        from: from.clone(),
+        offset: error.utf8_error().valid_up_to(),
+    })
+}
+
+/// `name` and, if one is near, the known field that may be meant.
+fn described(path: &[Segment]) -> String {
+    let whole = Segment::join(path);
+    let Some(Segment::Key(name)) = path.last() else {
+        return format!("`{whole}`");
+    };
+    let nearest = KNOWN_FIELDS
+        .iter()
+        .map(|known| (strsim::damerau_levenshtein(name, known), known))
+        .min()
+        .filter(|(distance, _)| *distance <= 1 + name.len() / 4);
+    match nearest {
+        Some((_, known)) => format!("`{whole}`; did you mean `{known}`?"),
+        None => format!("`{whole}`"),
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Json,
+    Yaml,
+}
+
+impl Format {
+    /// YAML in braces that is no JSON is rare, and still YAML.
+    fn of(text: &str) -> Self {
+        let braces = text.trim_start().starts_with(['{', '[']);
+        let is_json = |text| match serde_json::from_str::<IgnoredAny>(text) {
+            Ok(_) => true,
+            Err(_) => serde_yaml::from_str::<IgnoredAny>(text).is_err(),
+        };
+        if braces && is_json(text) {
+            Self::Json
+        } else {
+            Self::Yaml
+        }
+    }
+
+    fn request(self, text: &str, unknown: &mut Vec<Vec<Segment>>) -> Result<FileRequest, String> {
+        match self {
+            Self::Json => {
+                let mut json = serde_json::Deserializer::from_str(text);
+                let mut track = serde_path_to_error::Track::new();
+                let request = {
+                    let tracked = serde_path_to_error::Deserializer::new(&mut json, &mut track);
+                    noting_unknown(tracked, unknown)
+                };
+                let request = request.map_err(|error| {
+                    let path = track.path().to_string();
+                    if path == "." {
+                        error.to_string()
+                    } else {
+                        format!("{path}: {error}")
+                    }
+                })?;
+                json.end().map_err(|error| error.to_string())?;
+                Ok(request)
+            }
+            Self::Yaml => noting_unknown(serde_yaml::Deserializer::from_str(text), unknown)
+                .map_err(|error| error.to_string()),
+        }
+    }
+
+    /// The line of the last key in `path`, 1 based.
+    fn locate(self, text: &str, path: &[Segment]) -> Option<usize> {
+        let seek = Seek { path };
+        match self {
+            Self::Json => {
+                let error = seek
+                    .deserialize(&mut serde_json::Deserializer::from_str(text))
+                    .err()?;
+                Some(error.line())
+            }
+            Self::Yaml => {
+                let error = seek
+                    .deserialize(serde_yaml::Deserializer::from_str(text))
+                    .err()?;
+                error.location().map(|location| location.line())
+            }
+        }
+    }
+}
+
+fn noting_unknown<'de, D>(
+    input: D,
+    unknown: &mut Vec<Vec<Segment>>,
+) -> Result<FileRequest, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    serde_ignored::deserialize(input, |path| unknown.push(Segment::of(&path)))
+}
+
+/// One step from a value into one of its parts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Segment {
+    Key(String),
+    Index(usize),
+}
+
+impl Segment {
+    fn key(name: &str) -> Self {
+        Self::Key(name.to_owned())
+    }
+
+    fn of(path: &serde_ignored::Path<'_>) -> Vec<Self> {
+        use serde_ignored::Path;
+        let (parent, own) = match path {
+            Path::Root => return Vec::new(),
+            Path::Seq { parent, index } => (parent, Some(Self::Index(*index))),
+            Path::Map { parent, key } => (parent, Some(Self::Key(key.clone()))),
+            Path::Some { parent }
+            | Path::NewtypeStruct { parent }
+            | Path::NewtypeVariant { parent } => (parent, None),
+        };
+        let mut segments = Self::of(parent);
+        segments.extend(own);
+        segments
+    }
+
+    /// Reads `env_vars[2].name`.
+    fn parse(path: &str) -> Vec<Self> {
+        let parts = path
+            .split(['.', '['])
+            .map(|part| part.trim_end_matches(']'));
+        parts
+            .map(|part| part.parse().map_or_else(|_| Self::key(part), Self::Index))
+            .collect()
+    }
+
+    /// Writes `env_vars[2].name`.
+    fn join(path: &[Self]) -> String {
+        let mut joined = String::new();
+        for segment in path {
+            match segment {
+                Self::Index(index) => joined.push_str(&format!("[{index}]")),
+                Self::Key(key) if joined.is_empty() => joined.push_str(key),
+                Self::Key(key) => joined.push_str(&format!(".{key}")),
+            }
+        }
+        joined.escape_debug().to_string()
+    }
+}
+
+/// Walks down a path and fails at its last key: parsers give the place of an error.
+#[derive(Clone, Copy)]
+struct Seek<'a> {
+    path: &'a [Segment],
+}
+
+impl<'de> DeserializeSeed<'de> for Seek<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<(), D::Error> {
+        input.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Seek<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a part of the path")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let (wanted, below) = match self.path.split_first() {
+            Some((Segment::Key(key), below)) => (key.as_str(), below),
+            _ => ("", self.path),
+        };
+        while let Some(found) = map.next_key_seed(Key {
+            wanted,
+            is_last: below.is_empty(),
+        })? {
+            if found {
+                map.next_value_seed(Seek { path: below })?;
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
+        let Some((Segment::Index(wanted), below)) = self.path.split_first() else {
+            return Ok(());
+        };
+        for _ in 0..*wanted {
+            list.next_element::<IgnoredAny>()?;
+        }
+        list.next_element_seed(Seek { path: below })?;
+        Err(A::Error::custom("passed"))
+    }
+}
+
+/// Answers whether a key is the wanted one; fails there if it is the last.
+#[derive(Clone, Copy)]
+struct Key<'a> {
+    wanted: &'a str,
+    is_last: bool,
+}
+
+impl<'de> DeserializeSeed<'de> for Key<'_> {
+    type Value = bool;
+
+    fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<bool, D::Error> {
+        input.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for Key<'_> {
+    type Value = bool;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, key: &str) -> Result<bool, E> {
+        let found = key == self.wanted || ALIASES.contains(&(self.wanted, key));
+        if found && self.is_last {
+            Err(E::custom("found"))
+        } else {
+            Ok(found)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const YAML: &str = "\
+job_id: '1'
+env_vars:
+  - name: A
+    value: MQ==
+  - name: A
+    value: Mg==
+    valeu: x
+file:
+  - path: a
+    content: ''
+    mode: '644'
+comands: []
+entirely_else: 1
+";
+
+    const JSON: &str = r#"{
+  "job_id": "1",
+  "commands": [
+    {"directive": "true"},
+    {"directive": "true",
+     "alais": "x"}
+  ]
+}"#;
+
+    fn read_str(text: &str) -> Result<JobFile, JobFileError> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        read(&Source::File(file.path().to_owned())).map_err(|error| match error {
+            JobFileError::Invalid { what } => JobFileError::Invalid {
+                what: what.iter().map(|line| after_name(line)).collect(),
+            },
+            other => other,
+        })
+    }
+
+    fn after_name(line: &str) -> String {
+        line.split_once(':').unwrap().1.to_owned()
+    }
+
+    fn warnings(text: &str) -> Vec<String> {
+        read_str(text)
+            .unwrap()
+            .warnings
+            .iter()
+            .map(|warning| after_name(warning))
+            .collect()
+    }
+
+    #[test]
+    fn warnings_name_the_line_and_the_nearest_field() {
+        assert_eq!(
+            warnings(YAML),
+            [
+                "7: unknown field `env_vars[1].valeu`; did you mean `value`?",
+                "12: unknown field `comands`; did you mean `commands`?",
+                "13: unknown field `entirely_else`",
+                "3: variable `A` is set again further down; the last one wins",
+            ]
+        );
+        assert_eq!(
+            warnings(JSON),
+            ["6: unknown field `commands[1].alais`; did you mean `alias`?"]
+        );
+    }
+
+    #[test]
+    fn problems_name_their_line_even_behind_an_alias() {
+        let error = read_str(&YAML.replace("'644'", "rw"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with("11: files[0].mode: bad file permission 'rw'"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn wrong_types_name_path_line_and_column() {
+        let yaml = read_str("job_id: '1'\nenv_vars:\n  - name: [x]\n")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            yaml.contains("env_vars") && yaml.contains("line 3 column"),
+            "{yaml}"
+        );
+        let json =
+            read_str("{\"job_id\": \"1\",\n \"commands\": [{\"directive\": 7}]}").unwrap_err();
+        let json = json.to_string();
+        assert!(
+            json.contains("commands[0].directive: invalid type: integer `7`"),
+            "{json}"
+        );
+        assert!(json.contains("line 2 column"), "{json}");
+    }
+
+    #[test]
+    fn broken_syntax_names_its_line() {
+        for text in [
+            "job_id: [1,\n",
+            "a: b: c\n",
+            "{\"job_id\": \"1\",\n,}",
+            "\tjob_id: 1\n",
+        ] {
+            let error = read_str(text).unwrap_err().to_string();
+            assert!(error.contains("line "), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn json_escapes_are_json() {
+        let job = read_str(r#"{"job_id":"\ud83d\ude00","commands":[{"directive":"a\/b"}]}"#)
+            .unwrap()
+            .job;
+        assert_eq!(
+            (job.id.as_str(), job.commands[0].directive.as_str()),
+            ("😀", "a/b")
+        );
+    }
+
+    #[test]
+    fn alias_bombs_and_deep_nesting_are_refused() {
+        let mut bomb = String::from("a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n");
+        for i in 1..12 {
+            let previous = format!("*a{}", i - 1);
+            bomb.push_str(&format!("a{i}: &a{i} [{}]\n", vec![previous; 10].join(",")));
+        }
+        bomb.push_str("commands: *a11\n");
+        assert!(matches!(read_str(&bomb), Err(JobFileError::Syntax { .. })));
+        assert!(
+            read_str(&format!(
+                "job_id: {}1{}",
+                "[".repeat(10_000),
+                "]".repeat(10_000)
+            ))
+            .is_err()
+        );
+        assert!(read_str(&format!("{}1{}", "[".repeat(10_000), "]".repeat(10_000))).is_err());
+    }
+
+    #[test]
+    fn a_job_without_id_is_refused() {
+        for text in ["job_id: ''\n", "job_id:\n", "commands: []\n", "{}"] {
+            assert!(
+                read_str(text).unwrap_err().to_string().contains("no id"),
+                "{text}"
+            );
+        }
+        assert!(matches!(read_str(" \n"), Err(JobFileError::Empty { .. })));
+    }
+}

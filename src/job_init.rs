@@ -1,0 +1,340 @@
+//! The first process of a shell job: the parent of its shell, and the adopter of everything that
+//! the job leaves without a parent. It is this program again, as `agent job-init`.
+//!
+//! It lives beside the agent so that it can do its work when the agent can't: if the agent dies,
+//! the job dies with it. Nothing can leave the tree below it, so when it has no child left, nothing
+//! of the job is left.
+//!
+//! ```text
+//!                    end GRACE               grace over             no child left
+//! Running ─────────────────────▶ Asked to end ──────────▶ Killing ────────────────▶ done
+//!    │  agent gone                                           ▲
+//!    └───────────────────────────────────────────────────────┘
+//! ```
+//!
+//! Descriptors: 0 is the control socket, 1 the shell's end of the terminal. The first line on the
+//! socket is a [`Spec`] in JSON; then come `kill-shell` and `end MILLISECONDS`. It answers `started`
+//! or `failed WHY`, and at the end `empty` or `left WHAT`.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl;
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Pid, getpid, setsid};
+use serde::{Deserialize, Serialize};
+
+use crate::cgroup::JobCgroup;
+use crate::process_tree::{descendants, signal_all};
+use crate::sys;
+
+/// What to run and how to announce its end.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Spec {
+    /// The shell and its arguments.
+    pub shell: Vec<String>,
+    /// Where it starts.
+    pub directory: PathBuf,
+    /// Printed on the terminal between two bytes 1 when the shell has ended.
+    pub gone: String,
+    /// Removed with all that is in it if the agent dies.
+    pub scratch: PathBuf,
+    /// The name for a control group.
+    pub group: String,
+}
+
+/// How long killing may take before what is left is reported.
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long to wait between two rounds of killing.
+const KILL_AGAIN: Duration = Duration::from_millis(20);
+
+/// Runs until the job is over. Answers only if it could not begin.
+pub fn run() -> io::Result<()> {
+    let control = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let mut control = BufReader::new(control);
+    let mut line = String::new();
+    control.read_line(&mut line)?;
+    let spec: Spec = serde_json::from_str(&line)?;
+    match JobInit::start(spec) {
+        Ok(job) => {
+            writeln!(control.get_ref(), "started")?;
+            job.supervise(control)
+        }
+        Err(error) => writeln!(control.get_ref(), "failed {error}"),
+    }
+}
+
+struct JobInit {
+    shell: Option<Pid>,
+    terminal: PathBuf,
+    gone: String,
+    scratch: PathBuf,
+    group: Option<JobCgroup>,
+    children: SignalFd,
+    ending: Option<Ending>,
+    farewell: Option<Farewell>,
+}
+
+/// What is still to be printed on the terminal.
+struct Farewell {
+    terminal: File,
+    unsent: Vec<u8>,
+}
+
+/// When the job is to be killed, and when to give up killing it.
+struct Ending {
+    kill_at: Instant,
+    give_up_at: Instant,
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a process without tokio has no other clock"
+)]
+fn now() -> Instant {
+    Instant::now()
+}
+
+impl JobInit {
+    fn start(spec: Spec) -> io::Result<Self> {
+        prctl::set_child_subreaper(true)?;
+        // Out of the reach of the terminal that the agent may run on. Fails for a leader only.
+        let _ = setsid();
+        // Everything but SIGKILL is blocked, not ignored: children start with a clean mask.
+        sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None)?;
+        let mut watched = SigSet::empty();
+        watched.add(Signal::SIGCHLD);
+        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+        let children = SignalFd::with_flags(&watched, flags)?;
+
+        let terminal = nix::unistd::ttyname(io::stdout())?;
+        let end = || -> io::Result<Stdio> { Ok(io::stdout().as_fd().try_clone_to_owned()?.into()) };
+        let Some((program, arguments)) = spec.shell.split_first() else {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "no shell is named",
+            ));
+        };
+        let group = JobCgroup::create(&spec.group);
+        let mut command = Command::new(program);
+        command.args(arguments).current_dir(&spec.directory);
+        command.stdin(end()?).stdout(end()?).stderr(end()?);
+        let procs = group.as_ref().and_then(|group| group.open_procs().ok());
+        sys::lead_terminal_session(&mut command, procs);
+        let shell = command.spawn().map_err(|error| {
+            if let Some(group) = &group {
+                group.remove();
+            }
+            io::Error::new(error.kind(), format!("{program} can't be started: {error}"))
+        })?;
+        Ok(Self {
+            shell: i32::try_from(shell.id()).ok().map(Pid::from_raw),
+            terminal,
+            gone: spec.gone,
+            scratch: spec.scratch,
+            group,
+            children,
+            ending: None,
+            farewell: None,
+        })
+    }
+
+    fn supervise(mut self, control: BufReader<UnixStream>) -> io::Result<()> {
+        let mut commands = control.buffer().to_vec();
+        let mut control = control.into_inner();
+        let mut agent_lives = true;
+        loop {
+            while let Some(end) = commands.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = commands.drain(..=end).collect();
+                self.obey(String::from_utf8_lossy(&line).trim_end());
+            }
+            let childless = self.reap();
+            self.send_farewell();
+            if let Some(ending) = &self.ending {
+                let (kill_at, give_up_at) = (ending.kill_at, ending.give_up_at);
+                if childless && self.group.as_ref().is_none_or(JobCgroup::is_empty) {
+                    return self.leave(&mut control, agent_lives, "empty");
+                }
+                if now() >= give_up_at {
+                    let left = self.names_of_the_living();
+                    return self.leave(&mut control, agent_lives, &format!("left {left}"));
+                }
+                if now() >= kill_at {
+                    self.kill_everything();
+                }
+            }
+            if self.wait(agent_lives.then_some(&control))? {
+                let mut buffer = [0; 256];
+                match control.read(&mut buffer)? {
+                    0 => {
+                        agent_lives = false;
+                        self.end_within(Duration::ZERO);
+                    }
+                    read => commands.extend_from_slice(&buffer[..read]),
+                }
+            }
+        }
+    }
+
+    /// Waits for the agent, a child, the terminal, or the next moment when something is due;
+    /// whether it was the agent.
+    fn wait(&self, control: Option<&UnixStream>) -> io::Result<bool> {
+        let timeout = match &self.ending {
+            None => PollTimeout::NONE,
+            Some(ending) => {
+                let due = ending
+                    .kill_at
+                    .saturating_duration_since(now())
+                    .max(KILL_AGAIN);
+                PollTimeout::try_from(due).unwrap_or(PollTimeout::MAX)
+            }
+        };
+        let mut waiting = vec![PollFd::new(self.children.as_fd(), PollFlags::POLLIN)];
+        let farewell = self
+            .farewell
+            .as_ref()
+            .map(|farewell| farewell.terminal.as_fd());
+        waiting.extend(farewell.map(|terminal| PollFd::new(terminal, PollFlags::POLLOUT)));
+        waiting.extend(control.map(|control| PollFd::new(control.as_fd(), PollFlags::POLLIN)));
+        match poll(&mut waiting, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let last = waiting.last().and_then(PollFd::any).unwrap_or(false);
+        Ok(control.is_some() && last)
+    }
+
+    fn obey(&mut self, command: &str) {
+        match command.split_once(' ') {
+            None if command == "kill-shell" => self.signal_shell(Signal::SIGKILL),
+            Some(("end", grace)) => {
+                self.end_within(Duration::from_millis(grace.parse().unwrap_or(0)));
+            }
+            _ => {}
+        }
+    }
+
+    fn signal_shell(&self, signal: Signal) {
+        if let Some(shell) = self.shell {
+            // Not yet waited for, so the number is still the shell's.
+            let _ = kill(shell, signal);
+        }
+    }
+
+    /// Asks everything to end, and sees to it after `grace`.
+    fn end_within(&mut self, grace: Duration) {
+        let kill_at = now() + grace;
+        let give_up_at = kill_at + KILL_PATIENCE;
+        if let Some(ending) = &mut self.ending {
+            ending.kill_at = ending.kill_at.min(kill_at);
+            ending.give_up_at = ending.give_up_at.min(give_up_at);
+            return;
+        }
+        self.ending = Some(Ending {
+            kill_at,
+            give_up_at,
+        });
+        // An interactive bash ignores SIGTERM but heeds a hangup, and runs its EXIT trap.
+        self.signal_shell(Signal::SIGHUP);
+        self.signal_shell(Signal::SIGCONT);
+        let mut others = descendants(getpid()).unwrap_or_default();
+        others.retain(|process| Some(process.pid) != self.shell);
+        signal_all(&others, Signal::SIGTERM);
+        signal_all(&others, Signal::SIGCONT);
+    }
+
+    fn kill_everything(&self) {
+        if let Some(group) = &self.group {
+            group.kill();
+        }
+        signal_all(&descendants(getpid()).unwrap_or_default(), Signal::SIGKILL);
+    }
+
+    fn names_of_the_living(&self) -> String {
+        let living = descendants(getpid()).unwrap_or_default();
+        let named = |process: &crate::process_tree::Descendant| {
+            format!("{} ({})", process.pid, process.name.escape_debug())
+        };
+        living
+            .iter()
+            .filter(|process| !process.zombie)
+            .map(named)
+            .collect::<Vec<_>>()
+            .join(", ")
+    }
+
+    /// Waits for all children that have ended; whether none is left.
+    fn reap(&mut self) -> bool {
+        // Many signals may have become one; the children are asked, not the signal.
+        while let Ok(Some(_)) = self.children.read_signal() {}
+        loop {
+            // This process is nothing but a parent: every child is its own to wait for.
+            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::StillAlive) => return false,
+                Ok(ended) => {
+                    if ended.pid().is_some() && ended.pid() == self.shell {
+                        self.shell = None;
+                        self.announce_end_of_shell();
+                    }
+                }
+                Err(Errno::EINTR) => {}
+                Err(_no_children) => return true,
+            }
+        }
+    }
+
+    /// Announces the end of the shell on the terminal itself, so that it comes after everything
+    /// that was printed before. The shell's end hung up its terminal: all descriptors of old are
+    /// dead, and a new one is needed.
+    fn announce_end_of_shell(&mut self) {
+        let flags = (OFlag::O_NOCTTY | OFlag::O_NONBLOCK).bits();
+        let terminal = File::options()
+            .write(true)
+            .custom_flags(flags)
+            .open(&self.terminal);
+        // If the agent has closed its end, there is nobody to tell.
+        self.farewell = terminal.ok().map(|terminal| Farewell {
+            terminal,
+            unsent: format!("\x01{}\x01", self.gone).into_bytes(),
+        });
+        self.send_farewell();
+    }
+
+    /// The agent may be busy with what was printed before, or no longer care: never waits for it.
+    fn send_farewell(&mut self) {
+        while let Some(farewell) = &mut self.farewell {
+            match farewell.terminal.write(&farewell.unsent) {
+                Ok(sent) if sent < farewell.unsent.len() => {
+                    farewell.unsent.drain(..sent);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Ok(_) | Err(_) => self.farewell = None,
+            }
+        }
+    }
+
+    fn leave(self, control: &mut UnixStream, agent_lives: bool, report: &str) -> io::Result<()> {
+        if let Some(group) = &self.group {
+            group.remove();
+        }
+        if agent_lives {
+            return writeln!(control, "{report}");
+        }
+        match fs::remove_dir_all(&self.scratch) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+}

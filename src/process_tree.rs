@@ -1,0 +1,95 @@
+//! Finds and signals everything that descends from a process.
+//!
+//! A process whose parent dies is adopted by the nearest ancestor that asked for it (a "child
+//! subreaper"), so below one of those nothing can leave the tree.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// A process below the one that was asked about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Descendant {
+    /// Its number.
+    pub pid: Pid,
+    /// Its parent's.
+    pub parent: Pid,
+    /// What it calls itself.
+    pub name: String,
+    /// Dead, and only not yet waited for.
+    pub zombie: bool,
+}
+
+/// Everything below `root`, in no order.
+pub fn descendants(root: Pid) -> io::Result<Vec<Descendant>> {
+    let mut children: HashMap<Pid, Vec<Descendant>> = HashMap::new();
+    for entry in fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        // A process that ended since the directory was read is no descendant.
+        let Ok(stat) = fs::read(format!("/proc/{pid}/stat")) else {
+            continue;
+        };
+        let found = parse_stat(Pid::from_raw(pid), &String::from_utf8_lossy(&stat));
+        if let Some(process) = found {
+            children.entry(process.parent).or_default().push(process);
+        }
+    }
+    let mut found = Vec::new();
+    let mut next = vec![root];
+    while let Some(parent) = next.pop() {
+        let mut below = children.remove(&parent).unwrap_or_default();
+        next.extend(below.iter().map(|process| process.pid));
+        found.append(&mut below);
+    }
+    Ok(found)
+}
+
+/// `PID (NAME) STATE PARENT ...`; the name may hold anything.
+fn parse_stat(pid: Pid, stat: &str) -> Option<Descendant> {
+    let (name, fields) = stat.split_once('(')?.1.rsplit_once(')')?;
+    let mut fields = fields.split_ascii_whitespace();
+    let zombie = matches!(fields.next()?, "Z" | "X");
+    let parent = Pid::from_raw(fields.next()?.parse().ok()?);
+    Some(Descendant {
+        pid,
+        parent,
+        name: name.to_owned(),
+        zombie,
+    })
+}
+
+/// Sends `signal` to all of `processes` that live.
+pub fn signal_all(processes: &[Descendant], signal: Signal) {
+    for process in processes.iter().filter(|process| !process.zombie) {
+        match kill(process.pid, signal) {
+            // It ended by itself.
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(error) => {
+                let (pid, name) = (process.pid.as_raw(), &process.name);
+                log::warn!(pid, name:?, error:% = error; "a process can't be signalled");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_may_hold_anything() {
+        let parsed = parse_stat(Pid::from_raw(7), "7 (a) S 1 (b) Z 42 7 7 0").unwrap();
+        assert_eq!(
+            (parsed.name.as_str(), parsed.parent.as_raw(), parsed.zombie),
+            ("a) S 1 (b", 42, true)
+        );
+        assert_eq!(parse_stat(Pid::from_raw(7), "7"), None);
+    }
+}

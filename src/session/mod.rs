@@ -1,0 +1,182 @@
+//! The shell protocol: runs scripts one after another in one interactive bash behind a stream of
+//! bytes, be it a terminal of this machine or of a container.
+//!
+//! The agent types one constant line for each script. It sources the script's file and then calls
+//! a function of ours, which asks for the script's mark, reads it from the terminal, and prints it
+//! with the exit code. So the mark exists nowhere before the script is over: not in the shell's
+//! history, variables, traces or arguments; and a script's output can't end the script, whatever it
+//! prints. When bash gives up the line early (an interrupt throws it back to its prompt), its
+//! prompt command calls the same function.
+//!
+//! What the shell prints between two scripts, such as notices about background jobs, joins the
+//! output of the next one.
+
+mod frames;
+
+use std::io;
+use std::path::Path;
+
+use actors::ports::{Script, ScriptEnd, SessionEvent};
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+pub use self::frames::Mark;
+use self::frames::{Frames, Piece};
+
+/// How much is read at once, in bytes.
+const READ: usize = 64 * 1024;
+
+/// A stream of bytes with a terminal at its other end.
+pub trait Terminal: AsyncRead + AsyncWrite + Unpin {
+    /// Keeps the terminal from echoing what is typed next.
+    fn suppress_echo(&self) -> io::Result<()>;
+}
+
+/// One shell behind a terminal.
+#[derive(Debug)]
+pub struct Session<T> {
+    terminal: T,
+    frames: Frames,
+    ask: Mark,
+    received: BytesMut,
+    /// The tracing options (`set -v`, `set -x`) that the job has turned on.
+    tracing: String,
+    untraced: bool,
+}
+
+/// Shell options that the session turns off between scripts and on again for the next one, since
+/// they would show what the agent types.
+const TRACING: [char; 2] = ['v', 'x'];
+
+impl<T: Terminal> Session<T> {
+    /// A session on a terminal where bash starts. `gone` is what announces the shell's end.
+    pub fn new(terminal: T, gone: Mark) -> io::Result<Self> {
+        let ask = Mark::random().map_err(io::Error::other)?;
+        Ok(Self {
+            terminal,
+            frames: Frames::new(ask, gone),
+            ask,
+            received: BytesMut::with_capacity(READ),
+            tracing: String::new(),
+            untraced: true,
+        })
+    }
+
+    /// The script that must be run first.
+    pub fn bootstrap(&self) -> String {
+        include_str!("bootstrap.bash").replace("@ASK@", self.ask.as_str())
+    }
+
+    /// Has bash source the bootstrap script at `path`. Its end is an event like that of any script.
+    pub async fn start_bootstrap(&mut self, path: &Path) -> io::Result<()> {
+        let line = format!(" . {}; {END}\n", quoted(path));
+        self.type_line(&line).await
+    }
+
+    /// `script` as it must stand in its file.
+    pub fn file_of(&self, script: &Script) -> String {
+        let Script { text, untraced } = script;
+        if *untraced || self.tracing.is_empty() {
+            return format!("{text}\n");
+        }
+        // Turns tracing on again without tracing that, and without changing `$?`. For `set -v` on
+        // a line of its own, as only whole lines are shown; else on the first, so that line
+        // numbers are right.
+        let line_end = if self.tracing.contains('v') {
+            '\n'
+        } else {
+            ' '
+        };
+        let tracing = &self.tracing;
+        format!("{{ __agent_begin {tracing} && [[ 1 ]]; }} 2>/dev/null;{line_end}{text}\n")
+    }
+
+    /// Has bash source the file of `script` at `path`.
+    pub async fn start_script(&mut self, script: &Script, path: &Path) -> io::Result<()> {
+        self.untraced = script.untraced;
+        let line = format!(" __agent_begin && [[ 1 ]]; . {}; {END}\n", quoted(path));
+        self.type_line(&line).await
+    }
+
+    async fn type_line(&mut self, line: &str) -> io::Result<()> {
+        self.frames.script = None;
+        self.terminal.suppress_echo()?;
+        self.terminal.write_all(line.as_bytes()).await
+    }
+
+    /// Types the running script's mark, because the shell asks for it.
+    async fn answer(&mut self) -> io::Result<()> {
+        let mark = match self.frames.script {
+            Some(mark) => mark,
+            None => Mark::random().map_err(io::Error::other)?,
+        };
+        self.frames.script = Some(mark);
+        self.terminal.suppress_echo()?;
+        self.terminal
+            .write_all(format!("{}\n", mark.as_str()).as_bytes())
+            .await
+    }
+
+    /// Waits for the next event. Dropping the future loses nothing.
+    pub async fn next_event(&mut self) -> SessionEvent {
+        loop {
+            let (piece, taken) = self.frames.next_piece(&self.received);
+            match piece {
+                Piece::Output(range) => {
+                    let mut output = self.received.split_to(taken);
+                    output.advance(range.start);
+                    return SessionEvent::Output(output.freeze());
+                }
+                Piece::Ask => {
+                    // Taken only when answered, so that a dropped future asks again.
+                    if self.answer().await.is_err() {
+                        return SessionEvent::ShellEnded;
+                    }
+                    self.received.advance(taken);
+                }
+                Piece::End {
+                    exit_code,
+                    flags,
+                    job_result,
+                } => {
+                    self.received.advance(taken);
+                    self.frames.script = None;
+                    if !self.untraced {
+                        self.tracing = flags.matches(TRACING).collect();
+                    }
+                    return SessionEvent::ScriptEnded(ScriptEnd {
+                        exit_code,
+                        job_result,
+                    });
+                }
+                Piece::Gone => return SessionEvent::ShellEnded,
+                Piece::Incomplete => {
+                    self.received.reserve(READ);
+                    match self.terminal.read_buf(&mut self.received).await {
+                        Ok(0) | Err(_) => return self.end_of_stream(),
+                        Ok(_) => {}
+                    }
+                }
+            }
+        }
+    }
+
+    /// The stream is over: what looked like the beginning of a frame was output.
+    fn end_of_stream(&mut self) -> SessionEvent {
+        let rest: Bytes = self.received.split().freeze();
+        if rest.is_empty() {
+            SessionEvent::ShellEnded
+        } else {
+            SessionEvent::Output(rest)
+        }
+    }
+}
+
+/// Ends every typed line. In a group, so that its trace goes nowhere; in a list, so that a failed
+/// script's exit code neither trips `set -e` nor the ERR trap again.
+const END: &str = "{ __agent_end; } 2>/dev/null && [[ 1 ]]";
+
+/// `path` as one word of the shell.
+pub fn quoted(path: &Path) -> String {
+    format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
+}

@@ -1,0 +1,113 @@
+//! The agent's private directory, and one directory in it for each job.
+
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use nix::unistd::geteuid;
+
+use crate::session::Mark;
+
+/// Where the agent keeps what only it may see; mode 0700.
+#[derive(Clone, Debug)]
+pub struct StateDir {
+    path: PathBuf,
+}
+
+/// The directory can't be used.
+#[derive(Debug, thiserror::Error)]
+#[error("the state directory {path} can't be used: {why}")]
+pub struct StateDirError {
+    path: PathBuf,
+    why: String,
+}
+
+impl StateDir {
+    /// Makes `path`, or checks that nobody else has a hand in it.
+    pub fn open(path: PathBuf) -> Result<Self, StateDirError> {
+        let refuse = |why: String| StateDirError {
+            path: path.clone(),
+            why,
+        };
+        let mut builder = DirBuilder::new();
+        builder.recursive(true).mode(0o700);
+        builder
+            .create(&path)
+            .map_err(|error| refuse(error.to_string()))?;
+        let found = fs::symlink_metadata(&path).map_err(|error| refuse(error.to_string()))?;
+        if !found.is_dir() {
+            return Err(refuse("it is not a directory".into()));
+        }
+        if found.uid() != geteuid().as_raw() {
+            return Err(refuse("it belongs to another user".into()));
+        }
+        if found.mode() & 0o077 != 0 {
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o700))
+                .map_err(|error| refuse(error.to_string()))?;
+        }
+        Ok(Self { path })
+    }
+
+    /// Where it is by default: below the user's state directory.
+    pub fn default_path(home: &Path) -> PathBuf {
+        let base = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from);
+        let base = base.filter(|path| path.is_absolute());
+        base.unwrap_or_else(|| home.join(".local/state"))
+            .join("semaphore-agent")
+    }
+
+    /// Makes a fresh directory for a job.
+    pub fn make_job_dir(&self) -> io::Result<JobDir> {
+        let name = Mark::random().map_err(io::Error::other)?;
+        let name = format!("job-{}", &name.as_str()[..12]);
+        let path = fs::canonicalize(&self.path)?.join(&name);
+        DirBuilder::new().mode(0o700).create(&path)?;
+        let directory = JobDir { path, name };
+        DirBuilder::new().mode(0o700).create(directory.scratch())?;
+        Ok(directory)
+    }
+}
+
+/// A job's directory: gone with this value.
+#[derive(Debug)]
+pub struct JobDir {
+    path: PathBuf,
+    name: String,
+}
+
+impl JobDir {
+    /// The whole of it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A name that no other job has.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where scripts and variables are while the job runs.
+    pub fn scratch(&self) -> PathBuf {
+        self.path.join("scratch")
+    }
+
+    /// Removes the job's secrets.
+    pub fn remove_scratch(&self) {
+        remove(&self.scratch());
+    }
+}
+
+impl Drop for JobDir {
+    fn drop(&mut self) {
+        remove(&self.path);
+    }
+}
+
+fn remove(directory: &Path) {
+    if let Err(error) = fs::remove_dir_all(directory)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        log::warn!(directory:?, error:% = error; "a directory can't be removed");
+    }
+}
