@@ -18,14 +18,12 @@ impl JobCgroup {
     /// Makes a group called `name` below the agent's own, in the unified hierarchy if there is one,
     /// else in an older one. Nothing if the agent may not.
     pub fn create(name: &str) -> Option<Self> {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
-        let memberships = fs::read_to_string("/proc/self/cgroup").ok()?;
-        candidates(&mounts, &memberships)
-            .into_iter()
-            .map(|own| Self {
-                path: own.join(name),
-            })
-            .find(|group| fs::create_dir(&group.path).is_ok() && group.is_usable())
+        places(name).find(|group| fs::create_dir(&group.path).is_ok() && group.is_usable())
+    }
+
+    /// The group called `name`, if there is one.
+    pub fn find(name: &str) -> Option<Self> {
+        places(name).find(|group| group.path.is_dir())
     }
 
     fn is_usable(&self) -> bool {
@@ -38,9 +36,7 @@ impl JobCgroup {
 
     /// The file that a process writes "0" to in order to enter.
     pub fn open_procs(&self) -> io::Result<File> {
-        File::options()
-            .write(true)
-            .open(self.path.join("cgroup.procs"))
+        File::options().write(true).open(self.path.join("cgroup.procs"))
     }
 
     /// Kills everything in it.
@@ -61,10 +57,7 @@ impl JobCgroup {
 
     fn members(&self) -> Vec<Pid> {
         let members = fs::read_to_string(self.path.join("cgroup.procs")).unwrap_or_default();
-        members
-            .lines()
-            .filter_map(|line| line.parse().ok().map(Pid::from_raw))
-            .collect()
+        members.lines().filter_map(|line| line.parse().ok().map(Pid::from_raw)).collect()
     }
 
     /// Removes the empty group, and what the job may have made below it.
@@ -75,6 +68,14 @@ impl JobCgroup {
             log::warn!(path:? = self.path, error:% = error; "a control group can't be removed");
         }
     }
+}
+
+/// Where a group called `name` may be.
+fn places(name: &str) -> impl Iterator<Item = JobCgroup> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let memberships = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let own = candidates(&mounts, &memberships).into_iter();
+    own.map(move |own| JobCgroup { path: own.join(name) })
 }
 
 /// A control group's files can't be removed and need not be; its subgroups must be.
@@ -114,10 +115,7 @@ fn candidates(mounts: &str, memberships: &str) -> Vec<PathBuf> {
             (named == controllers || has_word(named, controllers)).then_some(path)
         });
         if let Some(own) = own {
-            let below_mount = own
-                .strip_prefix(root)
-                .unwrap_or(own)
-                .trim_start_matches('/');
+            let below_mount = own.strip_prefix(root).unwrap_or(own).trim_start_matches('/');
             found.push((rank, Path::new(mount).join(below_mount)));
         }
     }
@@ -134,10 +132,7 @@ mod tests {
     use super::*;
 
     fn paths(mounts: &str, memberships: &str) -> Vec<String> {
-        candidates(mounts, memberships)
-            .iter()
-            .map(|path| path.display().to_string())
-            .collect()
+        candidates(mounts, memberships).iter().map(|path| path.display().to_string()).collect()
     }
 
     #[test]

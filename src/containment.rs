@@ -20,9 +20,10 @@ use nix::unistd::{Pid, getpid};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep};
 
+use crate::cgroup::JobCgroup;
 use crate::job_init::Spec;
 use crate::process_tree::{descendants, signal_all};
 use crate::state_dir::JobDir;
@@ -60,9 +61,7 @@ impl ShellContainment {
             ended: watch::Sender::new(None),
             closed: Cell::new(false),
         };
-        Self {
-            shared: Rc::new(shared),
-        }
+        Self { shared: Rc::new(shared) }
     }
 
     /// Starts the shell of `spec` on `terminal`, with nothing but `environment`.
@@ -79,15 +78,8 @@ impl ShellContainment {
         prctl::set_child_subreaper(true)?;
         let (ours, theirs) = StdUnixStream::pair()?;
         let mut command = Command::new("/proc/self/exe");
-        command
-            .arg0("agent")
-            .arg("job-init")
-            .env_clear()
-            .envs(environment);
-        command
-            .stdin(OwnedFd::from(theirs))
-            .stdout(terminal)
-            .stderr(Stdio::inherit());
+        command.arg0("agent").arg("job-init").env_clear().envs(environment);
+        command.stdin(OwnedFd::from(theirs)).stdout(terminal).stderr(Stdio::inherit());
         let child = command.spawn()?;
         drop(command);
 
@@ -96,10 +88,11 @@ impl ShellContainment {
         (&ours).write_all(&spec)?;
         ours.set_nonblocking(true)?;
         self.shared.control.replace(Some(ours.try_clone()?));
-        let mut answers = BufReader::new(UnixStream::from_std(ours)?);
-        let mut answer = String::new();
-        answers.read_line(&mut answer).await?;
-        actix::spawn(watch_over(child, answers, Rc::clone(&self.shared)));
+        let (started, answer) = oneshot::channel();
+        // A task of its own, as this one may be given up at any moment.
+        let answers = BufReader::new(UnixStream::from_std(ours)?);
+        actix::spawn(watch_over(child, answers, started, Rc::clone(&self.shared)));
+        let answer = answer.await.unwrap_or_default();
         match answer.trim_end().split_once(' ') {
             None if answer.trim_end() == "started" => Ok(()),
             Some(("failed", why)) => Err(io::Error::other(why.to_owned())),
@@ -116,21 +109,32 @@ impl ShellContainment {
 }
 
 /// Follows the first process to its end, and sees to it that nothing is left then.
-async fn watch_over(mut child: Child, mut answers: BufReader<UnixStream>, shared: Rc<Shared>) {
-    let mut report = String::new();
-    // An unreadable report is as good as none.
-    let _ = answers.read_line(&mut report).await;
+async fn watch_over(
+    mut child: Child,
+    mut answers: BufReader<UnixStream>,
+    started: oneshot::Sender<String>,
+    shared: Rc<Shared>,
+) {
+    let mut next_line = async || {
+        let mut line = String::new();
+        // An unreadable line is as good as none.
+        let _ = answers.read_line(&mut line).await;
+        line
+    };
+    let first = next_line().await;
+    let did_start = first.trim_end() == "started";
+    // Nobody waits for it if the job was stopped meanwhile.
+    let _ = started.send(first);
+    let report = if did_start { next_line().await } else { "empty".into() };
     let reported = report.trim_end();
     let result = match reported.strip_prefix("left ") {
-        Some(what) => Err(LeftBehind {
-            what: what.to_owned(),
-        }),
+        Some(what) => Err(LeftBehind { what: what.to_owned() }),
         None if reported == "empty" => Ok(()),
         None => {
             // It may be dead, or so confused that it must not go on.
             let _ = child.start_kill();
             let _ = child.wait().await;
-            sweep().await
+            sweep(&shared.directory.group_name()).await
         }
     };
     let _ = child.wait().await;
@@ -139,23 +143,28 @@ async fn watch_over(mut child: Child, mut answers: BufReader<UnixStream>, shared
 }
 
 /// Kills everything below this process, which adopted what the job left.
-async fn sweep() -> Result<(), LeftBehind> {
+async fn sweep(group: &str) -> Result<(), LeftBehind> {
+    let group = JobCgroup::find(group);
     let give_up = Instant::now() + SWEEP_PATIENCE;
     loop {
+        if let Some(group) = &group {
+            group.kill();
+        }
         let below = descendants(getpid()).unwrap_or_default();
         signal_all(&below, Signal::SIGKILL);
         for adopted in below.iter().filter(|process| process.parent == getpid()) {
             // Answers at once; a process that still runs is waited for in the next round.
             let _ = waitpid(adopted.pid, Some(WaitPidFlag::WNOHANG));
         }
-        if below.is_empty() {
+        if below.is_empty() && group.as_ref().is_none_or(JobCgroup::is_empty) {
+            if let Some(group) = &group {
+                group.remove();
+            }
             return Ok(());
         }
         if Instant::now() >= give_up {
             let pids: Vec<Pid> = below.iter().map(|process| process.pid).collect();
-            return Err(LeftBehind {
-                what: format!("{pids:?}"),
-            });
+            return Err(LeftBehind { what: format!("{pids:?}") });
         }
         sleep(SWEEP_AGAIN).await;
     }

@@ -15,11 +15,8 @@ use serde::de::{
 pub const MAX_SIZE: u64 = 32 * 1024 * 1024;
 
 /// Field names that files may use for others.
-const ALIASES: [(&str, &str); 3] = [
-    ("job_id", "id"),
-    ("files", "file"),
-    ("epilogue_always_commands", "epilogue_commands"),
-];
+const ALIASES: [(&str, &str); 3] =
+    [("job_id", "id"), ("files", "file"), ("epilogue_always_commands", "epilogue_commands")];
 
 /// Where a job comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,11 +29,7 @@ pub enum Source {
 
 impl From<&Path> for Source {
     fn from(path: &Path) -> Self {
-        if path == Path::new("-") {
-            Self::Stdin
-        } else {
-            Self::File(path.to_owned())
-        }
+        if path == Path::new("-") { Self::Stdin } else { Self::File(path.to_owned()) }
     }
 }
 
@@ -121,10 +114,7 @@ pub fn read(from: &Source) -> Result<JobFile, JobFileError> {
     let mut unknown = Vec::new();
     let request = format
         .request(&text, &mut unknown)
-        .map_err(|what| JobFileError::Syntax {
-            from: from.clone(),
-            what,
-        })?;
+        .map_err(|what| JobFileError::Syntax { from: from.clone(), what })?;
 
     let place = |path: &[Segment]| match format.locate(&text, path) {
         Some(line) => format!("{from}:{line}"),
@@ -135,11 +125,7 @@ pub fn read(from: &Source) -> Result<JobFile, JobFileError> {
         .map(|path| format!("{}: unknown field {}", place(path), described(path)))
         .collect();
     for index in request.replaced_variables() {
-        let path = [
-            Segment::key("env_vars"),
-            Segment::Index(index),
-            Segment::key("name"),
-        ];
+        let path = [Segment::key("env_vars"), Segment::Index(index), Segment::key("name")];
         let name = request.variable_name(index).escape_debug().to_string();
         let warning = format!(
             "{}: variable `{name}` is set again further down; the last one wins",
@@ -148,25 +134,16 @@ pub fn read(from: &Source) -> Result<JobFile, JobFileError> {
         warnings.push(warning);
     }
     let invalid = |what: Vec<String>| JobFileError::Invalid { what };
-    let job = request
-        .decode()
-        .map_err(|error| invalid(vec![format!("{from}: {error}")]))?;
+    let job = request.decode().map_err(|error| invalid(vec![format!("{from}: {error}")]))?;
     let problems: Vec<String> = job
         .problems()
         .map(|problem| format!("{}: {problem}", place(&Segment::parse(&problem.path))))
         .collect();
-    if problems.is_empty() {
-        Ok(JobFile { job, warnings })
-    } else {
-        Err(invalid(problems))
-    }
+    if problems.is_empty() { Ok(JobFile { job, warnings }) } else { Err(invalid(problems)) }
 }
 
 fn read_text(from: &Source) -> Result<String, JobFileError> {
-    let unreadable = |cause| JobFileError::Unreadable {
-        from: from.clone(),
-        cause,
-    };
+    let unreadable = |cause| JobFileError::Unreadable { from: from.clone(), cause };
     let mut bytes = Vec::new();
     let limited = match from {
         Source::Stdin => io::stdin().take(MAX_SIZE + 1).read_to_end(&mut bytes),
@@ -219,11 +196,7 @@ impl Format {
             Ok(_) => true,
             Err(_) => serde_yaml::from_str::<IgnoredAny>(text).is_err(),
         };
-        if braces && is_json(text) {
-            Self::Json
-        } else {
-            Self::Yaml
-        }
+        if braces && is_json(text) { Self::Json } else { Self::Yaml }
     }
 
     fn request(self, text: &str, unknown: &mut Vec<Vec<Segment>>) -> Result<FileRequest, String> {
@@ -237,11 +210,7 @@ impl Format {
                 };
                 let request = request.map_err(|error| {
                     let path = track.path().to_string();
-                    if path == "." {
-                        error.to_string()
-                    } else {
-                        format!("{path}: {error}")
-                    }
+                    if path == "." { error.to_string() } else { format!("{path}: {error}") }
                 })?;
                 json.end().map_err(|error| error.to_string())?;
                 Ok(request)
@@ -256,15 +225,12 @@ impl Format {
         let seek = Seek { path };
         match self {
             Self::Json => {
-                let error = seek
-                    .deserialize(&mut serde_json::Deserializer::from_str(text))
-                    .err()?;
+                let error =
+                    seek.deserialize(&mut serde_json::Deserializer::from_str(text)).err()?;
                 Some(error.line())
             }
             Self::Yaml => {
-                let error = seek
-                    .deserialize(serde_yaml::Deserializer::from_str(text))
-                    .err()?;
+                let error = seek.deserialize(serde_yaml::Deserializer::from_str(text)).err()?;
                 error.location().map(|location| location.line())
             }
         }
@@ -310,12 +276,8 @@ impl Segment {
 
     /// Reads `env_vars[2].name`.
     fn parse(path: &str) -> Vec<Self> {
-        let parts = path
-            .split(['.', '['])
-            .map(|part| part.trim_end_matches(']'));
-        parts
-            .map(|part| part.parse().map_or_else(|_| Self::key(part), Self::Index))
-            .collect()
+        let parts = path.split(['.', '[']).map(|part| part.trim_end_matches(']'));
+        parts.map(|part| part.parse().map_or_else(|_| Self::key(part), Self::Index)).collect()
     }
 
     /// Writes `env_vars[2].name`.
@@ -358,10 +320,7 @@ impl<'de> Visitor<'de> for Seek<'_> {
             Some((Segment::Key(key), below)) => (key.as_str(), below),
             _ => ("", self.path),
         };
-        while let Some(found) = map.next_key_seed(Key {
-            wanted,
-            is_last: below.is_empty(),
-        })? {
+        while let Some(found) = map.next_key_seed(Key { wanted, is_last: below.is_empty() })? {
             if found {
                 map.next_value_seed(Seek { path: below })?;
             } else {
@@ -407,11 +366,7 @@ impl Visitor<'_> for Key<'_> {
 
     fn visit_str<E: serde::de::Error>(self, key: &str) -> Result<bool, E> {
         let found = key == self.wanted || ALIASES.contains(&(self.wanted, key));
-        if found && self.is_last {
-            Err(E::custom("found"))
-        } else {
-            Ok(found)
-        }
+        if found && self.is_last { Err(E::custom("found")) } else { Ok(found) }
     }
 }
 
@@ -448,9 +403,9 @@ entirely_else: 1
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), text).unwrap();
         read(&Source::File(file.path().to_owned())).map_err(|error| match error {
-            JobFileError::Invalid { what } => JobFileError::Invalid {
-                what: what.iter().map(|line| after_name(line)).collect(),
-            },
+            JobFileError::Invalid { what } => {
+                JobFileError::Invalid { what: what.iter().map(|line| after_name(line)).collect() }
+            }
             other => other,
         })
     }
@@ -460,12 +415,7 @@ entirely_else: 1
     }
 
     fn warnings(text: &str) -> Vec<String> {
-        read_str(text)
-            .unwrap()
-            .warnings
-            .iter()
-            .map(|warning| after_name(warning))
-            .collect()
+        read_str(text).unwrap().warnings.iter().map(|warning| after_name(warning)).collect()
     }
 
     #[test]
@@ -479,50 +429,29 @@ entirely_else: 1
                 "3: variable `A` is set again further down; the last one wins",
             ]
         );
-        assert_eq!(
-            warnings(JSON),
-            ["6: unknown field `commands[1].alais`; did you mean `alias`?"]
-        );
+        assert_eq!(warnings(JSON), ["6: unknown field `commands[1].alais`; did you mean `alias`?"]);
     }
 
     #[test]
     fn problems_name_their_line_even_behind_an_alias() {
-        let error = read_str(&YAML.replace("'644'", "rw"))
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.starts_with("11: files[0].mode: bad file permission 'rw'"),
-            "{error}"
-        );
+        let error = read_str(&YAML.replace("'644'", "rw")).unwrap_err().to_string();
+        assert!(error.starts_with("11: files[0].mode: bad file permission 'rw'"), "{error}");
     }
 
     #[test]
     fn wrong_types_name_path_line_and_column() {
-        let yaml = read_str("job_id: '1'\nenv_vars:\n  - name: [x]\n")
-            .unwrap_err()
-            .to_string();
-        assert!(
-            yaml.contains("env_vars") && yaml.contains("line 3 column"),
-            "{yaml}"
-        );
+        let yaml = read_str("job_id: '1'\nenv_vars:\n  - name: [x]\n").unwrap_err().to_string();
+        assert!(yaml.contains("env_vars") && yaml.contains("line 3 column"), "{yaml}");
         let json =
             read_str("{\"job_id\": \"1\",\n \"commands\": [{\"directive\": 7}]}").unwrap_err();
         let json = json.to_string();
-        assert!(
-            json.contains("commands[0].directive: invalid type: integer `7`"),
-            "{json}"
-        );
+        assert!(json.contains("commands[0].directive: invalid type: integer `7`"), "{json}");
         assert!(json.contains("line 2 column"), "{json}");
     }
 
     #[test]
     fn broken_syntax_names_its_line() {
-        for text in [
-            "job_id: [1,\n",
-            "a: b: c\n",
-            "{\"job_id\": \"1\",\n,}",
-            "\tjob_id: 1\n",
-        ] {
+        for text in ["job_id: [1,\n", "a: b: c\n", "{\"job_id\": \"1\",\n,}", "\tjob_id: 1\n"] {
             let error = read_str(text).unwrap_err().to_string();
             assert!(error.contains("line "), "{text:?}: {error}");
         }
@@ -530,13 +459,9 @@ entirely_else: 1
 
     #[test]
     fn json_escapes_are_json() {
-        let job = read_str(r#"{"job_id":"\ud83d\ude00","commands":[{"directive":"a\/b"}]}"#)
-            .unwrap()
-            .job;
-        assert_eq!(
-            (job.id.as_str(), job.commands[0].directive.as_str()),
-            ("😀", "a/b")
-        );
+        let job =
+            read_str(r#"{"job_id":"\ud83d\ude00","commands":[{"directive":"a\/b"}]}"#).unwrap().job;
+        assert_eq!((job.id.as_str(), job.commands[0].directive.as_str()), ("😀", "a/b"));
     }
 
     #[test]
@@ -549,12 +474,7 @@ entirely_else: 1
         bomb.push_str("commands: *a11\n");
         assert!(matches!(read_str(&bomb), Err(JobFileError::Syntax { .. })));
         assert!(
-            read_str(&format!(
-                "job_id: {}1{}",
-                "[".repeat(10_000),
-                "]".repeat(10_000)
-            ))
-            .is_err()
+            read_str(&format!("job_id: {}1{}", "[".repeat(10_000), "]".repeat(10_000))).is_err()
         );
         assert!(read_str(&format!("{}1{}", "[".repeat(10_000), "]".repeat(10_000))).is_err());
     }
@@ -562,10 +482,7 @@ entirely_else: 1
     #[test]
     fn a_job_without_id_is_refused() {
         for text in ["job_id: ''\n", "job_id:\n", "commands: []\n", "{}"] {
-            assert!(
-                read_str(text).unwrap_err().to_string().contains("no id"),
-                "{text}"
-            );
+            assert!(read_str(text).unwrap_err().to_string().contains("no id"), "{text}");
         }
         assert!(matches!(read_str(" \n"), Err(JobFileError::Empty { .. })));
     }

@@ -6,10 +6,12 @@
 //! of the job is left.
 //!
 //! ```text
-//!                    end GRACE               grace over             no child left
-//! Running ─────────────────────▶ Asked to end ──────────▶ Killing ────────────────▶ done
-//!    │  agent gone                                           ▲
-//!    └───────────────────────────────────────────────────────┘
+//!              end GRACE                     nothing but         no child left
+//! Running ───────────────▶ All but the shell ───────────▶ Shell ───────────────▶ done
+//!    │                      asked to end      the shell  hung up                  ▲
+//!    │ agent gone                 │ grace over             │ grace over           │
+//!    └────────────────────────────┴──▶ All killed ◀────────┘                      │
+//!                                          └──────────────────────────────────────┘
 //! ```
 //!
 //! Descriptors: 0 is the control socket, 1 the shell's end of the terminal. The first line on the
@@ -36,7 +38,7 @@ use nix::unistd::{Pid, getpid, setsid};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::JobCgroup;
-use crate::process_tree::{descendants, signal_all};
+use crate::process_tree::{Descendant, descendants, signal_all};
 use crate::sys;
 
 /// What to run and how to announce its end.
@@ -57,8 +59,8 @@ pub struct Spec {
 /// How long killing may take before what is left is reported.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long to wait between two rounds of killing.
-const KILL_AGAIN: Duration = Duration::from_millis(20);
+/// How long to wait between two looks at what is left.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// Runs until the job is over. Answers only if it could not begin.
 pub fn run() -> io::Result<()> {
@@ -97,12 +99,10 @@ struct Farewell {
 struct Ending {
     kill_at: Instant,
     give_up_at: Instant,
+    shell_hung_up: bool,
 }
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "a process without tokio has no other clock"
-)]
+#[expect(clippy::disallowed_methods, reason = "a process without tokio has no other clock")]
 fn now() -> Instant {
     Instant::now()
 }
@@ -122,10 +122,7 @@ impl JobInit {
         let terminal = nix::unistd::ttyname(io::stdout())?;
         let end = || -> io::Result<Stdio> { Ok(io::stdout().as_fd().try_clone_to_owned()?.into()) };
         let Some((program, arguments)) = spec.shell.split_first() else {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "no shell is named",
-            ));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "no shell is named"));
         };
         let group = JobCgroup::create(&spec.group);
         let mut command = Command::new(program);
@@ -173,6 +170,8 @@ impl JobInit {
                 }
                 if now() >= kill_at {
                     self.kill_everything();
+                } else {
+                    self.hang_up_lonely_shell();
                 }
             }
             if self.wait(agent_lives.then_some(&control))? {
@@ -194,18 +193,15 @@ impl JobInit {
         let timeout = match &self.ending {
             None => PollTimeout::NONE,
             Some(ending) => {
-                let due = ending
-                    .kill_at
-                    .saturating_duration_since(now())
-                    .max(KILL_AGAIN);
+                let until_kill = ending.kill_at.saturating_duration_since(now());
+                // The end of processes that are not this one's children has to be looked for.
+                let due =
+                    if ending.shell_hung_up { until_kill.max(LOOK_AGAIN) } else { LOOK_AGAIN };
                 PollTimeout::try_from(due).unwrap_or(PollTimeout::MAX)
             }
         };
         let mut waiting = vec![PollFd::new(self.children.as_fd(), PollFlags::POLLIN)];
-        let farewell = self
-            .farewell
-            .as_ref()
-            .map(|farewell| farewell.terminal.as_fd());
+        let farewell = self.farewell.as_ref().map(|farewell| farewell.terminal.as_fd());
         waiting.extend(farewell.map(|terminal| PollFd::new(terminal, PollFlags::POLLOUT)));
         waiting.extend(control.map(|control| PollFd::new(control.as_fd(), PollFlags::POLLIN)));
         match poll(&mut waiting, timeout) {
@@ -242,17 +238,30 @@ impl JobInit {
             ending.give_up_at = ending.give_up_at.min(give_up_at);
             return;
         }
-        self.ending = Some(Ending {
-            kill_at,
-            give_up_at,
-        });
-        // An interactive bash ignores SIGTERM but heeds a hangup, and runs its EXIT trap.
-        self.signal_shell(Signal::SIGHUP);
-        self.signal_shell(Signal::SIGCONT);
-        let mut others = descendants(getpid()).unwrap_or_default();
-        others.retain(|process| Some(process.pid) != self.shell);
+        self.ending = Some(Ending { kill_at, give_up_at, shell_hung_up: false });
+        let others = self.all_but_the_shell();
         signal_all(&others, Signal::SIGTERM);
+        // What is stopped can't heed it otherwise.
         signal_all(&others, Signal::SIGCONT);
+    }
+
+    /// An interactive bash ignores SIGTERM but heeds a hangup, and runs its EXIT trap. It passes the
+    /// hangup on to its jobs, so they are given the time to heed their SIGTERM first.
+    fn hang_up_lonely_shell(&mut self) {
+        let lonely = || self.all_but_the_shell().is_empty();
+        if self.ending.as_ref().is_some_and(|ending| !ending.shell_hung_up) && lonely() {
+            self.signal_shell(Signal::SIGHUP);
+            self.signal_shell(Signal::SIGCONT);
+            if let Some(ending) = &mut self.ending {
+                ending.shell_hung_up = true;
+            }
+        }
+    }
+
+    fn all_but_the_shell(&self) -> Vec<Descendant> {
+        let mut others = descendants(getpid()).unwrap_or_default();
+        others.retain(|process| Some(process.pid) != self.shell && !process.zombie);
+        others
     }
 
     fn kill_everything(&self) {
@@ -264,15 +273,9 @@ impl JobInit {
 
     fn names_of_the_living(&self) -> String {
         let living = descendants(getpid()).unwrap_or_default();
-        let named = |process: &crate::process_tree::Descendant| {
-            format!("{} ({})", process.pid, process.name.escape_debug())
-        };
-        living
-            .iter()
-            .filter(|process| !process.zombie)
-            .map(named)
-            .collect::<Vec<_>>()
-            .join(", ")
+        let named =
+            |process: &Descendant| format!("{} ({})", process.pid, process.name.escape_debug());
+        living.iter().filter(|process| !process.zombie).map(named).collect::<Vec<_>>().join(", ")
     }
 
     /// Waits for all children that have ended; whether none is left.
@@ -300,10 +303,7 @@ impl JobInit {
     /// dead, and a new one is needed.
     fn announce_end_of_shell(&mut self) {
         let flags = (OFlag::O_NOCTTY | OFlag::O_NONBLOCK).bits();
-        let terminal = File::options()
-            .write(true)
-            .custom_flags(flags)
-            .open(&self.terminal);
+        let terminal = File::options().write(true).custom_flags(flags).open(&self.terminal);
         // If the agent has closed its end, there is nobody to tell.
         self.farewell = terminal.ok().map(|terminal| Farewell {
             terminal,

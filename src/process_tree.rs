@@ -57,12 +57,7 @@ fn parse_stat(pid: Pid, stat: &str) -> Option<Descendant> {
     let mut fields = fields.split_ascii_whitespace();
     let zombie = matches!(fields.next()?, "Z" | "X");
     let parent = Pid::from_raw(fields.next()?.parse().ok()?);
-    Some(Descendant {
-        pid,
-        parent,
-        name: name.to_owned(),
-        zombie,
-    })
+    Some(Descendant { pid, parent, name: name.to_owned(), zombie })
 }
 
 /// Sends `signal` to all of `processes` that live.

@@ -16,12 +16,7 @@ use crate::session::Terminal;
 use crate::sys;
 
 /// What programs take for granted where nobody looks.
-const SIZE: Winsize = Winsize {
-    ws_row: 24,
-    ws_col: 80,
-    ws_xpixel: 0,
-    ws_ypixel: 0,
-};
+const SIZE: Winsize = Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
 
 /// What the kernel gives at once, in bytes.
 const LARGEST_READ: usize = 4096;
@@ -39,9 +34,7 @@ pub fn open() -> io::Result<(Pty, OwnedFd)> {
         fcntl(end, FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
     }
     fcntl(&pair.master, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-    let pty = Pty {
-        master: sys::watch(File::from(pair.master))?,
-    };
+    let pty = Pty { master: sys::watch(File::from(pair.master))? };
     pty.suppress_echo()?;
     Ok((pty, pair.slave))
 }

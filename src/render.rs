@@ -69,9 +69,7 @@ impl<W: Write> Renderer<W> {
         let mut buffer = Vec::new();
         while unread < range.end {
             let begun = buffer.len();
-            let room = usize::try_from(range.end - unread)
-                .unwrap_or(READ)
-                .min(READ);
+            let room = usize::try_from(range.end - unread).unwrap_or(READ).min(READ);
             buffer.resize(begun + room, 0);
             file.read_exact_at(&mut buffer[begun..], unread)?;
             unread += room as u64;
@@ -107,11 +105,7 @@ impl<W: Write> Renderer<W> {
                 self.heading()?;
                 self.text(output.as_bytes())?;
             }
-            LogEvent::CmdFinished {
-                directive,
-                exit_code,
-                ..
-            } => {
+            LogEvent::CmdFinished { directive, exit_code, .. } => {
                 let Some((_, since, shown)) = &self.step else {
                     return Ok(());
                 };
@@ -167,9 +161,8 @@ impl<W: Write> Renderer<W> {
 
     fn summary(&mut self, result: &str, at: Instant) -> io::Result<()> {
         self.line_start()?;
-        let took = self.started.map_or(Duration::ZERO, |started| {
-            at.saturating_duration_since(started)
-        });
+        let took =
+            self.started.map_or(Duration::ZERO, |started| at.saturating_duration_since(started));
         let colour = match result {
             "passed" => "\x1b[1;32m",
             "failed" => "\x1b[1;31m",
@@ -177,18 +170,9 @@ impl<W: Write> Renderer<W> {
         };
         let steps = if self.commands == 1 { "step" } else { "steps" };
         let result = self.painted(colour, &format!("Job {result}"));
-        writeln!(
-            self.output,
-            "{result} in {}, {} {steps}",
-            duration(took),
-            self.commands
-        )?;
+        writeln!(self.output, "{result} in {}, {} {steps}", duration(took), self.commands)?;
         let timings = std::mem::take(&mut self.timings);
-        for (took, title) in timings
-            .iter()
-            .rev()
-            .filter(|(took, _)| took.as_millis() > 0)
-        {
+        for (took, title) in timings.iter().rev().filter(|(took, _)| took.as_millis() > 0) {
             let took = self.painted("\x1b[2m", &format!("{:>10}", duration(*took)));
             writeln!(self.output, "{took}  {title}")?;
         }
@@ -218,12 +202,8 @@ impl<W: Write> Renderer<W> {
 /// The title of a step in one line, without control characters.
 fn first_line(title: &str) -> String {
     let mut lines = title.trim_end().lines();
-    let first: String = lines
-        .next()
-        .unwrap_or_default()
-        .chars()
-        .filter(|c| !c.is_control())
-        .collect();
+    let first: String =
+        lines.next().unwrap_or_default().chars().filter(|c| !c.is_control()).collect();
     match lines.count() {
         0 => first,
         1 => format!("{first} … (1 more line)"),
@@ -249,9 +229,7 @@ mod tests {
     fn rendered(style: Style, events: &[LogEvent]) -> String {
         let file = tempfile::NamedTempFile::new().unwrap();
         let mut lines = Vec::new();
-        events
-            .iter()
-            .for_each(|event| event.encode(&mut lines).unwrap());
+        events.iter().for_each(|event| event.encode(&mut lines).unwrap());
         std::fs::write(file.path(), &lines).unwrap();
         let mut output = Vec::new();
         let range = LogRange {
@@ -261,9 +239,7 @@ mod tests {
             next_line: events.len() as u64,
             sealed: true,
         };
-        Renderer::new(&mut output, style)
-            .show(&range, Instant::now())
-            .unwrap();
+        Renderer::new(&mut output, style).show(&range, Instant::now()).unwrap();
         String::from_utf8(output).unwrap()
     }
 
@@ -290,10 +266,7 @@ mod tests {
     #[test]
     fn pretty_keeps_the_jobs_colours_and_adds_its_own_only_if_asked() {
         let bare = rendered(Style::Pretty { colour: false }, &events());
-        assert!(
-            bare.contains("\x1b[31mred\x1b[0m\n") && bare.contains("▶ make …"),
-            "{bare:?}"
-        );
+        assert!(bare.contains("\x1b[31mred\x1b[0m\n") && bare.contains("▶ make …"), "{bare:?}");
         let coloured = rendered(Style::Pretty { colour: true }, &events());
         assert!(coloured.contains("\x1b[1;36m▶\x1b[0m"), "{coloured:?}");
     }
@@ -301,18 +274,14 @@ mod tests {
     #[test]
     fn json_is_the_log_itself() {
         let lines = rendered(Style::Json, &events());
-        let decoded: Vec<_> = lines
-            .lines()
-            .map(|l| LogEvent::decode(l.as_bytes()).unwrap())
-            .collect();
+        let decoded: Vec<_> =
+            lines.lines().map(|l| LogEvent::decode(l.as_bytes()).unwrap()).collect();
         assert_eq!(decoded, events());
     }
 
     #[test]
     fn durations_are_readable() {
-        let shown = [999, 1_500, 61_000, 3_723_000]
-            .map(Duration::from_millis)
-            .map(duration);
+        let shown = [999, 1_500, 61_000, 3_723_000].map(Duration::from_millis).map(duration);
         assert_eq!(shown, ["999 ms", "1.5 s", "1 min 01 s", "1 h 02 min"]);
     }
 }

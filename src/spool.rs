@@ -43,9 +43,6 @@ impl LogSpool for FileSpool {
 
     fn reopen(&self) -> io::Result<Box<dyn LogSpool>> {
         let file = File::options().read(true).append(true).open(&self.path)?;
-        Ok(Box::new(Self {
-            path: self.path.clone(),
-            file,
-        }))
+        Ok(Box::new(Self { path: self.path.clone(), file }))
     }
 }

@@ -26,15 +26,10 @@ pub struct StateDirError {
 impl StateDir {
     /// Makes `path`, or checks that nobody else has a hand in it.
     pub fn open(path: PathBuf) -> Result<Self, StateDirError> {
-        let refuse = |why: String| StateDirError {
-            path: path.clone(),
-            why,
-        };
+        let refuse = |why: String| StateDirError { path: path.clone(), why };
         let mut builder = DirBuilder::new();
         builder.recursive(true).mode(0o700);
-        builder
-            .create(&path)
-            .map_err(|error| refuse(error.to_string()))?;
+        builder.create(&path).map_err(|error| refuse(error.to_string()))?;
         let found = fs::symlink_metadata(&path).map_err(|error| refuse(error.to_string()))?;
         if !found.is_dir() {
             return Err(refuse("it is not a directory".into()));
@@ -53,8 +48,7 @@ impl StateDir {
     pub fn default_path(home: &Path) -> PathBuf {
         let base = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from);
         let base = base.filter(|path| path.is_absolute());
-        base.unwrap_or_else(|| home.join(".local/state"))
-            .join("semaphore-agent")
+        base.unwrap_or_else(|| home.join(".local/state")).join("semaphore-agent")
     }
 
     /// Makes a fresh directory for a job.
@@ -82,9 +76,9 @@ impl JobDir {
         &self.path
     }
 
-    /// A name that no other job has.
-    pub fn name(&self) -> &str {
-        &self.name
+    /// A name for the job's control group that no other has.
+    pub fn group_name(&self) -> String {
+        format!("semaphore-agent-{}", self.name)
     }
 
     /// Where scripts and variables are while the job runs.

@@ -7,12 +7,14 @@ use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
 use nix::libc;
+use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, sigprocmask};
 use tokio::io::unix::AsyncFd;
 
 /// Has `command` start as the leader of a new session whose terminal is its standard input, and,
 /// if there is a cgroup, as a member of it. `cgroup_procs` is the group's open `cgroup.procs`.
 pub(crate) fn lead_terminal_session(command: &mut Command, cgroup_procs: Option<File>) {
     let enter = move || {
+        start_with_default_signals()?;
         nix::unistd::setsid()?;
         // SAFETY: TIOCSCTTY takes an integer, and descriptor 0 is open: it was set up just now.
         if unsafe { libc::ioctl(0, libc::TIOCSCTTY, 0) } == -1 {
@@ -25,9 +27,19 @@ pub(crate) fn lead_terminal_session(command: &mut Command, cgroup_procs: Option<
         }
         Ok(())
     };
-    // SAFETY: between fork and exec only async-signal-safe calls are allowed, and these are three
-    // plain system calls: no allocation, no lock.
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed, and these are plain
+    // system calls: no allocation, no lock.
     unsafe { command.pre_exec(enter) };
+}
+
+/// Undoes what this process and its parents block or ignore: a job that inherits it can't be asked
+/// to end.
+fn start_with_default_signals() -> io::Result<()> {
+    for signal in Signal::iterator().filter(|s| !matches!(s, Signal::SIGKILL | Signal::SIGSTOP)) {
+        // SAFETY: sets the default action, so no handler can run.
+        unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) }?;
+    }
+    Ok(sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?)
 }
 
 /// Watches a file, such as a terminal, for being readable or writable.

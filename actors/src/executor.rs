@@ -104,16 +104,8 @@ struct Work {
 impl Executor {
     /// An executor that appends output to `log`.
     pub fn new(backend: Box<dyn ExecutorBackend>, log: Addr<LogBuffer>) -> Self {
-        let work = Work {
-            backend,
-            session: None,
-            log,
-            text: TerminalText::default(),
-        };
-        Self {
-            work: Rc::new(Mutex::new(work)),
-            aborted: CancellationToken::new(),
-        }
+        let work = Work { backend, session: None, log, text: TerminalText::default() };
+        Self { work: Rc::new(Mutex::new(work)), aborted: CancellationToken::new() }
     }
 
     /// Runs `step` on the work, after what is at work already and until an abort.
@@ -205,11 +197,7 @@ impl Work {
 
 async fn append(log: &Addr<LogBuffer>, text: &mut TerminalText) -> Result<(), ExecutorError> {
     for piece in text.take() {
-        let appended = log
-            .send(Append {
-                event: LogEvent::cmd_output(piece),
-            })
-            .await;
+        let appended = log.send(Append { event: LogEvent::cmd_output(piece) }).await;
         let appended = appended.map_err(|crash| ExecutorError::Log(crash.to_string()))?;
         appended.map_err(|error| ExecutorError::Log(error.to_string()))?;
     }

@@ -66,10 +66,7 @@ pub struct VariableName(String);
 impl VariableName {
     /// Nothing if `name` is not a shell variable's name.
     pub fn new(name: &str) -> Option<Self> {
-        let starts_well = name
-            .bytes()
-            .next()
-            .is_some_and(|b| b.is_ascii_alphabetic() || b == b'_');
+        let starts_well = name.bytes().next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_');
         let goes_on_well = name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
         (starts_well && goes_on_well).then(|| Self(name.to_owned()))
     }
@@ -110,13 +107,7 @@ pub struct InjectedFile {
 /// Leaves the content out: it is often a key.
 impl fmt::Debug for InjectedFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} ({} bytes, mode {})",
-            self.path,
-            self.content.len(),
-            self.mode
-        )
+        write!(f, "{} ({} bytes, mode {})", self.path, self.content.len(), self.mode)
     }
 }
 
@@ -192,10 +183,7 @@ impl Job {
         let executor = self.executor.as_ref().err();
         let environment = self.environment.as_ref().err();
         let files = self.files.as_ref().err();
-        [executor, environment, files]
-            .into_iter()
-            .flatten()
-            .flatten()
+        [executor, environment, files].into_iter().flatten().flatten()
     }
 }
 

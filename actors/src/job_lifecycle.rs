@@ -63,15 +63,10 @@ impl JobLifecycle {
     pub fn start(&mut self, id: &JobId) -> Result<(), StartRefused> {
         match &self.active {
             Some(active) if active.id == *id => Err(StartRefused::SameJob { id: id.clone() }),
-            Some(active) => Err(StartRefused::Busy {
-                running: active.id.clone(),
-            }),
+            Some(active) => Err(StartRefused::Busy { running: active.id.clone() }),
             None if self.last.as_ref() == Some(id) => Err(StartRefused::SameJob { id: id.clone() }),
             None => {
-                self.active = Some(Active {
-                    id: id.clone(),
-                    stop_requested: false,
-                });
+                self.active = Some(Active { id: id.clone(), stop_requested: false });
                 Ok(())
             }
         }
@@ -87,11 +82,7 @@ impl JobLifecycle {
         match &mut self.active {
             Some(active) if id.is_none_or(|id| *id == active.id) => {
                 let again = std::mem::replace(&mut active.stop_requested, true);
-                if again {
-                    StopDecision::AlreadyStopping
-                } else {
-                    StopDecision::Stop
-                }
+                if again { StopDecision::AlreadyStopping } else { StopDecision::Stop }
             }
             _ => StopDecision::Ignored,
         }
@@ -99,11 +90,7 @@ impl JobLifecycle {
 
     /// The job is over and gone: the slot is free.
     pub fn torn_down(&mut self) {
-        self.last = self
-            .active
-            .take()
-            .map(|active| active.id)
-            .or(self.last.take());
+        self.last = self.active.take().map(|active| active.id).or(self.last.take());
     }
 
     /// The job that holds the slot.
@@ -126,19 +113,10 @@ mod tests {
     fn nothing_runs_twice() {
         let mut lifecycle = JobLifecycle::default();
         assert_eq!(lifecycle.start(&id("a")), Ok(()));
-        assert_eq!(
-            lifecycle.start(&id("a")),
-            Err(StartRefused::SameJob { id: id("a") })
-        );
-        assert_eq!(
-            lifecycle.start(&id("b")),
-            Err(StartRefused::Busy { running: id("a") })
-        );
+        assert_eq!(lifecycle.start(&id("a")), Err(StartRefused::SameJob { id: id("a") }));
+        assert_eq!(lifecycle.start(&id("b")), Err(StartRefused::Busy { running: id("a") }));
         lifecycle.torn_down();
-        assert_eq!(
-            lifecycle.start(&id("a")),
-            Err(StartRefused::SameJob { id: id("a") })
-        );
+        assert_eq!(lifecycle.start(&id("a")), Err(StartRefused::SameJob { id: id("a") }));
         assert_eq!(lifecycle.start(&id("b")), Ok(()));
     }
 

@@ -67,11 +67,7 @@ impl JobLog {
         let line = format!("The agent had an internal error: {what}. The job can't go on.\n");
         // The first try may be what finds out that the buffer has crashed.
         for _ in 0..2 {
-            if self
-                .append(LogEvent::cmd_output(line.clone()))
-                .await
-                .is_ok()
-            {
+            if self.append(LogEvent::cmd_output(line.clone())).await.is_ok() {
                 break;
             }
         }

@@ -176,17 +176,8 @@ raw!(RawContainer {
     files: Vec<RawFile>,
 });
 raw!(RawCredentials { env_vars: Vec<RawEnvVar>, files: Vec<RawFile> });
-raw!(RawCallbacks {
-    finished: String,
-    teardown_finished: String,
-    token: String
-});
-raw!(RawLogger {
-    method: String,
-    url: String,
-    token: String,
-    max_size_in_bytes: u64
-});
+raw!(RawCallbacks { finished: String, teardown_finished: String, token: String });
+raw!(RawLogger { method: String, url: String, token: String, max_size_in_bytes: u64 });
 
 #[derive(Debug, Default, Deserialize)]
 struct RawCommand {
@@ -227,10 +218,7 @@ impl std::fmt::Debug for RawFile {
 }
 
 fn problem(path: String, message: impl Into<String>) -> Problem {
-    Problem {
-        path,
-        message: message.into(),
-    }
+    Problem { path, message: message.into() }
 }
 
 fn decode_executor(name: &str) -> Result<ExecutorKind, Problems> {
@@ -239,10 +227,7 @@ fn decode_executor(name: &str) -> Result<ExecutorKind, Problems> {
         "dockercompose" => Ok(ExecutorKind::DockerCompose),
         unknown => Err(vec![problem(
             "executor".into(),
-            format!(
-                "unknown executor `{unknown}`; known are: {}",
-                KNOWN_EXECUTORS.join(", ")
-            ),
+            format!("unknown executor `{unknown}`; known are: {}", KNOWN_EXECUTORS.join(", ")),
         )]),
     }
 }
@@ -285,11 +270,7 @@ fn decode_environment(variables: &[RawEnvVar]) -> Result<Vec<EnvVar>, Problems> 
                     ),
                 )
             };
-            if contains_nul {
-                Err(refused())
-            } else {
-                Ok(value)
-            }
+            if contains_nul { Err(refused()) } else { Ok(value) }
         });
         match (name, value) {
             (Ok(name), Ok(value)) => {
@@ -298,15 +279,8 @@ fn decode_environment(variables: &[RawEnvVar]) -> Result<Vec<EnvVar>, Problems> 
             (name, value) => problems.extend(name.err().into_iter().chain(value.err())),
         }
     }
-    let in_order = by_name
-        .into_iter()
-        .map(|(name, value)| EnvVar { name, value })
-        .collect();
-    if problems.is_empty() {
-        Ok(in_order)
-    } else {
-        Err(problems)
-    }
+    let in_order = by_name.into_iter().map(|(name, value)| EnvVar { name, value }).collect();
+    if problems.is_empty() { Ok(in_order) } else { Err(problems) }
 }
 
 fn decode_files(files: &[RawFile], octal_modes: bool) -> Result<Vec<InjectedFile>, Problems> {
@@ -341,11 +315,7 @@ fn decode_files(files: &[RawFile], octal_modes: bool) -> Result<Vec<InjectedFile
             )),
         }
     }
-    if problems.is_empty() {
-        Ok(decoded)
-    } else {
-        Err(problems)
-    }
+    if problems.is_empty() { Ok(decoded) } else { Err(problems) }
 }
 
 /// The permission bits that an octal string of up to four significant digits stands for.
@@ -362,10 +332,7 @@ fn decode_base64(text: &str) -> Result<Bytes, &'static str> {
         GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
     );
     let compact: Vec<u8> = text.bytes().filter(|b| !b.is_ascii_whitespace()).collect();
-    LENIENT
-        .decode(compact)
-        .map(Bytes::from)
-        .map_err(|_| "is not base64")
+    LENIENT.decode(compact).map(Bytes::from).map_err(|_| "is not base64")
 }
 
 #[cfg(test)]
@@ -373,10 +340,7 @@ mod tests {
     use super::*;
 
     fn decode(json: &str) -> Job {
-        serde_json::from_str::<FileRequest>(json)
-            .unwrap()
-            .decode()
-            .unwrap()
+        serde_json::from_str::<FileRequest>(json).unwrap().decode().unwrap()
     }
 
     #[test]
@@ -407,10 +371,7 @@ mod tests {
                 {"name":"B","value":"M w\n= ="}]}"#,
         );
         let variables = job.environment.unwrap();
-        let pairs: Vec<_> = variables
-            .iter()
-            .map(|v| (v.name.as_str(), &v.value[..]))
-            .collect();
+        let pairs: Vec<_> = variables.iter().map(|v| (v.name.as_str(), &v.value[..])).collect();
         assert_eq!(pairs, [("A", &b"2"[..]), ("B", b"3")]);
     }
 

@@ -92,8 +92,7 @@ impl JobSteps {
             MainEnd::StoppedFromInside(outcome) => return Ok(outcome),
         };
         self.export(&Ok(job_result_variable(result))).await?;
-        self.commands_until_failure(&self.job.epilogue_always)
-            .await?;
+        self.commands_until_failure(&self.job.epilogue_always).await?;
         self.commands_until_failure(match result {
             Outcome::Passed => &self.job.epilogue_on_pass,
             _ => &self.job.epilogue_on_fail,
@@ -145,17 +144,12 @@ impl JobSteps {
                 Err(problems) => return self.failed_because(listed(problems)).await,
             };
             for variable in variables {
-                self.log
-                    .append_output(format!("Exporting {}\n", variable.name.as_str()))
-                    .await?;
+                self.log.append_output(format!("Exporting {}\n", variable.name.as_str())).await?;
             }
             if variables.is_empty() {
                 return Ok(ScriptEnd::default());
             }
-            self.scripted(Export {
-                variables: variables.clone(),
-            })
-            .await
+            self.scripted(Export { variables: variables.clone() }).await
         })
         .await
     }
@@ -197,14 +191,9 @@ impl JobSteps {
     async fn command(&self, command: &Command) -> StepEnd {
         self.step(command.title(), async {
             if command.alias.is_some() {
-                self.log
-                    .append_output(format!("Running: {}\n", command.directive))
-                    .await?;
+                self.log.append_output(format!("Running: {}\n", command.directive)).await?;
             }
-            let script = Script {
-                text: command.directive.clone(),
-                untraced: false,
-            };
+            let script = Script { text: command.directive.clone(), untraced: false };
             self.scripted(RunCommand { script }).await
         })
         .await
@@ -215,10 +204,7 @@ impl JobSteps {
         let (outcome, line) = match end.job_result.as_str() {
             "passed" => (Outcome::Passed, "SEMAPHORE_JOB_RESULT=passed".to_owned()),
             "failed" => (Outcome::Failed, "SEMAPHORE_JOB_RESULT=failed".to_owned()),
-            other => (
-                Outcome::Stopped,
-                format!("SEMAPHORE_JOB_RESULT is set to '{other}'"),
-            ),
+            other => (Outcome::Stopped, format!("SEMAPHORE_JOB_RESULT is set to '{other}'")),
         };
         self.step("Checking job result", async {
             let line = format!("{line} - stopping job and marking it as {outcome}\n");
@@ -239,9 +225,7 @@ impl JobSteps {
             self.log.tell_crash(what).await;
         }
         let exit_code = end.as_ref().map_or(1, |end| end.exit_code);
-        self.log
-            .append(LogEvent::cmd_finished(title, exit_code, started_at))
-            .await?;
+        self.log.append(LogEvent::cmd_finished(title, exit_code, started_at)).await?;
         end
     }
 
@@ -320,10 +304,7 @@ fn orphaned() -> Interrupted {
 }
 
 fn failed() -> ScriptEnd {
-    ScriptEnd {
-        exit_code: 1,
-        ..ScriptEnd::default()
-    }
+    ScriptEnd { exit_code: 1, ..ScriptEnd::default() }
 }
 
 fn succeeded(end: &ScriptEnd) -> bool {
@@ -331,10 +312,7 @@ fn succeeded(end: &ScriptEnd) -> bool {
 }
 
 fn listed(problems: &[Problem]) -> String {
-    problems
-        .iter()
-        .map(|problem| format!("{problem}\n"))
-        .collect()
+    problems.iter().map(|problem| format!("{problem}\n")).collect()
 }
 
 fn job_result_variable(result: Outcome) -> Vec<EnvVar> {

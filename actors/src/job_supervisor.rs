@@ -118,13 +118,7 @@ struct Current {
 impl JobSupervisor {
     /// A supervisor without a job. What a job leaves running has `grace` to end when asked to.
     pub fn new(factory: Box<dyn JobPartsFactory>, metrics: Addr<Metrics>, grace: Duration) -> Self {
-        Self {
-            factory,
-            metrics,
-            grace,
-            lifecycle: JobLifecycle::default(),
-            current: None,
-        }
+        Self { factory, metrics, grace, lifecycle: JobLifecycle::default(), current: None }
     }
 
     fn start_job(&mut self, message: StartJob, this: Addr<Self>) -> Result<(), StartRefused> {
@@ -144,11 +138,8 @@ impl JobSupervisor {
     }
 
     fn make_task(&mut self, job: Job, finished: Recipient<JobFinished>) -> Result<JobTask, String> {
-        let JobParts {
-            backend,
-            containment,
-            spool,
-        } = self.factory.make(&job).map_err(|error| error.to_string())?;
+        let JobParts { backend, containment, spool } =
+            self.factory.make(&job).map_err(|error| error.to_string())?;
         let log = Rc::new(JobLog::start(spool).map_err(|error| error.to_string())?);
         let containment: Rc<dyn Containment> = Rc::from(containment);
         let executor = Executor::new(backend, log.buffer()).start();
@@ -164,13 +155,7 @@ impl JobSupervisor {
         });
         let job = Rc::new(job);
         Ok(JobTask {
-            steps: JobSteps {
-                job,
-                executor,
-                log,
-                containment,
-                interrupts,
-            },
+            steps: JobSteps { job, executor, log, containment, interrupts },
             finished,
             metrics: self.metrics.clone(),
             grace: self.grace,
@@ -188,12 +173,7 @@ struct JobTask {
 
 impl JobTask {
     async fn run(self, supervisor: &Addr<JobSupervisor>) {
-        let Self {
-            steps,
-            finished,
-            metrics,
-            grace,
-        } = self;
+        let Self { steps, finished, metrics, grace } = self;
         let id = steps.job.id.clone();
         let log = Rc::clone(&steps.log);
         let containment = Rc::clone(&steps.containment);
@@ -226,11 +206,7 @@ impl JobTask {
             log::error!(job:% = id, left:% = left; "a job left something behind");
         }
         let tag = format!("result:{outcome}");
-        metrics.do_send(Time {
-            name: "job.duration",
-            duration: started.elapsed(),
-            tag,
-        });
+        metrics.do_send(Time { name: "job.duration", duration: started.elapsed(), tag });
         // The slot is free before anybody is told that it is.
         let _ = supervisor.send(JobTornDown).await;
         finished.do_send(JobFinished { id, outcome });
@@ -254,10 +230,7 @@ impl Handler<StopJob> for JobSupervisor {
 
     fn handle(&mut self, message: StopJob, ctx: &mut Self::Context) {
         let decision = self.lifecycle.stop(message.id.as_ref());
-        let Some(current) = self
-            .current
-            .as_ref()
-            .filter(|_| decision != StopDecision::Ignored)
+        let Some(current) = self.current.as_ref().filter(|_| decision != StopDecision::Ignored)
         else {
             return;
         };
@@ -283,10 +256,7 @@ impl Handler<GetLog> for JobSupervisor {
 
     fn handle(&mut self, _: GetLog, _: &mut Self::Context) -> Self::Result {
         let current = self.current.as_ref()?;
-        Some(JobLogAddress {
-            id: current.id.clone(),
-            buffer: current.log.buffer(),
-        })
+        Some(JobLogAddress { id: current.id.clone(), buffer: current.log.buffer() })
     }
 }
 

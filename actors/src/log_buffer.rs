@@ -141,10 +141,7 @@ impl LogBuffer {
             }
             offset += read as u64;
         }
-        Ok(Self {
-            index,
-            ..Self::new(spool, published)
-        })
+        Ok(Self { index, ..Self::new(spool, published) })
     }
 
     fn append(&mut self, event: &LogEvent) -> Result<(), LogError> {
@@ -159,9 +156,7 @@ impl LogBuffer {
             return Err(error.into());
         }
         self.index.append(self.line.len() as u64);
-        self.published
-            .0
-            .store(self.index.end().offset, Ordering::Release);
+        self.published.0.store(self.index.end().offset, Ordering::Release);
         self.line.shrink_to(2 * crate::log_event::MAX_OUTPUT_LINE);
         self.wake_followers();
         Ok(())
@@ -179,11 +174,7 @@ impl LogBuffer {
         let end = self.index.end();
         Ok(LogRange {
             path: self.spool.path().to_owned(),
-            start: if line >= end.line {
-                end.offset
-            } else {
-                self.offset_of(line)?
-            },
+            start: if line >= end.line { end.offset } else { self.offset_of(line)? },
             end: end.offset,
             next_line: end.line,
             sealed: self.sealed,
@@ -191,10 +182,7 @@ impl LogBuffer {
     }
 
     fn offset_of(&self, line: u64) -> Result<u64, LogError> {
-        let Position {
-            line: mut at,
-            mut offset,
-        } = self.index.at_or_before(line);
+        let Position { line: mut at, mut offset } = self.index.at_or_before(line);
         let mut buffer = [0; 16 * 1024];
         while at < line {
             let read = self.spool.read_at(offset, &mut buffer)?;
@@ -240,19 +228,12 @@ impl Handler<Follow> for LogBuffer {
 
     fn handle(&mut self, message: Follow, _: &mut Self::Context) -> Self::Result {
         let (wake, woken) = oneshot::channel();
-        self.followers.push(Follower {
-            line: message.line,
-            wake,
-        });
+        self.followers.push(Follower { line: message.line, wake });
         self.wake_followers();
-        Box::pin(
-            woken
-                .into_actor(self)
-                .map(move |woken, actor, _| match woken {
-                    Ok(()) => actor.range_from(message.line),
-                    Err(_) => Err(LogError::Crashed),
-                }),
-        )
+        Box::pin(woken.into_actor(self).map(move |woken, actor, _| match woken {
+            Ok(()) => actor.range_from(message.line),
+            Err(_) => Err(LogError::Crashed),
+        }))
     }
 }
 
@@ -281,9 +262,7 @@ mod tests {
     use crate::testing::MemorySpool;
 
     fn output(text: &str) -> Append {
-        Append {
-            event: LogEvent::cmd_output(text),
-        }
+        Append { event: LogEvent::cmd_output(text) }
     }
 
     fn read(spool: &MemorySpool, range: &LogRange) -> Vec<String> {
@@ -302,23 +281,14 @@ mod tests {
     async fn any_line_can_be_found_and_never_changes() {
         let spool = MemorySpool::default();
         let log = LogBuffer::new(Box::new(spool.clone()), Published::default()).start();
-        let texts: Vec<String> = (0..1000)
-            .map(|i| format!("{i}{}", "x".repeat(i * 7 % 3000)))
-            .collect();
+        let texts: Vec<String> =
+            (0..1000).map(|i| format!("{i}{}", "x".repeat(i * 7 % 3000))).collect();
         for text in &texts {
             log.send(output(text)).await.unwrap().unwrap();
         }
         for line in [0, 1, 63, 64, 65, 500, 998, 999, 1000, 5000] {
-            let range = log
-                .send(ReadFrom { line: line as u64 })
-                .await
-                .unwrap()
-                .unwrap();
-            assert_eq!(
-                read(&spool, &range),
-                texts[line.min(1000)..],
-                "from line {line}"
-            );
+            let range = log.send(ReadFrom { line: line as u64 }).await.unwrap().unwrap();
+            assert_eq!(read(&spool, &range), texts[line.min(1000)..], "from line {line}");
             assert_eq!((range.next_line, range.sealed), (1000, false));
         }
     }
@@ -338,10 +308,7 @@ mod tests {
         log.send(Seal).await.unwrap();
         let range = at_end.await.unwrap().unwrap();
         assert!(range.sealed && range.start == range.end);
-        assert!(matches!(
-            log.send(output("late")).await.unwrap(),
-            Err(LogError::Sealed)
-        ));
+        assert!(matches!(log.send(output("late")).await.unwrap(), Err(LogError::Sealed)));
     }
 
     #[actix::test]
@@ -350,10 +317,7 @@ mod tests {
         let log = LogBuffer::new(Box::new(spool.clone()), Published::default()).start();
         log.send(output("a")).await.unwrap().unwrap();
         spool.fail_next_append_after(5);
-        assert!(matches!(
-            log.send(output("lost")).await.unwrap(),
-            Err(LogError::Spool(_))
-        ));
+        assert!(matches!(log.send(output("lost")).await.unwrap(), Err(LogError::Spool(_))));
         log.send(output("b")).await.unwrap().unwrap();
         let range = log.send(ReadFrom { line: 0 }).await.unwrap().unwrap();
         assert_eq!(read(&spool, &range), ["a", "b"]);
@@ -370,15 +334,9 @@ mod tests {
         assert!(log.send(crate::testing::PanicNow).await.is_err());
         spool.clone().append(b"{\"event\":\"cmd_out").unwrap();
 
-        let recovered = LogBuffer::recover(Box::new(spool.clone()), published)
-            .unwrap()
-            .start();
+        let recovered = LogBuffer::recover(Box::new(spool.clone()), published).unwrap().start();
         recovered.send(output("after")).await.unwrap().unwrap();
-        let range = recovered
-            .send(ReadFrom { line: 198 })
-            .await
-            .unwrap()
-            .unwrap();
+        let range = recovered.send(ReadFrom { line: 198 }).await.unwrap().unwrap();
         assert_eq!(read(&spool, &range), ["198", "199", "after"]);
     }
 }

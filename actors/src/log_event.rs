@@ -13,9 +13,7 @@ pub const MAX_OUTPUT_LINE: usize = 60 * 1024;
 
 /// Seconds since the epoch, now.
 pub fn unix_time() -> u64 {
-    SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |age| age.as_secs())
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |age| age.as_secs())
 }
 
 /// Something that happened in a job. Times are whole seconds since the epoch.
@@ -66,25 +64,17 @@ pub enum LogEvent {
 impl LogEvent {
     /// The job began, now.
     pub fn job_started() -> Self {
-        Self::JobStarted {
-            timestamp: unix_time(),
-        }
+        Self::JobStarted { timestamp: unix_time() }
     }
 
     /// A step began, now.
     pub fn cmd_started(directive: impl Into<String>) -> Self {
-        Self::CmdStarted {
-            timestamp: unix_time(),
-            directive: directive.into(),
-        }
+        Self::CmdStarted { timestamp: unix_time(), directive: directive.into() }
     }
 
     /// A step printed, now.
     pub fn cmd_output(output: impl Into<String>) -> Self {
-        Self::CmdOutput {
-            timestamp: unix_time(),
-            output: output.into(),
-        }
+        Self::CmdOutput { timestamp: unix_time(), output: output.into() }
     }
 
     /// A step that began at `started_at` ended, now.
@@ -101,10 +91,7 @@ impl LogEvent {
 
     /// The job ended, now.
     pub fn job_finished(outcome: Outcome) -> Self {
-        Self::JobFinished {
-            timestamp: unix_time(),
-            result: outcome.as_str().into(),
-        }
+        Self::JobFinished { timestamp: unix_time(), result: outcome.as_str().into() }
     }
 
     /// Appends the event's JSON and a newline to `line`.
@@ -141,17 +128,11 @@ mod tests {
                 r#"{"event":"job_started","timestamp":1700000000}"#,
             ),
             (
-                LogEvent::CmdStarted {
-                    timestamp,
-                    directive: "echo hi".into(),
-                },
+                LogEvent::CmdStarted { timestamp, directive: "echo hi".into() },
                 r#"{"event":"cmd_started","timestamp":1700000000,"directive":"echo hi"}"#,
             ),
             (
-                LogEvent::CmdOutput {
-                    timestamp,
-                    output: "hi\n".into(),
-                },
+                LogEvent::CmdOutput { timestamp, output: "hi\n".into() },
                 r#"{"event":"cmd_output","timestamp":1700000000,"output":"hi\n"}"#,
             ),
             (
@@ -165,10 +146,7 @@ mod tests {
                 r#"{"event":"cmd_finished","timestamp":1700000000,"directive":"echo hi","exit_code":0,"started_at":1700000000,"finished_at":1700000000}"#,
             ),
             (
-                LogEvent::JobFinished {
-                    timestamp,
-                    result: "passed".into(),
-                },
+                LogEvent::JobFinished { timestamp, result: "passed".into() },
                 r#"{"event":"job_finished","timestamp":1700000000,"result":"passed"}"#,
             ),
         ];

@@ -27,20 +27,14 @@ pub struct LogIndex {
 impl Default for LogIndex {
     fn default() -> Self {
         let start = Position { line: 0, offset: 0 };
-        Self {
-            remembered: vec![start],
-            end: start,
-        }
+        Self { remembered: vec![start], end: start }
     }
 }
 
 impl LogIndex {
     /// A line of `bytes` bytes, its newline included, was written at the end.
     pub fn append(&mut self, bytes: u64) {
-        self.end = Position {
-            line: self.end.line + 1,
-            offset: self.end.offset + bytes,
-        };
+        self.end = Position { line: self.end.line + 1, offset: self.end.offset + bytes };
         let last = self.remembered[self.remembered.len() - 1];
         if self.end.line - last.line >= LINES_APART || self.end.offset - last.offset >= BYTES_APART
         {
@@ -55,9 +49,7 @@ impl LogIndex {
 
     /// The nearest remembered position at or before `line`.
     pub fn at_or_before(&self, line: u64) -> Position {
-        let after = self
-            .remembered
-            .partition_point(|position| position.line <= line);
+        let after = self.remembered.partition_point(|position| position.line <= line);
         self.remembered[after.saturating_sub(1)]
     }
 }
@@ -91,14 +83,7 @@ mod tests {
     fn it_stays_small() {
         let mut index = LogIndex::default();
         (0..500_000).for_each(|_| index.append(100));
-        assert!(
-            index.remembered.len() < 10_000,
-            "{}",
-            index.remembered.len()
-        );
-        assert_eq!(
-            index.at_or_before(u64::MAX).line,
-            500_000 / LINES_APART * LINES_APART
-        );
+        assert!(index.remembered.len() < 10_000, "{}", index.remembered.len());
+        assert_eq!(index.at_or_before(u64::MAX).line, 500_000 / LINES_APART * LINES_APART);
     }
 }

@@ -44,11 +44,7 @@ impl TerminalText {
     /// No more bytes will come for what is held back: it is text as it stands.
     pub fn finish(&mut self) {
         for byte in std::mem::take(&mut self.held) {
-            self.text.push(if byte == b'\r' {
-                '\r'
-            } else {
-                char::REPLACEMENT_CHARACTER
-            });
+            self.text.push(if byte == b'\r' { '\r' } else { char::REPLACEMENT_CHARACTER });
         }
     }
 
@@ -97,8 +93,7 @@ impl TerminalText {
                 None if more => return self.held.extend_from_slice(invalid),
                 None => invalid.len(),
             };
-            self.text
-                .extend(std::iter::repeat_n(char::REPLACEMENT_CHARACTER, length));
+            self.text.extend(std::iter::repeat_n(char::REPLACEMENT_CHARACTER, length));
             bytes = &invalid[length..];
         }
     }

@@ -75,18 +75,14 @@ impl LogSpool for MemorySpool {
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
         let state = self.state();
-        let start = usize::try_from(offset)
-            .unwrap_or(usize::MAX)
-            .min(state.bytes.len());
+        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(state.bytes.len());
         let length = buffer.len().min(state.bytes.len() - start);
         buffer[..length].copy_from_slice(&state.bytes[start..start + length]);
         Ok(length)
     }
 
     fn truncate(&mut self, length: u64) -> io::Result<()> {
-        self.state()
-            .bytes
-            .truncate(usize::try_from(length).unwrap_or(usize::MAX));
+        self.state().bytes.truncate(usize::try_from(length).unwrap_or(usize::MAX));
         Ok(())
     }
 
@@ -195,10 +191,7 @@ impl ExecutorBackend for ScriptedJob {
             if self.0.fail_prepare.get() {
                 return Err(StepError("there is no shell".into()));
             }
-            let session = ScriptedSession {
-                job: self.clone(),
-                events: VecDeque::new(),
-            };
+            let session = ScriptedSession { job: self.clone(), events: VecDeque::new() };
             Ok(Box::new(session) as Box<dyn ShellSession>)
         }
         .boxed_local()
@@ -210,13 +203,7 @@ impl ExecutorBackend for ScriptedJob {
     ) -> LocalBoxFuture<'a, Result<Script, StepError>> {
         let names: Vec<_> = variables.iter().map(|v| v.name.as_str()).collect();
         let text = format!("export {}", names.join(" "));
-        async move {
-            Ok(Script {
-                text,
-                untraced: true,
-            })
-        }
-        .boxed_local()
+        async move { Ok(Script { text, untraced: true }) }.boxed_local()
     }
 
     fn shown_path(&self, file: &InjectedFile) -> String {
@@ -249,10 +236,7 @@ impl ShellSession for ScriptedSession {
         let scripted = || self.job.0.reactions.borrow_mut().pop_front();
         let reaction = if exports { None } else { scripted() };
         let end = |exit_code, job_result: &str| {
-            SessionEvent::ScriptEnded(ScriptEnd {
-                exit_code,
-                job_result: job_result.into(),
-            })
+            SessionEvent::ScriptEnded(ScriptEnd { exit_code, job_result: job_result.into() })
         };
         let (text, last) = match reaction.unwrap_or(Reaction::End("", 0)) {
             Reaction::End(text, exit_code) => (text, Some(end(exit_code, ""))),
@@ -261,8 +245,7 @@ impl ShellSession for ScriptedSession {
             Reaction::Hang(text) => (text, None),
         };
         if !text.is_empty() {
-            self.events
-                .push_back(SessionEvent::Output(Bytes::from_static(text.as_bytes())));
+            self.events.push_back(SessionEvent::Output(Bytes::from_static(text.as_bytes())));
         }
         self.events.extend(last);
         self.job.call(format!("run {}", script.text));

@@ -19,10 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 const GRACE: Duration = Duration::from_secs(2);
 
 fn job(json: &str) -> Job {
-    serde_json::from_str::<FileRequest>(json)
-        .unwrap()
-        .decode()
-        .unwrap()
+    serde_json::from_str::<FileRequest>(json).unwrap().decode().unwrap()
 }
 
 fn supervisor(world: &ScriptedJob) -> Addr<JobSupervisor> {
@@ -32,38 +29,26 @@ fn supervisor(world: &ScriptedJob) -> Addr<JobSupervisor> {
 
 async fn start(supervisor: &Addr<JobSupervisor>, job: Job) -> oneshot::Receiver<JobFinished> {
     let (finished, probe) = FinishedProbe::start_probe();
-    supervisor
-        .send(StartJob { job, finished })
-        .await
-        .unwrap()
-        .unwrap();
+    supervisor.send(StartJob { job, finished }).await.unwrap().unwrap();
     probe
 }
 
 async fn run(world: &ScriptedJob, json: &str) -> Outcome {
-    start(&supervisor(world), job(json))
-        .await
-        .await
-        .unwrap()
-        .outcome
+    start(&supervisor(world), job(json)).await.await.unwrap().outcome
 }
 
 /// The log without its times: `+ step`, `- step exit code`, output as it is.
 fn summary(world: &ScriptedJob) -> Vec<String> {
     let log = world.log();
-    let lines = log
-        .lines()
-        .map(|line| LogEvent::decode(line.as_bytes()).unwrap());
+    let lines = log.lines().map(|line| LogEvent::decode(line.as_bytes()).unwrap());
     lines
         .map(|event| match event {
             LogEvent::JobStarted { .. } => "job started".into(),
             LogEvent::CmdStarted { directive, .. } => format!("+ {directive}"),
             LogEvent::CmdOutput { output, .. } => output,
-            LogEvent::CmdFinished {
-                directive,
-                exit_code,
-                ..
-            } => format!("- {directive} {exit_code}"),
+            LogEvent::CmdFinished { directive, exit_code, .. } => {
+                format!("- {directive} {exit_code}")
+            }
             LogEvent::JobFinished { result, .. } => format!("job {result}"),
         })
         .collect()
@@ -101,44 +86,19 @@ fn assert_log(world: &ScriptedJob, parts: &[&[&str]]) {
 async fn a_passing_job_takes_every_step_in_order() {
     let world = ScriptedJob::new([Reaction::End("hi\r\n", 0)]);
     assert_eq!(run(&world, FULL_JOB).await, Outcome::Passed);
-    let main = [
-        "+ one",
-        "hi\n",
-        "- one 0",
-        "+ Two",
-        "Running: two\n",
-        "- Two 0",
-    ];
-    let epilogue = [
-        "+ always",
-        "- always 0",
-        "+ on pass",
-        "- on pass 0",
-        "job passed",
-    ];
+    let main = ["+ one", "hi\n", "- one 0", "+ Two", "Running: two\n", "- Two 0"];
+    let epilogue = ["+ always", "- always 0", "+ on pass", "- on pass 0", "job passed"];
     assert_log(&world, &[&PREPARED, &main, &RESULT_EXPORTED, &epilogue]);
     assert_eq!(world.calls().last().unwrap(), "end everything within 2s");
 }
 
 #[actix::test]
 async fn a_failure_skips_to_the_epilogues_which_change_nothing() {
-    let world = ScriptedJob::new([
-        Reaction::End("", 7),
-        Reaction::End("", 0),
-        Reaction::End("", 3),
-    ]);
+    let world =
+        ScriptedJob::new([Reaction::End("", 7), Reaction::End("", 0), Reaction::End("", 3)]);
     assert_eq!(run(&world, FULL_JOB).await, Outcome::Failed);
-    let rest = [
-        "+ always",
-        "- always 0",
-        "+ on fail",
-        "- on fail 3",
-        "job failed",
-    ];
-    assert_log(
-        &world,
-        &[&PREPARED, &["+ one", "- one 7"], &RESULT_EXPORTED, &rest],
-    );
+    let rest = ["+ always", "- always 0", "+ on fail", "- on fail 3", "job failed"];
+    assert_log(&world, &[&PREPARED, &["+ one", "- one 7"], &RESULT_EXPORTED, &rest]);
 }
 
 #[actix::test]
@@ -175,14 +135,8 @@ async fn exit_code_130_stops_the_job_from_inside() {
         let world = ScriptedJob::new([Reaction::StopFromInside("", variable)]);
         assert_eq!(run(&world, FULL_JOB).await, outcome);
         let end = format!("job {outcome}");
-        let rest = [
-            "+ one",
-            "- one 130",
-            "+ Checking job result",
-            line,
-            "- Checking job result 0",
-            &end,
-        ];
+        let rest =
+            ["+ one", "- one 130", "+ Checking job result", line, "- Checking job result 0", &end];
         assert_log(&world, &[&PREPARED, &rest]);
     }
 }
@@ -224,16 +178,9 @@ async fn what_is_wrong_with_a_job_is_in_the_log_of_its_step() {
     let world = ScriptedJob::default();
     let json = r#"{"job_id":"1","env_vars":[{"name":"A=1; touch x; B","value":""}],"commands":[{"directive":"one"}]}"#;
     assert_eq!(run(&world, json).await, Outcome::Failed);
-    assert!(
-        world
-            .log()
-            .contains("env_vars[0].name: invalid variable name `A=1; touch x; B`")
-    );
+    assert!(world.log().contains("env_vars[0].name: invalid variable name `A=1; touch x; B`"));
     assert!(!world.calls().contains(&"run one".to_owned()));
-    assert!(
-        world.log().contains("Exporting SEMAPHORE_JOB_RESULT"),
-        "epilogues still run"
-    );
+    assert!(world.log().contains("Exporting SEMAPHORE_JOB_RESULT"), "epilogues still run");
 
     let world = ScriptedJob::default();
     let json = r#"{"job_id":"1","files":[{"path":"/refused","content":"","mode":"644"}],"commands":[{"directive":"one"}]}"#;
@@ -242,15 +189,9 @@ async fn what_is_wrong_with_a_job_is_in_the_log_of_its_step() {
     assert!(!world.calls().contains(&"run one".to_owned()));
 
     let world = ScriptedJob::default();
-    assert_eq!(
-        run(&world, r#"{"job_id":"1","executor":"vm"}"#).await,
-        Outcome::Failed
-    );
+    assert_eq!(run(&world, r#"{"job_id":"1","executor":"vm"}"#).await, Outcome::Failed);
     assert!(world.log().contains("unknown executor `vm`"));
-    assert!(
-        !world.log().contains("Exporting"),
-        "no epilogues without an environment"
-    );
+    assert!(!world.log().contains("Exporting"), "no epilogues without an environment");
     assert!(!world.calls().contains(&"prepare".to_owned()));
 }
 
@@ -258,12 +199,8 @@ async fn what_is_wrong_with_a_job_is_in_the_log_of_its_step() {
 async fn a_failed_preparation_has_no_epilogues() {
     let world = ScriptedJob::default().failing_in_prepare();
     assert_eq!(run(&world, FULL_JOB).await, Outcome::Failed);
-    let rest = [
-        "+ Preparing the job",
-        "there is no shell\n",
-        "- Preparing the job 1",
-        "job failed",
-    ];
+    let rest =
+        ["+ Preparing the job", "there is no shell\n", "- Preparing the job 1", "job failed"];
     assert_log(&world, &[&["job started"], &rest]);
 }
 
@@ -273,23 +210,11 @@ async fn a_stop_kills_the_shell_first_and_keeps_what_was_printed() {
     let supervisor = supervisor(&world);
     let finished = start(&supervisor, job(FULL_JOB)).await;
     world.until_called("run one").await;
-    supervisor
-        .send(StopJob {
-            id: None,
-            manner: StopManner::Grace,
-        })
-        .await
-        .unwrap();
+    supervisor.send(StopJob { id: None, manner: StopManner::Grace }).await.unwrap();
     assert_eq!(finished.await.unwrap().outcome, Outcome::Stopped);
-    assert_log(
-        &world,
-        &[&PREPARED, &["+ one", "so far\n", "- one 1", "job stopped"]],
-    );
+    assert_log(&world, &[&PREPARED, &["+ one", "so far\n", "- one 1", "job stopped"]]);
     let calls = world.calls();
-    assert_eq!(
-        calls[calls.len() - 2..],
-        ["kill shell", "end everything within 2s"]
-    );
+    assert_eq!(calls[calls.len() - 2..], ["kill shell", "end everything within 2s"]);
 }
 
 #[actix::test]
@@ -297,14 +222,8 @@ async fn a_stop_counts_from_the_first_moment_on() {
     let world = ScriptedJob::default();
     let supervisor = supervisor(&world);
     let (finished, probe) = FinishedProbe::start_probe();
-    supervisor.do_send(StartJob {
-        job: job(FULL_JOB),
-        finished,
-    });
-    supervisor.do_send(StopJob {
-        id: JobId::new("1"),
-        manner: StopManner::Grace,
-    });
+    supervisor.do_send(StartJob { job: job(FULL_JOB), finished });
+    supervisor.do_send(StopJob { id: JobId::new("1"), manner: StopManner::Grace });
     assert_eq!(probe.await.unwrap().outcome, Outcome::Stopped);
     assert!(!world.calls().contains(&"run one".to_owned()));
 }
@@ -315,19 +234,9 @@ async fn a_stop_ends_a_preparation_that_hangs() {
     let supervisor = supervisor(&world);
     let finished = start(&supervisor, job(FULL_JOB)).await;
     world.until_called("prepare").await;
-    supervisor
-        .send(StopJob {
-            id: None,
-            manner: StopManner::AtOnce,
-        })
-        .await
-        .unwrap();
+    supervisor.send(StopJob { id: None, manner: StopManner::AtOnce }).await.unwrap();
     assert_eq!(finished.await.unwrap().outcome, Outcome::Stopped);
-    assert!(
-        world
-            .calls()
-            .contains(&"end everything within 0ns".to_owned())
-    );
+    assert!(world.calls().contains(&"end everything within 0ns".to_owned()));
 }
 
 #[actix::test]
@@ -337,19 +246,10 @@ async fn a_stop_during_an_epilogue_makes_the_result_stopped() {
     let supervisor = supervisor(&world);
     let finished = start(&supervisor, job(FULL_JOB)).await;
     world.until_called("run always").await;
-    supervisor
-        .send(StopJob {
-            id: None,
-            manner: StopManner::Grace,
-        })
-        .await
-        .unwrap();
+    supervisor.send(StopJob { id: None, manner: StopManner::Grace }).await.unwrap();
     assert_eq!(finished.await.unwrap().outcome, Outcome::Stopped);
     let log = summary(&world);
-    assert_eq!(
-        log[log.len() - 3..],
-        ["+ always", "- always 1", "job stopped"]
-    );
+    assert_eq!(log[log.len() - 3..], ["+ always", "- always 1", "job stopped"]);
 }
 
 #[actix::test]
@@ -358,39 +258,17 @@ async fn stale_stops_and_second_starts_change_nothing() {
     let supervisor = supervisor(&world);
     let finished = start(&supervisor, job(FULL_JOB)).await;
     world.until_called("run one").await;
-    supervisor
-        .send(StopJob {
-            id: JobId::new("2"),
-            manner: StopManner::AtOnce,
-        })
-        .await
-        .unwrap();
+    supervisor.send(StopJob { id: JobId::new("2"), manner: StopManner::AtOnce }).await.unwrap();
     let (nobody, _probe) = FinishedProbe::start_probe();
-    let again = |json| {
-        supervisor.send(StartJob {
-            job: job(json),
-            finished: nobody.clone(),
-        })
-    };
+    let again = |json| supervisor.send(StartJob { job: job(json), finished: nobody.clone() });
     let id = JobId::new("1").unwrap();
-    assert_eq!(
-        again(FULL_JOB).await.unwrap(),
-        Err(StartRefused::SameJob { id: id.clone() })
-    );
+    assert_eq!(again(FULL_JOB).await.unwrap(), Err(StartRefused::SameJob { id: id.clone() }));
     assert_eq!(
         again(r#"{"job_id":"2"}"#).await.unwrap(),
-        Err(StartRefused::Busy {
-            running: id.clone()
-        })
+        Err(StartRefused::Busy { running: id.clone() })
     );
     assert_eq!(supervisor.send(GetStatus).await.unwrap(), Some(id));
-    supervisor
-        .send(StopJob {
-            id: None,
-            manner: StopManner::Grace,
-        })
-        .await
-        .unwrap();
+    supervisor.send(StopJob { id: None, manner: StopManner::Grace }).await.unwrap();
     assert_eq!(finished.await.unwrap().outcome, Outcome::Stopped);
     assert_eq!(supervisor.send(GetStatus).await.unwrap(), None);
 }
@@ -399,55 +277,27 @@ async fn stale_stops_and_second_starts_change_nothing() {
 async fn the_log_stays_readable_until_the_next_job_starts() {
     let world = ScriptedJob::default();
     let supervisor = supervisor(&world);
-    start(&supervisor, job(r#"{"job_id":"1"}"#))
-        .await
-        .await
-        .unwrap();
+    start(&supervisor, job(r#"{"job_id":"1"}"#)).await.await.unwrap();
     let log = supervisor.send(GetLog).await.unwrap().unwrap();
     assert_eq!(log.id.as_str(), "1");
     let range = log.buffer.send(Follow { line: 2 }).await.unwrap().unwrap();
     assert!(range.sealed);
-    start(&supervisor, job(r#"{"job_id":"2"}"#))
-        .await
-        .await
-        .unwrap();
-    assert_eq!(
-        supervisor.send(GetLog).await.unwrap().unwrap().id.as_str(),
-        "2"
-    );
+    start(&supervisor, job(r#"{"job_id":"2"}"#)).await.await.unwrap();
+    assert_eq!(supervisor.send(GetLog).await.unwrap().unwrap().id.as_str(), "2");
 }
 
 #[actix::test]
 async fn output_is_gathered_but_not_for_long() {
     let world = ScriptedJob::new([Reaction::Hang("lone line\r\n")]);
     let supervisor = supervisor(&world);
-    let _finished = start(
-        &supervisor,
-        job(r#"{"job_id":"1","commands":[{"directive":"one"}]}"#),
-    )
-    .await;
+    let _finished =
+        start(&supervisor, job(r#"{"job_id":"1","commands":[{"directive":"one"}]}"#)).await;
     world.until_called("run one").await;
     let log = supervisor.send(GetLog).await.unwrap().unwrap().buffer;
-    let start_of_output = log
-        .send(ReadFrom { line: 0 })
-        .await
-        .unwrap()
-        .unwrap()
-        .next_line;
-    log.send(Follow {
-        line: start_of_output,
-    })
-    .await
-    .unwrap()
-    .unwrap();
+    let start_of_output = log.send(ReadFrom { line: 0 }).await.unwrap().unwrap().next_line;
+    log.send(Follow { line: start_of_output }).await.unwrap().unwrap();
     assert!(world.log().contains("lone line"));
-    supervisor
-        .send(StopJob {
-            id: None,
-            manner: StopManner::AtOnce,
-        })
-        .await
-        .unwrap();
+    supervisor.send(StopJob { id: None, manner: StopManner::AtOnce }).await.unwrap();
 }
 
 /// Crashes one actor while a command runs; answers the job's outcome and log.
@@ -460,21 +310,10 @@ async fn crash(which: PanicIn) -> (Outcome, Vec<String>) {
     assert_eq!(asked.is_err(), which == PanicIn::JobSupervisor);
     if which == PanicIn::LogBuffer {
         // A dead log is noticed by whoever writes to it next, here the stop.
-        supervisor
-            .send(StopJob {
-                id: None,
-                manner: StopManner::Grace,
-            })
-            .await
-            .unwrap();
+        supervisor.send(StopJob { id: None, manner: StopManner::Grace }).await.unwrap();
     }
     let outcome = finished.await.unwrap().outcome;
-    assert!(
-        world
-            .calls()
-            .contains(&"end everything within 2s".to_owned()),
-        "{which:?}"
-    );
+    assert!(world.calls().contains(&"end everything within 2s".to_owned()), "{which:?}");
     (outcome, summary(&world))
 }
 
@@ -499,11 +338,7 @@ async fn a_crash_of_the_supervisor_fails_the_job_and_says_so() {
 async fn a_crash_of_the_log_buffer_says_so_in_the_log_that_a_second_one_recovers() {
     let (outcome, log) = crash(PanicIn::LogBuffer).await;
     assert_eq!(outcome, Outcome::Stopped, "the stop that came on top");
-    assert!(
-        log.iter()
-            .any(|line| line.contains("the log buffer has crashed")),
-        "{log:?}"
-    );
+    assert!(log.iter().any(|line| line.contains("the log buffer has crashed")), "{log:?}");
     assert_eq!(log.last().unwrap(), "job stopped");
 }
 
@@ -518,21 +353,10 @@ async fn a_crash_of_the_log_buffer_fails_the_job() {
         assert_eq!(finished.await.unwrap().outcome, Outcome::Failed);
         summary(&world)
     };
-    assert!(
-        log.iter()
-            .any(|line| line.contains("the log buffer has crashed")),
-        "{log:?}"
-    );
+    assert!(log.iter().any(|line| line.contains("the log buffer has crashed")), "{log:?}");
     assert_eq!(log.last().unwrap(), "job failed");
     let recovered = supervisor.send(GetLog).await.unwrap().unwrap().buffer;
-    assert!(
-        recovered
-            .send(ReadFrom { line: 0 })
-            .await
-            .unwrap()
-            .unwrap()
-            .sealed
-    );
+    assert!(recovered.send(ReadFrom { line: 0 }).await.unwrap().unwrap().sealed);
 }
 
 #[actix::test]
@@ -543,11 +367,7 @@ async fn the_agent_lives_on_after_a_crash() {
     world.until_called("run one").await;
     supervisor.send(PanicIn::Executor).await.unwrap();
     assert_eq!(finished.await.unwrap().outcome, Outcome::Failed);
-    let next = start(
-        &supervisor,
-        job(r#"{"job_id":"2","commands":[{"directive":"x"}]}"#),
-    )
-    .await;
+    let next = start(&supervisor, job(r#"{"job_id":"2","commands":[{"directive":"x"}]}"#)).await;
     assert_eq!(next.await.unwrap().outcome, Outcome::Passed);
 }
 

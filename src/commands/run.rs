@@ -55,16 +55,9 @@ fn refuse(why: impl std::fmt::Display) -> Exit {
 
 fn start(args: &RunArgs, job: Job) -> io::Result<Outcome> {
     let shell = ShellConfig::from_env()?;
-    let path = args
-        .state_dir
-        .clone()
-        .unwrap_or_else(|| StateDir::default_path(&shell.home));
+    let path = args.state_dir.clone().unwrap_or_else(|| StateDir::default_path(&shell.home));
     let state = StateDir::open(path).map_err(io::Error::other)?;
-    System::new().block_on(supervise(
-        job,
-        ShellJobs { state, shell },
-        style(args.output),
-    ))
+    System::new().block_on(supervise(job, ShellJobs { state, shell }, style(args.output)))
 }
 
 fn style(asked: Option<Output>) -> Style {
@@ -110,10 +103,7 @@ async fn show_log(supervisor: &Addr<JobSupervisor>, style: Style) -> io::Result<
                 let sealed = range.sealed;
                 if ranges.send((range, Instant::now())).await.is_err() {
                     // Nobody reads any more: as with any program, that is a reason to end.
-                    supervisor.do_send(StopJob {
-                        id: None,
-                        manner: StopManner::Grace,
-                    });
+                    supervisor.do_send(StopJob { id: None, manner: StopManner::Grace });
                     break;
                 }
                 if sealed {
@@ -149,11 +139,7 @@ struct StopSignals([Signal; 3]);
 
 impl StopSignals {
     fn listen() -> io::Result<Self> {
-        let kinds = [
-            SignalKind::interrupt(),
-            SignalKind::terminate(),
-            SignalKind::hangup(),
-        ];
+        let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
         let [interrupt, terminate, hangup] = kinds.map(signal);
         Ok(Self([interrupt?, terminate?, hangup?]))
     }

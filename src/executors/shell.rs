@@ -45,10 +45,7 @@ impl ShellConfig {
         let (has_home, has_term) = (is_set("HOME"), is_set("TERM"));
         let home = std::env::home_dir().filter(|home| home.is_absolute());
         let home = home.ok_or_else(|| {
-            io::Error::new(
-                io::ErrorKind::NotFound,
-                "HOME is not the path of a directory",
-            )
+            io::Error::new(io::ErrorKind::NotFound, "HOME is not the path of a directory")
         })?;
         if !has_home {
             environment.push(("HOME".into(), home.clone().into()));
@@ -71,12 +68,7 @@ pub struct ShellBackend {
 impl ShellBackend {
     /// A place whose processes are started through `containment`.
     pub fn new(config: ShellConfig, directory: Rc<JobDir>, containment: ShellContainment) -> Self {
-        Self {
-            config,
-            directory,
-            containment,
-            staged: 0,
-        }
+        Self { config, directory, containment, staged: 0 }
     }
 
     async fn open_session(&self) -> io::Result<LocalSession> {
@@ -87,11 +79,9 @@ impl ShellBackend {
             directory: self.config.home.clone(),
             gone: gone.as_str().to_owned(),
             scratch: self.directory.path().to_owned(),
-            group: format!("semaphore-agent-{}", self.directory.name()),
+            group: self.directory.group_name(),
         };
-        self.containment
-            .start(&spec, shell_end, self.config.environment.clone())
-            .await?;
+        self.containment.start(&spec, shell_end, self.config.environment.clone()).await?;
         let mut session = Session::new(pty, gone)?;
         let path = self.directory.scratch().join("session");
         write_private(&path, session.bootstrap().as_bytes())?;
@@ -102,10 +92,7 @@ impl ShellBackend {
             let why = format!("the login shell was not ready after {seconds} s; do its profile scripts wait for something?");
             io::Error::new(io::ErrorKind::TimedOut, why)
         })??;
-        Ok(LocalSession {
-            session,
-            script: self.directory.scratch().join("command"),
-        })
+        Ok(LocalSession { session, script: self.directory.scratch().join("command") })
     }
 
     /// `path` made absolute, without `.` and `..`.
@@ -158,16 +145,10 @@ impl ExecutorBackend for ShellBackend {
         variables: &'a [EnvVar],
     ) -> LocalBoxFuture<'a, Result<Script, StepError>> {
         self.staged += 1;
-        let path = self
-            .directory
-            .scratch()
-            .join(format!("environment-{}", self.staged));
+        let path = self.directory.scratch().join(format!("environment-{}", self.staged));
         let written = write_private(&path, &export_lines(variables));
         let script = written
-            .map(|()| Script {
-                text: format!(". {}", quoted(&path)),
-                untraced: true,
-            })
+            .map(|()| Script { text: format!(". {}", quoted(&path)), untraced: true })
             .map_err(|error| StepError(format!("{}: {error}", path.display())));
         std::future::ready(script).boxed_local()
     }
@@ -184,11 +165,9 @@ impl ExecutorBackend for ShellBackend {
         let injected = match parse_octal_mode(&file.mode) {
             Some(mode) => inject(&path, &file.content, mode)
                 .map_err(|error| StepError(format!("{}: {error}", path.display()))),
-            None => Err(StepError(format!(
-                "{}: bad file permission '{}'",
-                path.display(),
-                file.mode
-            ))),
+            None => {
+                Err(StepError(format!("{}: bad file permission '{}'", path.display(), file.mode)))
+            }
         };
         std::future::ready(injected).boxed_local()
     }
@@ -199,12 +178,7 @@ fn inject(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
         fs::create_dir_all(parent)?;
     }
     let mut options = File::options();
-    let mut file = options
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(path)?;
+    let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(path)?;
     // Before the content comes: it is often a key.
     file.set_permissions(fs::Permissions::from_mode(mode))?;
     file.write_all(content)
@@ -231,12 +205,7 @@ fn export_lines(variables: &[EnvVar]) -> Vec<u8> {
 /// Writes a file that only the agent's user can read.
 fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut options = File::options();
-    let mut file = options
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(path)?;
+    let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(path)?;
     file.write_all(content)
 }
 

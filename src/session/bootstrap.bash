@@ -1,19 +1,20 @@
 __agent_begin() {
-  local status=$?
+  builtin local __agent_status=$?
   [[ ! ${1-} ]] || builtin set "-$1"
   __agent_running=1
-  builtin return "$status"
+  builtin return "$__agent_status"
 }
 __agent_end() {
-  local status=$? flags=$- mark result=${SEMAPHORE_JOB_RESULT-}
+  builtin local __agent_status=$? __agent_flags=$- __agent_mark __agent_result=${SEMAPHORE_JOB_RESULT-}
   builtin set +vx
   PS1= PS2=
-  result=${result:0:64}
+  __agent_result=${__agent_result:0:64}
   builtin printf '\001%s\001' '@ASK@' >/dev/tty
-  IFS= builtin read -r mark </dev/tty
-  builtin printf '\001%s %s %s %s\001' "$mark" "$status" "$flags" "${result//[[:cntrl:]]/?}" >/dev/tty
+  IFS= builtin read -r __agent_mark </dev/tty
+  builtin printf '\001%s %s %s %s\001' "$__agent_mark" "$__agent_status" "$__agent_flags" \
+    "${__agent_result//[[:cntrl:]]/?}" >/dev/tty
   __agent_running=
-  builtin return "$status"
+  builtin return "$__agent_status"
 }
 PROMPT_COMMAND='{ [[ ! ${__agent_running-} ]] || __agent_end; } 2>/dev/null'
 builtin set +o history

@@ -85,11 +85,7 @@ pub(super) struct Frames {
 impl Frames {
     /// Frames with these words.
     pub(super) fn new(ask: Mark, gone: Mark) -> Self {
-        Self {
-            ask,
-            gone,
-            script: None,
-        }
+        Self { ask, gone, script: None }
     }
 
     /// The first piece of `bytes`, and how many bytes it takes.
@@ -111,11 +107,7 @@ impl Frames {
                 None => incomplete = true,
             }
         }
-        match self
-            .script
-            .as_ref()
-            .and_then(|mark| starts_with(body, &mark.0))
-        {
+        match self.script.as_ref().and_then(|mark| starts_with(body, &mark.0)) {
             Some(true) => match memchr::memchr(EDGE, &body[32..]) {
                 Some(length) => {
                     let piece = parse_end(&body[32..32 + length]);
@@ -153,11 +145,7 @@ fn parse_end(fields: &[u8]) -> Option<Piece> {
     let exit_code = fields.next()?.parse().ok()?;
     let flags = fields.next()?.to_owned();
     let job_result = fields.next().unwrap_or_default().to_owned();
-    Some(Piece::End {
-        exit_code,
-        flags,
-        job_result,
-    })
+    Some(Piece::End { exit_code, flags, job_result })
 }
 
 #[cfg(test)]
@@ -171,10 +159,7 @@ mod tests {
     const SCRIPT: Mark = Mark(*b"55555555555555555555555555555555");
 
     fn frames(script: Option<Mark>) -> Frames {
-        Frames {
-            script,
-            ..Frames::new(ASK, GONE)
-        }
+        Frames { script, ..Frames::new(ASK, GONE) }
     }
 
     /// Parses a stream that arrives in chunks: the output, and the other pieces in order.
@@ -214,11 +199,8 @@ mod tests {
         for at in 0..stream.len() {
             let (output, pieces) = parse(&frames(Some(SCRIPT)), &[&stream[..at], &stream[at..]]);
             assert_eq!(output, b"out\x01putmore", "split at {at}");
-            let end = Piece::End {
-                exit_code: 130,
-                flags: "himBHs".into(),
-                job_result: "passed".into(),
-            };
+            let end =
+                Piece::End { exit_code: 130, flags: "himBHs".into(), job_result: "passed".into() };
             assert_eq!(pieces, [Piece::Ask, end, Piece::Gone], "split at {at}");
         }
     }
@@ -233,10 +215,7 @@ mod tests {
     fn old_marks_and_lone_edges_are_output() {
         let old = framed("44444444444444444444444444444444 0 hB passed");
         let stream = [&old[..], b"\x01\x01\x01 \x01exit 0\x01"].concat();
-        assert_eq!(
-            parse(&frames(Some(SCRIPT)), &[&stream]),
-            (stream.clone(), vec![])
-        );
+        assert_eq!(parse(&frames(Some(SCRIPT)), &[&stream]), (stream.clone(), vec![]));
     }
 
     #[test]

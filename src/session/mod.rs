@@ -82,11 +82,7 @@ impl<T: Terminal> Session<T> {
         // Turns tracing on again without tracing that, and without changing `$?`. For `set -v` on
         // a line of its own, as only whole lines are shown; else on the first, so that line
         // numbers are right.
-        let line_end = if self.tracing.contains('v') {
-            '\n'
-        } else {
-            ' '
-        };
+        let line_end = if self.tracing.contains('v') { '\n' } else { ' ' };
         let tracing = &self.tracing;
         format!("{{ __agent_begin {tracing} && [[ 1 ]]; }} 2>/dev/null;{line_end}{text}\n")
     }
@@ -112,9 +108,7 @@ impl<T: Terminal> Session<T> {
         };
         self.frames.script = Some(mark);
         self.terminal.suppress_echo()?;
-        self.terminal
-            .write_all(format!("{}\n", mark.as_str()).as_bytes())
-            .await
+        self.terminal.write_all(format!("{}\n", mark.as_str()).as_bytes()).await
     }
 
     /// Waits for the next event. Dropping the future loses nothing.
@@ -134,20 +128,13 @@ impl<T: Terminal> Session<T> {
                     }
                     self.received.advance(taken);
                 }
-                Piece::End {
-                    exit_code,
-                    flags,
-                    job_result,
-                } => {
+                Piece::End { exit_code, flags, job_result } => {
                     self.received.advance(taken);
                     self.frames.script = None;
                     if !self.untraced {
                         self.tracing = flags.matches(TRACING).collect();
                     }
-                    return SessionEvent::ScriptEnded(ScriptEnd {
-                        exit_code,
-                        job_result,
-                    });
+                    return SessionEvent::ScriptEnded(ScriptEnd { exit_code, job_result });
                 }
                 Piece::Gone => return SessionEvent::ShellEnded,
                 Piece::Incomplete => {
@@ -164,11 +151,7 @@ impl<T: Terminal> Session<T> {
     /// The stream is over: what looked like the beginning of a frame was output.
     fn end_of_stream(&mut self) -> SessionEvent {
         let rest: Bytes = self.received.split().freeze();
-        if rest.is_empty() {
-            SessionEvent::ShellEnded
-        } else {
-            SessionEvent::Output(rest)
-        }
+        if rest.is_empty() { SessionEvent::ShellEnded } else { SessionEvent::Output(rest) }
     }
 }
 

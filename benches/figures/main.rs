@@ -1,0 +1,301 @@
+//! The figures that this agent promises, measured on this machine: `cargo bench [-- PART OF A NAME]`.
+//!
+//! Each figure is the median of several runs. One with a floor, which is what the machine gives at
+//! best, is measured in turn with it, so that a noisy moment hits both.
+//!
+//! Jobs run in this process where the moments of their log events matter, else in the agent's
+//! binary.
+
+mod place;
+mod table;
+
+use std::error::Error;
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, SystemTime};
+
+use actix::{Actor as _, Arbiter, System};
+use actors::log_buffer::{Append, LogBuffer, Published, ReadFrom};
+use actors::log_event::LogEvent;
+use futures_util::future::LocalBoxFuture;
+use nix::libc;
+use nix::pty::openpty;
+use nix::sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr};
+use semaphore_agent::job_init;
+use semaphore_agent::spool::FileSpool;
+use serde_json::json;
+use tokio::time::{Instant, sleep};
+
+use crate::place::Place;
+use crate::table::{Figure, Target};
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+const AGENT: &str = env!("CARGO_BIN_EXE_agent");
+
+/// A line with its newline, in bytes.
+const LINE: u32 = 80;
+/// How many of them are in the large output: 50 MB.
+const LINES: u32 = 625_000;
+const OUTPUT: u32 = LINE * LINES;
+
+/// How many short commands a job has.
+const COMMANDS: u32 = 200;
+
+/// How many lines are printed slowly.
+const SLOW_LINES: usize = 50;
+
+/// How many events a long log has, and how many of them a reader wants.
+const EVENTS: u64 = 500_000;
+const LAST: u64 = 10;
+
+fn main() -> Result<()> {
+    let argument = std::env::args().skip(1).find(|given| given != "--bench");
+    // A job's first process is the program that runs the job: in here, this one.
+    if argument.as_deref() == Some("job-init") {
+        return Ok(job_init::run()?);
+    }
+    System::new().block_on(measure_all(&argument.unwrap_or_default()))
+}
+
+/// Measures every figure that has `part` in its name.
+async fn measure_all(part: &str) -> Result<()> {
+    let place = &Place::make()?;
+    // Nothing is measured before it is waited for.
+    let figures: [(&str, LocalBoxFuture<'_, Result<Figure>>); 8] = [
+        ("50 MB of 80-byte lines by cat, MB/s", Box::pin(large_output(place))),
+        ("200 x `echo hi`, ms per command", Box::pin(short_commands(place, "echo hi", 1.0))),
+        ("200 x `true`, ms per command", Box::pin(short_commands(place, "true", 0.7))),
+        ("a line until it is readable, p99, ms", Box::pin(latency(place))),
+        ("log bytes per byte of 80-byte lines", Box::pin(log_size(place))),
+        ("last 10 of 500,000 events, ms", Box::pin(last_events(place))),
+        ("peak memory over the 50 MB job, MB", Box::pin(peak_memory(place))),
+        ("`agent version`, ms", Box::pin(async { start_up(place) })),
+    ];
+    println!(
+        "{:<37} {:>25} {:>25} {:>5}  target",
+        "median (min .. max)", "floor", "figure", "ratio"
+    );
+    for (name, measured) in figures {
+        if name.contains(part) {
+            println!("{name:<37} {}", measured.await?);
+        }
+    }
+    Ok(())
+}
+
+async fn large_output(place: &Place) -> Result<Figure> {
+    let megabytes = f64::from(OUTPUT) / 1e6;
+    let cat = place.cat();
+    let (mut floor, mut runs) = (Vec::new(), Vec::new());
+    for _ in 0..9 {
+        floor.push(megabytes / bare_cat(&place.lines)?.as_secs_f64());
+        let log = place.run_job(&[&cat]).await?;
+        runs.push(megabytes / log.span_of(&cat)?.as_secs_f64());
+    }
+    Ok(Figure { floor, runs, target: Target::OfFloor(0.8) })
+}
+
+/// Lets `cat` print on a terminal where it is read and discarded.
+fn bare_cat(file: &Path) -> Result<Duration> {
+    let pair = openpty(None, None)?;
+    let mut modes = tcgetattr(&pair.slave)?;
+    modes.local_flags.remove(LocalFlags::ECHO);
+    tcsetattr(&pair.slave, SetArg::TCSANOW, &modes)?;
+    let mut terminal = File::from(pair.master);
+    let mut buffer = vec![0; 64 * 1024];
+
+    let begun = Instant::now();
+    // The command holds the terminal's other end until it is dropped.
+    let mut cat = Command::new("cat").arg(file).stdout(pair.slave).stdin(Stdio::null()).spawn()?;
+    let mut received = 0;
+    loop {
+        match terminal.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(read) => received += read,
+            // The other end is closed.
+            Err(error) if error.raw_os_error() == Some(libc::EIO) => break,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let took = begun.elapsed();
+    cat.wait()?;
+    if received != usize::try_from(OUTPUT + LINES)? {
+        return Err(format!("the bare terminal gave {received} bytes").into());
+    }
+    Ok(took)
+}
+
+async fn short_commands(place: &Place, command: &str, target: f64) -> Result<Figure> {
+    let commands = vec![command; usize::try_from(COMMANDS)?];
+    let mut runs = Vec::new();
+    for _ in 0..9 {
+        let log = place.run_job(&commands).await?;
+        runs.push(ms(log.span_of(command)? / COMMANDS));
+    }
+    Ok(Figure::without_floor(runs, target))
+}
+
+async fn latency(place: &Place) -> Result<Figure> {
+    let slow_lines =
+        format!("for _ in {{1..{SLOW_LINES}}}; do echo $EPOCHREALTIME; sleep 0.2; done");
+    let mut runs = Vec::new();
+    for _ in 0..3 {
+        let log = place.run_job(&[&slow_lines]).await?;
+        let mut delays = Vec::new();
+        for (event, readable) in &log.events {
+            if let LogEvent::CmdOutput { output, .. } = event {
+                let readable = readable.wall.duration_since(SystemTime::UNIX_EPOCH)?;
+                for printed in output.lines().filter_map(|line| line.parse().ok()) {
+                    delays.push(ms(readable.saturating_sub(Duration::from_secs_f64(printed))));
+                }
+            }
+        }
+        if delays.len() != SLOW_LINES {
+            return Err(format!("{} of {SLOW_LINES} lines came", delays.len()).into());
+        }
+        delays.sort_by(f64::total_cmp);
+        runs.push(delays[(SLOW_LINES * 99).div_ceil(100) - 1]);
+    }
+    Ok(Figure::without_floor(runs, 20.0))
+}
+
+async fn log_size(place: &Place) -> Result<Figure> {
+    let mut runs = Vec::new();
+    for _ in 0..3 {
+        let log = place.run_job(&[&place.cat()]).await?;
+        let printed: usize = log.events.iter().map(|(event, _)| printed(event)).sum();
+        if printed != usize::try_from(OUTPUT)? + "Exporting SEMAPHORE_JOB_RESULT\n".len() {
+            return Err(format!("the log has {printed} bytes of output").into());
+        }
+        runs.push(f64::from(log.size) / f64::from(OUTPUT));
+    }
+    Ok(Figure {
+        // Only the newline needs an escape.
+        floor: vec![f64::from(LINE + 1) / f64::from(LINE)],
+        runs,
+        target: Target::AtMost(1.05),
+    })
+}
+
+fn printed(event: &LogEvent) -> usize {
+    match event {
+        LogEvent::CmdOutput { output, .. } => output.len(),
+        _ => 0,
+    }
+}
+
+async fn last_events(place: &Place) -> Result<Figure> {
+    let spool = FileSpool::create(place.directory.path().join("long.jsonl"))?;
+    let arbiter = Arbiter::new();
+    let buffer = LogBuffer::new(Box::new(spool), Published::default());
+    let buffer = LogBuffer::start_in_arbiter(&arbiter.handle(), |_| buffer);
+    for number in 0..EVENTS {
+        let event = LogEvent::cmd_output(format!("line {number}\n"));
+        // Waiting for every one would only take longer.
+        if (number + 1) % 1000 == 0 {
+            buffer.send(Append { event }).await??;
+        } else {
+            buffer.do_send(Append { event });
+        }
+    }
+
+    let line = EVENTS - LAST;
+    let mut runs = Vec::new();
+    for _ in 0..100 {
+        let begun = Instant::now();
+        let range = buffer.send(ReadFrom { line }).await??;
+        let mut lines = vec![0; usize::try_from(range.end - range.start)?];
+        File::open(&range.path)?.read_exact_at(&mut lines, range.start)?;
+        runs.push(ms(begun.elapsed()));
+        let first = LogEvent::decode(lines.split(|byte| *byte == b'\n').next().unwrap_or(&[]))?;
+        if !matches!(first, LogEvent::CmdOutput { output, .. } if output == format!("line {line}\n"))
+        {
+            return Err("the last events are not where they should be".into());
+        }
+    }
+    arbiter.stop();
+    Ok(Figure::without_floor(runs, 1.0))
+}
+
+async fn peak_memory(place: &Place) -> Result<Figure> {
+    let job = place.directory.path().join("job.json");
+    let request = json!({"job_id": "1", "commands": [{"directive": place.cat()}]});
+    fs::write(&job, request.to_string())?;
+    let mut runs = Vec::new();
+    for _ in 0..5 {
+        let mut agent = Command::new(AGENT)
+            .args(["run", "--output", "json"])
+            .arg(&job)
+            .env_clear()
+            .envs(place.shell.environment.clone())
+            .stdout(Stdio::null())
+            .spawn()?;
+        // The peak only ever rises, so the last look misses no more than the last moment's.
+        let mut peak = 0.0;
+        let ended = loop {
+            peak = peak_so_far(agent.id())?.unwrap_or(peak);
+            match agent.try_wait()? {
+                Some(ended) => break ended,
+                None => sleep(Duration::from_millis(5)).await,
+            }
+        };
+        if !ended.success() {
+            return Err(format!("the agent ended with {ended}").into());
+        }
+        runs.push(peak);
+    }
+    Ok(Figure::without_floor(runs, 24.0))
+}
+
+/// A process's peak resident memory in MB; nothing if it is over.
+fn peak_so_far(process: u32) -> Result<Option<f64>> {
+    let status = fs::read_to_string(format!("/proc/{process}/status"))?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kibibytes = peak.and_then(|peak| peak.trim().strip_suffix(" kB"));
+    let kibibytes: Option<f64> = kibibytes.map(str::parse).transpose()?;
+    Ok(kibibytes.map(|kibibytes| kibibytes * 1024.0 / 1e6))
+}
+
+fn start_up(place: &Place) -> Result<Figure> {
+    let nothing = compile_nothing(place.directory.path())?;
+    let (mut floor, mut runs) = (Vec::new(), Vec::new());
+    for _ in 0..200 {
+        floor.push(ms(wall(&mut Command::new(&nothing))?));
+        runs.push(ms(wall(Command::new(AGENT).arg("version"))?));
+    }
+    Ok(Figure { floor, runs, target: Target::AtMost(3.0) })
+}
+
+/// The least program there can be: static if this machine has what that takes.
+fn compile_nothing(directory: &Path) -> Result<PathBuf> {
+    let (source, program) = (directory.join("nothing.c"), directory.join("nothing"));
+    fs::write(&source, "int main(void) { return 0; }\n")?;
+    let compile = |kind: &[&str]| {
+        let mut compiler = Command::new("cc");
+        compiler.args(kind).arg("-o").arg(&program).arg(&source);
+        compiler.output().map(|done| done.status.success())
+    };
+    if !compile(&["-static"])? {
+        println!("(no static C library here: the floor of `agent version` is a dynamic program)");
+        if !compile(&[])? {
+            return Err("cc can't compile the least program".into());
+        }
+    }
+    Ok(program)
+}
+
+fn wall(command: &mut Command) -> Result<Duration> {
+    command.stdout(Stdio::null());
+    let begun = Instant::now();
+    let ended = command.status()?;
+    let took = begun.elapsed();
+    if ended.success() { Ok(took) } else { Err(format!("{command:?} ended with {ended}").into()) }
+}
+
+fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}

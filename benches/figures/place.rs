@@ -1,0 +1,137 @@
+//! Runs jobs in this process and tells when each event of their logs was readable.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write as _};
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use actix::Actor as _;
+use actors::job::Outcome;
+use actors::job_request::FileRequest;
+use actors::job_supervisor::{GetLog, JobSupervisor, StartJob};
+use actors::log_buffer::Follow;
+use actors::log_event::LogEvent;
+use actors::metrics::Metrics;
+use actors::ports::DiscardMetrics;
+use actors::testing::FinishedProbe;
+use semaphore_agent::executors::shell::ShellConfig;
+use semaphore_agent::shell_jobs::ShellJobs;
+use semaphore_agent::state_dir::StateDir;
+use serde_json::json;
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+use crate::{LINES, Result};
+
+/// Where everything is made that is measured; gone with this value.
+pub(crate) struct Place {
+    pub(crate) directory: TempDir,
+    /// The file with the large output.
+    pub(crate) lines: PathBuf,
+    /// The jobs' surroundings.
+    pub(crate) shell: ShellConfig,
+}
+
+impl Place {
+    pub(crate) fn make() -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let lines = directory.path().join("lines");
+        let mut file = BufWriter::new(File::create_new(&lines)?);
+        for number in 0..LINES {
+            writeln!(file, "{number:079}")?;
+        }
+        file.into_inner()?;
+        let home = directory.path().to_owned();
+        let environment = vec![
+            ("PATH".into(), std::env::var_os("PATH").unwrap_or_default()),
+            ("HOME".into(), home.clone().into()),
+            ("TERM".into(), "xterm".into()),
+        ];
+        Ok(Self { directory, lines, shell: ShellConfig { home, environment } })
+    }
+
+    pub(crate) fn cat(&self) -> String {
+        format!("cat {}", self.lines.display())
+    }
+
+    /// Runs a job in this process. Its log is read when it is over, so as not to slow the job.
+    pub(crate) async fn run_job(&self, commands: &[&str]) -> Result<JobLog> {
+        let commands: Vec<_> =
+            commands.iter().map(|directive| json!({"directive": directive})).collect();
+        let request = json!({"job_id": "1", "commands": commands});
+        let job = serde_json::from_value::<FileRequest>(request)?.decode()?;
+        let jobs = ShellJobs {
+            state: StateDir::open(self.directory.path().join("state"))?,
+            shell: self.shell.clone(),
+        };
+        let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
+        let supervisor = JobSupervisor::new(Box::new(jobs), metrics, Duration::ZERO).start();
+        let (finished, end) = FinishedProbe::start_probe();
+        supervisor.send(StartJob { job, finished }).await??;
+
+        let buffer = supervisor.send(GetLog).await?.ok_or("no log")?.buffer;
+        let mut moments = Vec::new();
+        let mut line = 0;
+        let path = loop {
+            let range = buffer.send(Follow { line }).await??;
+            let readable = Moment::now();
+            line = range.next_line;
+            moments.resize(usize::try_from(line)?, readable);
+            if range.sealed {
+                break range.path;
+            }
+        };
+        let end = end.await?;
+        if end.outcome != Outcome::Passed {
+            return Err(format!("a job {}: {}", end.outcome, fs::read_to_string(path)?).into());
+        }
+        let log = fs::read(path)?;
+        let lines = log.split_inclusive(|byte| *byte == b'\n');
+        let events: std::result::Result<Vec<_>, _> = lines.map(LogEvent::decode).collect();
+        Ok(JobLog {
+            size: u32::try_from(log.len())?,
+            events: events?.into_iter().zip(moments).collect(),
+        })
+    }
+}
+
+/// When something was seen, by both clocks.
+#[derive(Clone, Copy)]
+pub(crate) struct Moment {
+    pub(crate) steady: Instant,
+    pub(crate) wall: SystemTime,
+}
+
+impl Moment {
+    fn now() -> Self {
+        Self { steady: Instant::now(), wall: SystemTime::now() }
+    }
+}
+
+/// The log of a job.
+pub(crate) struct JobLog {
+    /// In bytes.
+    pub(crate) size: u32,
+    /// Each with the moment when it was readable.
+    pub(crate) events: Vec<(LogEvent, Moment)>,
+}
+
+impl JobLog {
+    /// From the first start of `command` to its last end.
+    pub(crate) fn span_of(&self, command: &str) -> Result<Duration> {
+        let (mut first, mut last) = (None, None);
+        for (event, readable) in &self.events {
+            match event {
+                LogEvent::CmdStarted { directive, .. } if directive == command => {
+                    first.get_or_insert(readable.steady);
+                }
+                LogEvent::CmdFinished { directive, .. } if directive == command => {
+                    last = Some(readable.steady);
+                }
+                _ => {}
+            }
+        }
+        let span = first.zip(last).map(|(first, last)| last - first);
+        span.ok_or_else(|| format!("`{command}` is not in the log").into())
+    }
+}

@@ -1,0 +1,173 @@
+//! Nothing a job starts outlives it.
+
+use std::path::Path;
+
+use nix::sys::signal::Signal;
+
+use crate::support::{World, job_of, lives_with};
+
+/// Ways to get away from a shell; each prints `away` when it has.
+const ESCAPES: [&str; 8] = [
+    "sleep 1000 & echo away",
+    "nohup sleep 1000 >/dev/null 2>&1 & echo away",
+    "setsid sleep 1000 >/dev/null 2>&1 </dev/null & echo away",
+    // A daemon: forked twice, in a session of its own.
+    "(setsid bash -c 'sleep 1000 & exec sleep 1000' >/dev/null 2>&1 </dev/null &) ; echo away",
+    // Ignores all that can be ignored.
+    "bash -c \"trap '' HUP INT TERM QUIT; echo away; while :; do sleep 1000; done\" & wait -n & read -r <> <(:) -t 0.2; true",
+    "setsid -f bash -c \"trap '' HUP INT TERM QUIT; sleep 1000; sleep 1000\"; echo away",
+    // A stopped process heeds nothing but SIGKILL and SIGCONT.
+    "sleep 1000 & kill -STOP $!; disown -a; echo away",
+    // Without its environment, under another name.
+    "(exec -a innocent env -i setsid sleep 1000 >/dev/null 2>&1 </dev/null &); echo away",
+];
+
+/// A variable that all processes of one test's job have.
+fn marked(name: &str, commands: &[&str]) -> (String, String) {
+    let marker = format!("{name}-{}", std::process::id());
+    let mut job: serde_json::Value = serde_json::from_str(&job_of(commands)).unwrap();
+    job["env_vars"] = serde_json::json!([{ "name": "TEST_MARKER", "value": base64_of(&marker) }]);
+    (job.to_string(), format!("TEST_MARKER={marker}"))
+}
+
+fn base64_of(text: &str) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut encoded = String::new();
+    for group in text.as_bytes().chunks(3) {
+        let bits = group.iter().fold(0, |bits, byte| bits << 8 | u32::from(*byte))
+            << (8 * (3 - group.len()));
+        for i in 0..=group.len() {
+            encoded.push(char::from(DIGITS[(bits >> (18 - 6 * i) & 63) as usize]));
+        }
+    }
+    encoded
+}
+
+#[test]
+fn nothing_survives_the_normal_end() {
+    let (job, marker) = marked("normal-end", &ESCAPES);
+    let finished = World::new().run(&job);
+    assert_eq!(finished.result(), "passed", "{finished:?}");
+    assert_eq!(lives_with(&marker), [""; 0]);
+}
+
+#[test]
+fn nothing_survives_a_stop() {
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        let mut commands = ESCAPES.to_vec();
+        commands.push("echo running; sleep 1000; touch ~/deployed");
+        let (job, marker) = marked("stop", &commands);
+        let world = World::new();
+        let mut running = world.start(&job);
+        running.wait_for_output("running\n");
+        assert!(!lives_with(&marker).is_empty());
+        running.signal(signal);
+        let finished = running.finish();
+        assert_eq!((finished.result(), finished.exit_code), ("stopped", Some(130)), "{signal}");
+        assert_eq!(lives_with(&marker), [""; 0]);
+        assert!(!world.home().join("deployed").exists());
+    }
+}
+
+#[test]
+fn nothing_survives_the_agents_own_violent_death() {
+    let mut commands = ESCAPES.to_vec();
+    commands.push("echo running; sleep 1000");
+    let (job, marker) = marked("violent-death", &commands);
+    let world = World::new();
+    let mut running = world.start(&job);
+    running.wait_for_output("running\n");
+    running.signal(Signal::SIGKILL);
+    running.child.wait().unwrap();
+    // Nobody is left to tell when the clean-up is done, so it is watched.
+    wait_until(|| lives_with(&marker).is_empty());
+    wait_until(|| std::fs::read_dir(world.state()).unwrap().count() == 0);
+}
+
+#[test]
+fn nothing_survives_the_death_of_the_jobs_first_process() {
+    let mut commands = ESCAPES.to_vec();
+    commands.push("kill -9 $PPID; sleep 1000; touch ~/deployed");
+    let (job, marker) = marked("first-process", &commands);
+    let world = World::new();
+    let finished = world.run(&job);
+    assert_eq!(finished.result(), "failed");
+    assert_eq!(lives_with(&marker), [""; 0]);
+    assert!(!world.home().join("deployed").exists());
+}
+
+#[test]
+fn a_shell_that_ended_leaves_nothing_either() {
+    let mut commands = ESCAPES.to_vec();
+    commands.push("exec sleep 0");
+    let (job, marker) = marked("ended-shell", &commands);
+    assert_eq!(World::new().run(&job).result(), "failed");
+    assert_eq!(lives_with(&marker), [""; 0]);
+}
+
+#[test]
+fn a_tree_of_hundreds_is_ended() {
+    let tree = "b() { (($1 > 0)) || exec sleep 1000; b $(($1 - 1)) & b $(($1 - 1)) & wait; }";
+    let plant = format!("{tree}; trap '' TERM; b 7 >/dev/null 2>&1 & echo planted");
+    let (job, marker) = marked("tree", &[&plant]);
+    assert_eq!(World::new().run(&job).result(), "passed");
+    assert_eq!(lives_with(&marker), [""; 0]);
+}
+
+#[test]
+fn a_moving_target_is_ended() {
+    // Each process leaves a successor behind and ends.
+    let relay = "trap '' TERM HUP; m() { (sleep 0.002; m) & }; m >/dev/null 2>&1; echo off";
+    let (job, marker) = marked("relay", &[relay]);
+    assert_eq!(World::new().run(&job).result(), "passed");
+    assert_eq!(lives_with(&marker), [""; 0]);
+}
+
+#[test]
+fn a_polite_process_is_asked_first() {
+    let world = World::new();
+    let server = "bash -c 'trap \"echo asked >~/asked; exit\" TERM; touch ~/ready; while :; do sleep 0.01; done' &";
+    let ready = "until [[ -e ~/ready ]]; do sleep 0.01; done";
+    assert_eq!(world.run_commands(&[server, ready]).result(), "passed");
+    assert_eq!(std::fs::read_to_string(world.home().join("asked")).unwrap(), "asked\n");
+}
+
+#[test]
+fn the_exit_trap_of_the_shell_runs_at_the_normal_end() {
+    let world = World::new();
+    world.run_commands(&["trap 'echo cleaned >~/cleaned' EXIT"]);
+    assert!(world.home().join("cleaned").exists());
+}
+
+#[test]
+fn no_control_group_is_left() {
+    for last in ["true", "kill -9 $PPID; sleep 1000"] {
+        let finished = World::new().run_commands(&["cat /proc/self/cgroup", last]);
+        let group = finished.output();
+        let group = group.lines().find_map(|line| Some(line.split_once("semaphore-agent-job-")?.1));
+        let Some(group) = group else { return };
+        assert_eq!(directories_called("/sys/fs/cgroup".as_ref(), group), [""; 0], "after {last}");
+    }
+}
+
+fn directories_called(below: &Path, ending: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    // Control groups of others come and go.
+    let Ok(entries) = std::fs::read_dir(below) else { return found };
+    for entry in entries.flatten().filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir())) {
+        let path = entry.path();
+        if path.display().to_string().ends_with(ending) {
+            found.push(path.display().to_string());
+        }
+        found.extend(directories_called(&path, ending));
+    }
+    found
+}
+
+fn wait_until(done: impl Fn() -> bool) {
+    let deadline = std::time::SystemTime::now() + std::time::Duration::from_secs(20);
+    while !done() {
+        assert!(std::time::SystemTime::now() < deadline, "it took too long");
+        std::thread::yield_now();
+    }
+}

@@ -1,0 +1,280 @@
+//! Runs the real binary in a world of its own: a private HOME, a private state directory.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::rc::Rc;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use actors::log_event::LogEvent;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+/// A machine's user who runs jobs.
+pub struct World {
+    directory: Rc<TempDir>,
+}
+
+impl World {
+    pub fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("home")).unwrap();
+        Self { directory: Rc::new(directory) }
+    }
+
+    pub fn home(&self) -> PathBuf {
+        self.directory.path().join("home")
+    }
+
+    pub fn state(&self) -> PathBuf {
+        self.directory.path().join("state")
+    }
+
+    /// A file beside the home directory.
+    pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.directory.path().join(name);
+        fs::write(&path, content).unwrap();
+        path
+    }
+
+    /// The agent with nothing of the outer environment but PATH.
+    pub fn agent(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_agent"));
+        command.env_clear().env("PATH", std::env::var_os("PATH").unwrap());
+        command.env("HOME", self.home()).env("SEMAPHORE_AGENT_STATE_DIR", self.state());
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a job to its end.
+    pub fn run(&self, job: &str) -> Finished {
+        self.start(job).finish()
+    }
+
+    /// Starts a job; its log comes as event lines.
+    pub fn start(&self, job: &str) -> Running {
+        let path = self.file("job.yaml", job);
+        self.start_file(&path)
+    }
+
+    pub fn start_file(&self, path: &Path) -> Running {
+        let mut command = self.agent();
+        command.args(["run", "--output", "json"]).arg(path);
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let watchdog = Watchdog::over(&child);
+        Running { child, lines: None, _watchdog: watchdog, _world: Rc::clone(&self.directory) }
+    }
+
+    /// Runs commands as a job without anything else.
+    pub fn run_commands(&self, commands: &[&str]) -> Finished {
+        self.run(&job_of(commands))
+    }
+}
+
+/// A job of these commands, as JSON, so that nothing in them needs care.
+pub fn job_of(commands: &[&str]) -> String {
+    let commands: Vec<_> =
+        commands.iter().map(|text| serde_json::json!({ "directive": text })).collect();
+    serde_json::json!({ "job_id": "test", "commands": commands }).to_string()
+}
+
+/// A job that runs.
+pub struct Running {
+    pub child: Child,
+    lines: Option<BufReader<ChildStdout>>,
+    _watchdog: Watchdog,
+    _world: Rc<TempDir>,
+}
+
+/// Kills an agent that takes far too long, so that a hang is a failed test.
+struct Watchdog {
+    _called_off: mpsc::Sender<()>,
+}
+
+impl Watchdog {
+    fn over(child: &Child) -> Self {
+        let pid = Pid::from_raw(child.id().try_into().unwrap());
+        let (called_off, done) = mpsc::channel::<()>();
+        std::thread::spawn(move || {
+            if done.recv_timeout(Duration::from_secs(120)) == Err(mpsc::RecvTimeoutError::Timeout) {
+                eprintln!("the agent {pid} hangs and is killed");
+                let _ = kill(pid, Signal::SIGKILL);
+            }
+        });
+        Self { _called_off: called_off }
+    }
+}
+
+impl Running {
+    /// Reads on until an output holds `text`; answers all output since the last call.
+    pub fn wait_for_output(&mut self, text: &str) -> String {
+        let mut all = String::new();
+        let lines =
+            self.lines.get_or_insert_with(|| BufReader::new(self.child.stdout.take().unwrap()));
+        let mut line = String::new();
+        while !all.contains(text) {
+            line.clear();
+            assert_ne!(
+                lines.read_line(&mut line).unwrap(),
+                0,
+                "the log ended before {text:?}: {all}"
+            );
+            if let LogEvent::CmdOutput { output, .. } = LogEvent::decode(line.as_bytes()).unwrap() {
+                all.push_str(&output);
+            }
+        }
+        all
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id().try_into().unwrap()), signal).unwrap();
+    }
+
+    pub fn finish(mut self) -> Finished {
+        let mut stdout = Vec::new();
+        if let Some(mut lines) = self.lines.take() {
+            std::io::Read::read_to_end(&mut lines, &mut stdout).unwrap();
+        }
+        let mut output = self.child.wait_with_output().unwrap();
+        output.stdout.splice(0..0, stdout);
+        Finished::of(&output)
+    }
+}
+
+/// What a job left behind.
+#[derive(Debug)]
+pub struct Finished {
+    pub exit_code: Option<i32>,
+    pub events: Vec<LogEvent>,
+    pub stderr: String,
+}
+
+/// One step of a log: title, output, exit code.
+pub type Step = (String, String, i32);
+
+impl Finished {
+    pub fn of(output: &Output) -> Self {
+        let lines = output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+        Self {
+            exit_code: output.status.code(),
+            events: lines.map(|line| LogEvent::decode(line).unwrap()).collect(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    pub fn steps(&self) -> Vec<Step> {
+        let mut steps = Vec::new();
+        let mut printed = String::new();
+        for event in &self.events {
+            match event {
+                LogEvent::CmdOutput { output, .. } => printed.push_str(output),
+                LogEvent::CmdFinished { directive, exit_code, .. } => {
+                    steps.push((directive.clone(), std::mem::take(&mut printed), *exit_code));
+                }
+                _ => {}
+            }
+        }
+        steps
+    }
+
+    /// Output and exit code of each main command.
+    pub fn commands(&self) -> Vec<(String, i32)> {
+        let own = ["Exporting environment variables", "Injecting Files"];
+        let steps = self.steps().into_iter().filter(|(title, ..)| !own.contains(&title.as_str()));
+        steps.map(|(_, output, exit_code)| (output, exit_code)).collect()
+    }
+
+    /// Everything that commands printed.
+    pub fn output(&self) -> String {
+        self.commands().into_iter().map(|(output, _)| output).collect()
+    }
+
+    pub fn result(&self) -> &str {
+        match self.events.last() {
+            Some(LogEvent::JobFinished { result, .. }) => result,
+            other => panic!("the log ends with {other:?}; {}", self.stderr),
+        }
+    }
+}
+
+/// Writes all of `bytes` to a child's standard input and closes it.
+pub fn feed(child: &mut Child, bytes: &[u8]) {
+    child.stdin.take().unwrap().write_all(bytes).unwrap();
+}
+
+/// Whether a process has this marker in its environment.
+pub fn lives_with(marker: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap() {
+        let path = entry.unwrap().path();
+        let Ok(environment) = fs::read(path.join("environ")) else {
+            continue;
+        };
+        if environment.windows(marker.len()).any(|part| part == marker.as_bytes()) {
+            let name = fs::read_to_string(path.join("cmdline")).unwrap_or_default();
+            found.push(format!("{} {}", path.display(), name.replace('\0', " ")));
+        }
+    }
+    found
+}
+
+/// Whether `program` is there; says so if a test has to do without. On CI nothing is skipped.
+pub(crate) fn needs(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let is_there = Path::new(program).is_file()
+        || std::env::split_paths(&path).any(|directory| directory.join(program).is_file());
+    if !is_there {
+        assert!(
+            std::env::var_os("CI").is_none_or(|ci| ci != "true"),
+            "{program} is missing, and CI=true: nothing may be skipped"
+        );
+        let thread = std::thread::current();
+        let test = thread.name().unwrap_or("a test");
+        // Not `eprintln!`, which the test harness would swallow.
+        let mut stderr = std::io::stderr().lock();
+        writeln!(stderr, "SKIPPED: {test} needs {program}").unwrap();
+    }
+    is_there
+}
+
+/// As values and contents are written in job files.
+pub(crate) fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut encoded = String::new();
+    for group in bytes.chunks(3) {
+        let bits = [0, 1, 2].map(|i| u32::from(group.get(i).copied().unwrap_or(0)));
+        let bits = bits[0] << 16 | bits[1] << 8 | bits[2];
+        for i in 0..=group.len() {
+            encoded.push(char::from(DIGITS[(bits >> (18 - 6 * i) & 63) as usize]));
+        }
+    }
+    encoded
+}
+
+/// Waits for a child's end; one that does not come fails the test, and leaves nothing running.
+pub(crate) fn wait_for_end(child: Child) -> Output {
+    let pid = Pid::from_raw(child.id().try_into().unwrap());
+    let (sender, ended) = std::sync::mpsc::channel();
+    let waiter = std::thread::spawn(move || sender.send(child.wait_with_output().unwrap()));
+    let Ok(output) = ended.recv_timeout(PATIENCE) else {
+        kill(pid, Signal::SIGKILL).unwrap();
+        waiter.join().unwrap().unwrap();
+        panic!("process {pid} did not end within {PATIENCE:?}");
+    };
+    output
+}
+
+/// Waits for a file that a job makes.
+pub(crate) fn wait_for_file(path: &Path) {
+    let deadline = std::time::SystemTime::now() + PATIENCE;
+    while !path.exists() {
+        assert!(std::time::SystemTime::now() < deadline, "{} does not appear", path.display());
+        std::thread::yield_now();
+    }
+}
+
+/// How long a test waits for what must happen: long, for busy machines, but not for ever.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
