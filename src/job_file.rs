@@ -6,13 +6,23 @@ use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use actors::job::Job;
-use actors::job_request::{FileRequest, KNOWN_FIELDS};
+use actors::job_request::{FileRequest, known_fields};
 use serde::de::{
-    DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor,
+    DeserializeSeed, Deserializer, EnumAccess, Error as _, IgnoredAny, MapAccess, SeqAccess,
+    VariantAccess as _, Visitor,
 };
 
 /// The largest job file, in bytes.
 pub const MAX_SIZE: u64 = 32 * 1024 * 1024;
+
+/// The most text that a file may stand for once its aliases are replaced, in bytes.
+const MAX_EXPANDED: u32 = 128 * 1024 * 1024;
+
+/// How deep brackets may be nested: scanning YAML takes the square of it.
+const MAX_NESTING: usize = 1000;
+
+/// How many warnings or problems are told one by one; finding the line of each costs a reading.
+const MOST_TOLD: usize = 20;
 
 /// Field names that files may use for others.
 const ALIASES: [(&str, &str); 3] =
@@ -120,26 +130,37 @@ pub fn read(from: &Source) -> Result<JobFile, JobFileError> {
         Some(line) => format!("{from}:{line}"),
         None => from.to_string(),
     };
-    let mut warnings: Vec<String> = unknown
-        .iter()
-        .map(|path| format!("{}: unknown field {}", place(path), described(path)))
-        .collect();
-    for index in request.replaced_variables() {
-        let path = [Segment::key("env_vars"), Segment::Index(index), Segment::key("name")];
-        let name = request.variable_name(index).escape_debug().to_string();
-        let warning = format!(
-            "{}: variable `{name}` is set again further down; the last one wins",
-            place(&path)
-        );
-        warnings.push(warning);
-    }
+    let replaced = request.replaced_variables();
+    let unknown_told =
+        unknown.iter().map(|path| format!("{}: unknown field {}", place(path), described(path)));
+    let replaced_told = replaced.iter().map(|index| {
+        let path = [Segment::key("env_vars"), Segment::Index(*index), Segment::key("name")];
+        let name = request.variable_name(*index).escape_debug().to_string();
+        let place = place(&path);
+        format!("{place}: variable `{name}` is set again further down; the last one wins")
+    });
+    let all = unknown.len() + replaced.len();
+    let warnings = first_of(all, unknown_told.chain(replaced_told), from);
+
     let invalid = |what: Vec<String>| JobFileError::Invalid { what };
     let job = request.decode().map_err(|error| invalid(vec![format!("{from}: {error}")]))?;
-    let problems: Vec<String> = job
-        .problems()
-        .map(|problem| format!("{}: {problem}", place(&Segment::parse(&problem.path))))
-        .collect();
-    if problems.is_empty() { Ok(JobFile { job, warnings }) } else { Err(invalid(problems)) }
+    let problems = job.problems().count();
+    if problems > 0 {
+        let told = job
+            .problems()
+            .map(|problem| format!("{}: {problem}", place(&Segment::parse(&problem.path))));
+        return Err(invalid(first_of(problems, told, from)));
+    }
+    Ok(JobFile { job, warnings })
+}
+
+/// The first of `all` lines, and how many there are besides.
+fn first_of(all: usize, lines: impl Iterator<Item = String>, from: &Source) -> Vec<String> {
+    let mut told: Vec<String> = lines.take(MOST_TOLD).collect();
+    if all > told.len() {
+        told.push(format!("{from}: and {} more like these", all - told.len()));
+    }
+    told
 }
 
 fn read_text(from: &Source) -> Result<String, JobFileError> {
@@ -159,10 +180,11 @@ fn read_text(from: &Source) -> Result<String, JobFileError> {
     if bytes.len() as u64 > MAX_SIZE {
         return Err(JobFileError::TooLarge { from: from.clone() });
     }
-    String::from_utf8(bytes).map_err(|error| JobFileError::NotText {
+    let text = String::from_utf8(bytes).map_err(|error| JobFileError::NotText {
         from: from.clone(),
         offset: error.utf8_error().valid_up_to(),
-    })
+    })?;
+    Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
 }
 
 /// `name` and, if one is near, the known field that may be meant.
@@ -171,7 +193,11 @@ fn described(path: &[Segment]) -> String {
     let Some(Segment::Key(name)) = path.last() else {
         return format!("`{whole}`");
     };
-    let nearest = KNOWN_FIELDS
+    let part = path[..path.len() - 1].iter().rev().find_map(|segment| match segment {
+        Segment::Key(key) => Some(key.as_str()),
+        Segment::Index(_) => None,
+    });
+    let nearest = known_fields(part)
         .iter()
         .map(|known| (strsim::damerau_levenshtein(name, known), known))
         .min()
@@ -194,6 +220,7 @@ impl Format {
         let braces = text.trim_start().starts_with(['{', '[']);
         let is_json = |text| match serde_json::from_str::<IgnoredAny>(text) {
             Ok(_) => true,
+            Err(_) if deepest_nesting(text) > MAX_NESTING => true,
             Err(_) => serde_yaml::from_str::<IgnoredAny>(text).is_err(),
         };
         if braces && is_json(text) { Self::Json } else { Self::Yaml }
@@ -210,13 +237,23 @@ impl Format {
                 };
                 let request = request.map_err(|error| {
                     let path = track.path().to_string();
-                    if path == "." { error.to_string() } else { format!("{path}: {error}") }
+                    let error = without_value(&error.to_string());
+                    if path == "." { error } else { format!("{path}: {error}") }
                 })?;
                 json.end().map_err(|error| error.to_string())?;
                 Ok(request)
             }
-            Self::Yaml => noting_unknown(serde_yaml::Deserializer::from_str(text), unknown)
-                .map_err(|error| error.to_string()),
+            Self::Yaml if deepest_nesting(text) > MAX_NESTING => {
+                Err(format!("is nested more than {MAX_NESTING} levels deep"))
+            }
+            Self::Yaml => Measure { left: &mut MAX_EXPANDED.into() }
+                .deserialize(serde_yaml::Deserializer::from_str(text))
+                .and_then(|()| noting_unknown(serde_yaml::Deserializer::from_str(text), unknown))
+                .map_err(|error| {
+                    let what = without_value(&error.to_string());
+                    // Left out by the parser for the very first character.
+                    if what.contains("line ") { what } else { format!("{what} at line 1") }
+                }),
         }
     }
 
@@ -237,6 +274,32 @@ impl Format {
     }
 }
 
+/// How many brackets are open at once, wherever they stand: text has few that are never closed.
+fn deepest_nesting(text: &str) -> usize {
+    let depths = text.bytes().scan(0_usize, |depth, byte| {
+        match byte {
+            b'[' | b'{' => *depth += 1,
+            b']' | b'}' => *depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        Some(*depth)
+    });
+    depths.max().unwrap_or_default()
+}
+
+/// Takes the value out of serde's words about a wrong type: it may be a secret.
+fn without_value(message: &str) -> String {
+    const KINDS: [&str; 6] =
+        ["string", "integer", "floating point", "boolean", "character", "byte array"];
+    let redacted = ["invalid type: ", "invalid value: "].iter().find_map(|start| {
+        let (before, found) = message.split_once(start)?;
+        let (found, expected) = found.rsplit_once(", expected ")?;
+        let kind = KINDS.iter().find(|kind| found.starts_with(**kind))?;
+        Some(format!("{before}{start}{kind}, expected {expected}"))
+    });
+    redacted.unwrap_or_else(|| message.to_owned())
+}
+
 fn noting_unknown<'de, D>(
     input: D,
     unknown: &mut Vec<Vec<Segment>>,
@@ -245,6 +308,73 @@ where
     D: Deserializer<'de>,
 {
     serde_ignored::deserialize(input, |path| unknown.push(Segment::of(&path)))
+}
+
+/// Walks through everything and fails when there is more text than `left` bytes. Aliases make much
+/// of little; walking keeps none of it.
+struct Measure<'a> {
+    left: &'a mut u64,
+}
+
+impl<'de> DeserializeSeed<'de> for Measure<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<(), D::Error> {
+        input.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Measure<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("anything")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<(), E> {
+        *self.left = self
+            .left
+            .checked_sub(text.len() as u64)
+            .ok_or_else(|| E::custom("its aliases stand for too much text"))?;
+        Ok(())
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_unit<E>(self) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
+        while list.next_element_seed(Measure { left: self.left })?.is_some() {}
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while map.next_key_seed(Measure { left: self.left })?.is_some() {
+            map.next_value_seed(Measure { left: self.left })?;
+        }
+        Ok(())
+    }
+
+    fn visit_enum<A: EnumAccess<'de>>(self, tagged: A) -> Result<(), A::Error> {
+        let (IgnoredAny, value) = tagged.variant()?;
+        value.newtype_variant_seed(self)
+    }
 }
 
 /// One step from a value into one of its parts.
@@ -285,9 +415,9 @@ impl Segment {
         let mut joined = String::new();
         for segment in path {
             match segment {
-                Self::Index(index) => joined.push_str(&format!("[{index}]")),
+                Self::Index(index) => joined.extend(["[", &index.to_string(), "]"]),
                 Self::Key(key) if joined.is_empty() => joined.push_str(key),
-                Self::Key(key) => joined.push_str(&format!(".{key}")),
+                Self::Key(key) => joined.extend([".", key]),
             }
         }
         joined.escape_debug().to_string()
@@ -445,7 +575,10 @@ entirely_else: 1
         let json =
             read_str("{\"job_id\": \"1\",\n \"commands\": [{\"directive\": 7}]}").unwrap_err();
         let json = json.to_string();
-        assert!(json.contains("commands[0].directive: invalid type: integer `7`"), "{json}");
+        assert!(
+            json.contains("commands[0].directive: invalid type: integer, expected a string"),
+            "{json}"
+        );
         assert!(json.contains("line 2 column"), "{json}");
     }
 
@@ -477,6 +610,7 @@ entirely_else: 1
             read_str(&format!("job_id: {}1{}", "[".repeat(10_000), "]".repeat(10_000))).is_err()
         );
         assert!(read_str(&format!("{}1{}", "[".repeat(10_000), "]".repeat(10_000))).is_err());
+        assert!(read_str(&format!("job_id: {}", "[".repeat(200_000))).is_err());
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The `agent` program: parse, dispatch, exit code.
 
+use std::io::{self, Write as _};
 use std::process::ExitCode;
 
 use clap::Parser as _;
@@ -18,7 +19,7 @@ fn main() -> ExitCode {
         Command::JobInit => match job_init::run() {
             Ok(()) => Exit::Success,
             Err(error) => {
-                eprintln!("error: the job's first process failed: {error}");
+                let _ = writeln!(io::stderr(), "error: the job's first process failed: {error}");
                 Exit::Failure
             }
         },

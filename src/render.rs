@@ -17,8 +17,11 @@ const READ: usize = 256 * 1024;
 /// How many of the slowest steps the summary names.
 const SLOWEST: usize = 3;
 
-/// Steps of the agent's own, not worth showing when they had nothing to do.
+/// Steps of the agent's own.
 const OWN_STEPS: [&str; 2] = ["Exporting environment variables", "Injecting Files"];
+
+/// What they print when they had nothing to do that the job asked for.
+const NOTHING_TO_SEE: [&str; 2] = ["", "Exporting SEMAPHORE_JOB_RESULT\n"];
 
 /// How a log is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,12 +42,20 @@ pub struct Renderer<W> {
     output: W,
     style: Style,
     strip: StripBytes,
-    /// The step that runs: its title, since when, and whether its heading was shown.
-    step: Option<(String, Instant, bool)>,
+    step: Option<Step>,
     started: Option<Instant>,
     at_line_start: bool,
     timings: BTreeMap<Duration, String>,
     commands: usize,
+}
+
+/// The step that runs.
+struct Step {
+    title: String,
+    since: Instant,
+    /// Output of a step of the agent's own, held back until its end tells whether it is worth
+    /// showing.
+    held_back: Option<String>,
 }
 
 impl<W: Write> Renderer<W> {
@@ -95,45 +106,41 @@ impl<W: Write> Renderer<W> {
             LogEvent::JobStarted { .. } => self.started = Some(at),
             LogEvent::CmdStarted { directive, .. } => {
                 let own = OWN_STEPS.contains(&directive.as_str());
-                self.step = Some((directive, at, false));
+                let held_back = own.then(String::new);
                 if !own {
                     self.commands += 1;
-                    self.heading()?;
+                    self.heading(&directive)?;
                 }
+                self.step = Some(Step { title: directive, since: at, held_back });
             }
-            LogEvent::CmdOutput { output, .. } => {
-                self.heading()?;
-                self.text(output.as_bytes())?;
-            }
-            LogEvent::CmdFinished { directive, exit_code, .. } => {
-                let Some((_, since, shown)) = &self.step else {
-                    return Ok(());
-                };
-                let took = at.saturating_duration_since(*since);
-                if *shown || exit_code != 0 {
-                    self.heading()?;
-                    self.footer(exit_code, took)?;
+            LogEvent::CmdOutput { output, .. } => match &mut self.step {
+                Some(Step { held_back: Some(held_back), .. }) => held_back.push_str(&output),
+                _ => self.text(output.as_bytes())?,
+            },
+            LogEvent::CmdFinished { exit_code, .. } => {
+                let Some(step) = self.step.take() else { return Ok(()) };
+                if let Some(output) = step.held_back {
+                    if exit_code == 0 && NOTHING_TO_SEE.contains(&output.as_str()) {
+                        return Ok(());
+                    }
+                    self.heading(&step.title)?;
+                    self.text(output.as_bytes())?;
                 }
-                self.timings.insert(took, first_line(&directive));
+                let took = at.saturating_duration_since(step.since);
+                self.footer(exit_code, took)?;
+                self.timings.insert(took, first_line(&step.title));
                 if self.timings.len() > SLOWEST {
                     self.timings.pop_first();
                 }
-                self.step = None;
             }
             LogEvent::JobFinished { result, .. } => self.summary(&result, at)?,
         }
         Ok(())
     }
 
-    fn heading(&mut self) -> io::Result<()> {
-        let Some((title, _, shown @ false)) = &mut self.step else {
-            return Ok(());
-        };
-        *shown = true;
-        let title = first_line(title);
-        self.line_start()?;
+    fn heading(&mut self, title: &str) -> io::Result<()> {
         let arrow = self.painted("\x1b[1;36m", "▶");
-        let title = self.painted("\x1b[1m", &title);
+        let title = self.painted("\x1b[1m", &first_line(title));
         writeln!(self.output, "{arrow} {title}")
     }
 
@@ -181,7 +188,7 @@ impl<W: Write> Renderer<W> {
 
     /// Ends an unfinished line, and whatever colour the job left behind.
     fn line_start(&mut self) -> io::Result<()> {
-        if matches!(self.style, Style::Pretty { .. }) && self.step.is_some() {
+        if matches!(self.style, Style::Pretty { colour: true }) {
             self.output.write_all(b"\x1b[0m")?;
         }
         if !self.at_line_start {

@@ -97,14 +97,44 @@ pub struct Executor {
 struct Work {
     backend: Box<dyn ExecutorBackend>,
     session: Option<Box<dyn ShellSession>>,
+    output: Output,
+}
+
+/// What the session printed, on its way into the log.
+struct Output {
     log: Addr<LogBuffer>,
     text: TerminalText,
+    /// One event may be on its way while the terminal is read on: waiting for each before reading
+    /// would leave the job waiting for its terminal.
+    in_flight: Option<Request<LogBuffer, Append>>,
+}
+
+impl Output {
+    /// Sends the text collected so far; waits for all of it but the last event.
+    async fn send(&mut self) -> Result<(), ExecutorError> {
+        for piece in self.text.take() {
+            self.settle().await?;
+            let append = Append { event: LogEvent::cmd_output(piece) };
+            self.in_flight = Some(self.log.send(append));
+        }
+        Ok(())
+    }
+
+    /// Waits until everything that was sent is in the log.
+    async fn settle(&mut self) -> Result<(), ExecutorError> {
+        if let Some(request) = self.in_flight.take() {
+            let appended = request.await.map_err(|crash| ExecutorError::Log(crash.to_string()))?;
+            appended.map_err(|error| ExecutorError::Log(error.to_string()))?;
+        }
+        Ok(())
+    }
 }
 
 impl Executor {
     /// An executor that appends output to `log`.
     pub fn new(backend: Box<dyn ExecutorBackend>, log: Addr<LogBuffer>) -> Self {
-        let work = Work { backend, session: None, log, text: TerminalText::default() };
+        let output = Output { log, text: TerminalText::default(), in_flight: None };
+        let work = Work { backend, session: None, output };
         Self { work: Rc::new(Mutex::new(work)), aborted: CancellationToken::new() }
     }
 
@@ -149,8 +179,9 @@ impl Work {
             return Err(ExecutorError::NoShell);
         }
         let end = self.follow_script(aborted).await;
-        self.text.finish();
-        self.append_text().await?;
+        self.output.text.finish();
+        self.output.send().await?;
+        self.output.settle().await?;
         if matches!(end, Err(ExecutorError::ShellEnded)) {
             self.session = None;
         }
@@ -175,9 +206,9 @@ impl Work {
             };
             match event {
                 Some(SessionEvent::Output(bytes)) => {
-                    self.text.push(&bytes);
+                    self.output.text.push(&bytes);
                     let since = *due.get_or_insert_with(|| Instant::now() + GATHER);
-                    if self.text.len() < FULL_EVENT && Instant::now() < since {
+                    if self.output.text.len() < FULL_EVENT && Instant::now() < since {
                         continue;
                     }
                 }
@@ -185,23 +216,10 @@ impl Work {
                 Some(SessionEvent::ShellEnded) => return Err(ExecutorError::ShellEnded),
                 None => {}
             }
-            append(&self.log, &mut self.text).await?;
+            self.output.send().await?;
             due = None;
         }
     }
-
-    async fn append_text(&mut self) -> Result<(), ExecutorError> {
-        append(&self.log, &mut self.text).await
-    }
-}
-
-async fn append(log: &Addr<LogBuffer>, text: &mut TerminalText) -> Result<(), ExecutorError> {
-    for piece in text.take() {
-        let appended = log.send(Append { event: LogEvent::cmd_output(piece) }).await;
-        let appended = appended.map_err(|crash| ExecutorError::Log(crash.to_string()))?;
-        appended.map_err(|error| ExecutorError::Log(error.to_string()))?;
-    }
-    Ok(())
 }
 
 impl Actor for Executor {

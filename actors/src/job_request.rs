@@ -18,42 +18,41 @@ use crate::job::{
 /// The executors that a request may name.
 pub const KNOWN_EXECUTORS: [&str; 2] = ["shell", "dockercompose"];
 
-/// The fields of a request, by the place they stand in, for hints at misspelt ones.
-pub const KNOWN_FIELDS: [&str; 33] = [
-    "job_id",
-    "id",
-    "job_name",
-    "executor",
-    "compose",
-    "containers",
-    "image_pull_credentials",
-    "host_setup_commands",
-    "name",
-    "image",
-    "command",
-    "entrypoint",
-    "user",
-    "env_vars",
-    "files",
-    "file",
-    "commands",
-    "directive",
-    "alias",
-    "epilogue_always_commands",
-    "epilogue_commands",
-    "epilogue_on_pass_commands",
-    "epilogue_on_fail_commands",
-    "value",
-    "path",
-    "content",
-    "mode",
-    "ssh_public_keys",
-    "callbacks",
-    "logger",
-    "method",
-    "url",
-    "max_size_in_bytes",
-];
+/// The fields that the part of a request called `part` has; those of the request itself for
+/// nothing, and none where there are no such parts.
+pub fn known_fields(part: Option<&str>) -> &'static [&'static str] {
+    match part {
+        None => &[
+            "job_id",
+            "id",
+            "job_name",
+            "executor",
+            "compose",
+            "env_vars",
+            "files",
+            "file",
+            "commands",
+            "epilogue_always_commands",
+            "epilogue_commands",
+            "epilogue_on_pass_commands",
+            "epilogue_on_fail_commands",
+            "ssh_public_keys",
+            "callbacks",
+            "logger",
+        ],
+        Some("compose") => &["containers", "image_pull_credentials", "host_setup_commands"],
+        Some("containers") => {
+            &["name", "image", "command", "entrypoint", "user", "env_vars", "files"]
+        }
+        Some("image_pull_credentials") => &["env_vars", "files"],
+        Some("env_vars") => &["name", "value"],
+        Some("files" | "file") => &["path", "content", "mode"],
+        Some("callbacks") => &["finished", "teardown_finished", "token"],
+        Some("logger") => &["method", "url", "token", "max_size_in_bytes"],
+        Some(part) if part.ends_with("commands") => &["directive", "alias"],
+        Some(_) => &[],
+    }
+}
 
 /// The request names no job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -75,6 +74,7 @@ macro_rules! request_schema {
         $(, id: $id:literal, epilogue: $epilogue:literal, files: $files:literal)?) => {
         $(#[$doc])*
         #[derive(Debug, Deserialize)]
+        #[serde(expecting = "a job: a map with `job_id`, `commands` and so on")]
         pub struct $name {
             #[serde(default, deserialize_with = "null_is_empty" $(, alias = $id)?)]
             job_id: String,
@@ -180,6 +180,7 @@ raw!(RawCallbacks { finished: String, teardown_finished: String, token: String }
 raw!(RawLogger { method: String, url: String, token: String, max_size_in_bytes: u64 });
 
 #[derive(Debug, Default, Deserialize)]
+#[serde(expecting = "a map with `directive` and `alias`")]
 struct RawCommand {
     #[serde(default, deserialize_with = "null_is_empty")]
     directive: String,
@@ -188,6 +189,7 @@ struct RawCommand {
 }
 
 #[derive(Default, Deserialize)]
+#[serde(expecting = "a map with `name` and `value`")]
 struct RawEnvVar {
     #[serde(default, deserialize_with = "null_is_empty")]
     name: String,
@@ -202,6 +204,7 @@ impl std::fmt::Debug for RawEnvVar {
 }
 
 #[derive(Default, Deserialize)]
+#[serde(expecting = "a map with `path`, `content` and `mode`")]
 struct RawFile {
     #[serde(default, deserialize_with = "null_is_empty")]
     path: String,

@@ -9,7 +9,7 @@ use crate::log_event::MAX_OUTPUT_LINE;
 const EVENT_OVERHEAD: usize = 96;
 
 /// How much text is worth an event of its own while more keeps coming, in bytes.
-pub const FULL_EVENT: usize = 48 * 1024;
+pub const FULL_EVENT: usize = 24 * 1024;
 
 /// Collects output until it is taken as events' texts.
 #[derive(Debug, Default)]

@@ -25,6 +25,10 @@ use crate::state_dir::StateDir;
 /// What a job leaves running has so long to end when asked to.
 const GRACE: Duration = Duration::from_secs(2);
 
+/// How many pieces of the log the output may lag behind before they are joined and their steps'
+/// durations blur.
+const RANGES_AHEAD: usize = 4096;
+
 /// Runs the job; its exit code is the job's result.
 pub fn run(args: &RunArgs) -> Exit {
     let file = match job_file::read(&Source::from(args.file.as_path())) {
@@ -32,7 +36,7 @@ pub fn run(args: &RunArgs) -> Exit {
         Err(error) => return refuse(&error),
     };
     for warning in &file.warnings {
-        eprintln!("warning: {warning}");
+        tell(&format!("warning: {warning}"));
     }
     if file.job.executor == Ok(ExecutorKind::DockerCompose) {
         return refuse("executor: this build can't run `dockercompose` jobs yet; `shell` it can");
@@ -40,7 +44,7 @@ pub fn run(args: &RunArgs) -> Exit {
     match start(args, file.job) {
         Ok(outcome) => outcome.into(),
         Err(error) => {
-            eprintln!("error: {error}");
+            tell(&format!("error: {error}"));
             Exit::Failure
         }
     }
@@ -48,9 +52,14 @@ pub fn run(args: &RunArgs) -> Exit {
 
 fn refuse(why: impl std::fmt::Display) -> Exit {
     for line in why.to_string().lines() {
-        eprintln!("error: {line}");
+        tell(&format!("error: {line}"));
     }
     Exit::Usage
+}
+
+/// Says something to the person. A closed or full standard error changes nothing else.
+fn tell(line: &str) {
+    let _ = writeln!(io::stderr(), "{line}");
 }
 
 fn start(args: &RunArgs, job: Job) -> io::Result<Outcome> {
@@ -92,20 +101,25 @@ async fn supervise(job: Job, jobs: ShellJobs, style: Style) -> io::Result<Outcom
 /// Shows the log until its end. Writing happens on a thread of its own: a slow reader, or one that
 /// went away, must not hold up the job.
 async fn show_log(supervisor: &Addr<JobSupervisor>, style: Style) -> io::Result<()> {
-    let (ranges, to_show) = mpsc::channel(1);
+    let (ranges, to_show) = mpsc::channel(RANGES_AHEAD);
     let writer = std::thread::spawn(move || write_log(to_show, style));
     let mut line = 0;
     let mut log = supervisor.send(GetLog).await.ok().flatten();
     while let Some(current) = &log {
-        match current.buffer.send(Follow { line }).await {
+        let followed = tokio::select! {
+            followed = current.buffer.send(Follow { line }) => followed,
+            () = ranges.closed() => {
+                // Nobody reads any more: as with any program, that is a reason to end.
+                supervisor.do_send(StopJob { id: None, manner: StopManner::Grace });
+                break;
+            }
+        };
+        match followed {
             Ok(Ok(range)) => {
                 line = range.next_line;
                 let sealed = range.sealed;
-                if ranges.send((range, Instant::now())).await.is_err() {
-                    // Nobody reads any more: as with any program, that is a reason to end.
-                    supervisor.do_send(StopJob { id: None, manner: StopManner::Grace });
-                    break;
-                }
+                // A reader that has gone is noticed above.
+                let _ = ranges.send((range, Instant::now())).await;
                 if sealed {
                     break;
                 }
@@ -161,8 +175,6 @@ impl StopSignals {
             supervisor.do_send(StopJob { id: None, manner });
         }
         self.next().await;
-        // Nothing useful can be done about a full or closed terminal here.
-        let _ = io::stdout().flush();
         process::exit(Exit::Stopped.code().into());
     }
 }

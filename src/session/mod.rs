@@ -23,8 +23,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 pub use self::frames::Mark;
 use self::frames::{Frames, Piece};
 
-/// How much is read at once, in bytes.
-const READ: usize = 64 * 1024;
+/// How much is read at once, in bytes: eight times what a terminal gives, so that no read is cut
+/// short, and not more than fits one log event.
+const READ: usize = 8 * 4095;
 
 /// A stream of bytes with a terminal at its other end.
 pub trait Terminal: AsyncRead + AsyncWrite + Unpin {
