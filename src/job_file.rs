@@ -16,7 +16,7 @@ use serde::de::{
 pub const MAX_SIZE: u64 = 32 * 1024 * 1024;
 
 /// The most text that a file may stand for once its aliases are replaced, in bytes.
-const MAX_EXPANDED: u32 = 128 * 1024 * 1024;
+const MAX_EXPANDED: u64 = 128 * 1024 * 1024;
 
 /// How deep brackets may be nested: scanning YAML takes the square of it.
 const MAX_NESTING: usize = 1000;
@@ -246,9 +246,10 @@ impl Format {
             Self::Yaml if deepest_nesting(text) > MAX_NESTING => {
                 Err(format!("is nested more than {MAX_NESTING} levels deep"))
             }
-            Self::Yaml => Measure { left: &mut MAX_EXPANDED.into() }
-                .deserialize(serde_yaml::Deserializer::from_str(text))
-                .and_then(|()| noting_unknown(serde_yaml::Deserializer::from_str(text), unknown))
+            Self::Yaml if stands_for_too_much(text) => {
+                Err(format!("its aliases stand for more than {} MiB", MAX_EXPANDED >> 20))
+            }
+            Self::Yaml => noting_unknown(serde_yaml::Deserializer::from_str(text), unknown)
                 .map_err(|error| {
                     let what = without_value(&error.to_string());
                     // Left out by the parser for the very first character.
@@ -310,10 +311,18 @@ where
     serde_ignored::deserialize(input, |path| unknown.push(Segment::of(&path)))
 }
 
-/// Walks through everything and fails when there is more text than `left` bytes. Aliases make much
-/// of little; walking keeps none of it.
+/// Whether a few aliases make more text of `yaml` than memory may hold.
+fn stands_for_too_much(yaml: &str) -> bool {
+    let mut left = Some(MAX_EXPANDED);
+    // Whatever else is wrong is found again by who parses it for good.
+    let _ = Measure { left: &mut left }.deserialize(serde_yaml::Deserializer::from_str(yaml));
+    left.is_none()
+}
+
+/// Walks through everything and fails when there is more text than `left` bytes, which is nothing
+/// then. Walking keeps none of it.
 struct Measure<'a> {
-    left: &'a mut u64,
+    left: &'a mut Option<u64>,
 }
 
 impl<'de> DeserializeSeed<'de> for Measure<'_> {
@@ -332,11 +341,8 @@ impl<'de> Visitor<'de> for Measure<'_> {
     }
 
     fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<(), E> {
-        *self.left = self
-            .left
-            .checked_sub(text.len() as u64)
-            .ok_or_else(|| E::custom("its aliases stand for too much text"))?;
-        Ok(())
+        *self.left = self.left.and_then(|left| left.checked_sub(text.len() as u64));
+        if self.left.is_some() { Ok(()) } else { Err(E::custom("too much text")) }
     }
 
     fn visit_bool<E>(self, _: bool) -> Result<(), E> {
@@ -356,6 +362,10 @@ impl<'de> Visitor<'de> for Measure<'_> {
     }
 
     fn visit_unit<E>(self) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_none<E>(self) -> Result<(), E> {
         Ok(())
     }
 
@@ -602,7 +612,8 @@ entirely_else: 1
         let mut bomb = String::from("a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n");
         for i in 1..12 {
             let previous = format!("*a{}", i - 1);
-            bomb.push_str(&format!("a{i}: &a{i} [{}]\n", vec![previous; 10].join(",")));
+            let all = vec![previous; 10].join(",");
+            bomb.extend([&format!("a{i}: &a{i} [{all}]"), "\n"]);
         }
         bomb.push_str("commands: *a11\n");
         assert!(matches!(read_str(&bomb), Err(JobFileError::Syntax { .. })));

@@ -165,7 +165,7 @@ impl JobInit {
                     return self.leave(&mut control, agent_lives, "empty");
                 }
                 if now() >= give_up_at {
-                    let left = self.names_of_the_living();
+                    let left = Self::names_of_the_living();
                     return self.leave(&mut control, agent_lives, &format!("left {left}"));
                 }
                 if now() >= kill_at {
@@ -271,7 +271,7 @@ impl JobInit {
         signal_all(&descendants(getpid()).unwrap_or_default(), Signal::SIGKILL);
     }
 
-    fn names_of_the_living(&self) -> String {
+    fn names_of_the_living() -> String {
         let living = descendants(getpid()).unwrap_or_default();
         let named =
             |process: &Descendant| format!("{} ({})", process.pid, process.name.escape_debug());

@@ -236,7 +236,9 @@ mod tests {
     fn rendered(style: Style, events: &[LogEvent]) -> String {
         let file = tempfile::NamedTempFile::new().unwrap();
         let mut lines = Vec::new();
-        events.iter().for_each(|event| event.encode(&mut lines).unwrap());
+        for event in events {
+            event.encode(&mut lines).unwrap();
+        }
         std::fs::write(file.path(), &lines).unwrap();
         let mut output = Vec::new();
         let range = LogRange {

@@ -132,7 +132,7 @@ macro_rules! request_schema {
                 (0..self.env_vars.len()).filter(|i| last[self.env_vars[*i].name.as_str()] != *i).collect()
             }
 
-            /// The name of variable `index` of `env_vars`, as written.
+                    /// The name of variable `index` of `env_vars`, as written.
             pub fn variable_name(&self, index: usize) -> &str {
                 &self.env_vars[index].name
             }
@@ -252,14 +252,14 @@ fn decode_environment(variables: &[RawEnvVar]) -> Result<Vec<EnvVar>, Problems> 
                 format!("env_vars[{i}].name"),
                 format!(
                     "invalid variable name `{}`: letters, digits and _ only, and no digit first",
-                    raw.name.escape_debug()
+                    shown_name(&raw.name)
                 ),
             )
         });
         let value = decode_base64(&raw.value).map_err(|why| {
             problem(
                 format!("env_vars[{i}].value"),
-                format!("the value of `{}` {why}", raw.name.escape_debug()),
+                format!("the value of `{}` {why}", shown_name(&raw.name)),
             )
         });
         let value = value.and_then(|value| {
@@ -269,7 +269,7 @@ fn decode_environment(variables: &[RawEnvVar]) -> Result<Vec<EnvVar>, Problems> 
                     format!("env_vars[{i}].value"),
                     format!(
                         "the value of `{}` contains a NUL byte, which no environment can hold",
-                        raw.name.escape_debug()
+                        shown_name(&raw.name)
                     ),
                 )
             };
@@ -284,6 +284,14 @@ fn decode_environment(variables: &[RawEnvVar]) -> Result<Vec<EnvVar>, Problems> 
     }
     let in_order = by_name.into_iter().map(|(name, value)| EnvVar { name, value }).collect();
     if problems.is_empty() { Ok(in_order) } else { Err(problems) }
+}
+
+/// A name as messages show it: what follows a `=` may be a secret in the wrong place.
+fn shown_name(name: &str) -> String {
+    match name.split_once('=') {
+        Some((name, _)) => format!("{}=…", name.escape_debug()),
+        None => name.escape_debug().to_string(),
+    }
 }
 
 fn decode_files(files: &[RawFile], octal_modes: bool) -> Result<Vec<InjectedFile>, Problems> {

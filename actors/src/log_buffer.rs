@@ -267,7 +267,7 @@ mod tests {
 
     fn read(spool: &MemorySpool, range: &LogRange) -> Vec<String> {
         let bytes = spool.contents();
-        let (start, end) = (range.start as usize, range.end as usize);
+        let [start, end] = [range.start, range.end].map(|at| usize::try_from(at).unwrap());
         let lines = std::str::from_utf8(&bytes[start..end]).unwrap().lines();
         lines
             .map(|line| match LogEvent::decode(line.as_bytes()).unwrap() {

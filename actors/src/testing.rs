@@ -27,6 +27,10 @@ use crate::ports::{
 pub struct PanicNow;
 
 /// Panics as a bug would.
+///
+/// # Panics
+///
+/// Always.
 #[expect(clippy::panic, reason = "a crash is what it is for")]
 pub fn panic_as_asked() {
     panic!("a test asked for this panic");

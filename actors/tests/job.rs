@@ -1,4 +1,5 @@
 //! Several actors together, over scripted ports: the protocol's sequence, stops, and crashes.
+#![expect(clippy::unwrap_used, reason = "a failed test is a panic")]
 
 use std::time::Duration;
 
@@ -178,7 +179,7 @@ async fn what_is_wrong_with_a_job_is_in_the_log_of_its_step() {
     let world = ScriptedJob::default();
     let json = r#"{"job_id":"1","env_vars":[{"name":"A=1; touch x; B","value":""}],"commands":[{"directive":"one"}]}"#;
     assert_eq!(run(&world, json).await, Outcome::Failed);
-    assert!(world.log().contains("env_vars[0].name: invalid variable name `A=1; touch x; B`"));
+    assert!(world.log().contains("env_vars[0].name: invalid variable name `A=…`"));
     assert!(!world.calls().contains(&"run one".to_owned()));
     assert!(world.log().contains("Exporting SEMAPHORE_JOB_RESULT"), "epilogues still run");
 

@@ -31,7 +31,8 @@ const RANGES_AHEAD: usize = 4096;
 
 /// Runs the job; its exit code is the job's result.
 pub fn run(args: &RunArgs) -> Exit {
-    let file = match job_file::read(&Source::from(args.file.as_path())) {
+    let source = Source::from(args.file.as_path());
+    let file = match job_file::read(&source) {
         Ok(file) => file,
         Err(error) => return refuse(&error),
     };
@@ -39,7 +40,8 @@ pub fn run(args: &RunArgs) -> Exit {
         tell(&format!("warning: {warning}"));
     }
     if file.job.executor == Ok(ExecutorKind::DockerCompose) {
-        return refuse("executor: this build can't run `dockercompose` jobs yet; `shell` it can");
+        let why = "executor: this build can't run `dockercompose` jobs yet; `shell` it can";
+        return refuse(format!("{source}: {why}"));
     }
     match start(args, file.job) {
         Ok(outcome) => outcome.into(),

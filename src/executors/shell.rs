@@ -21,7 +21,7 @@ use crate::session::{Mark, Session, quoted};
 use crate::state_dir::JobDir;
 
 /// How long the user's profile scripts may take.
-const PROFILE_PATIENCE: Duration = Duration::from_secs(120);
+const PROFILE_PATIENCE: Duration = Duration::from_mins(2);
 
 /// Variables with the agent's own secrets, which no job may see.
 pub const AGENT_SECRETS: [&str; 2] = ["SEMAPHORE_AGENT_TOKEN", "SEMAPHORE_AGENT_AUTH_TOKEN_SECRET"];

@@ -171,8 +171,6 @@ fn a_terminal_gets_what_was_asked_for() {
         LogEvent::decode(format!("{line}\n").as_bytes()).unwrap();
     }
 }
-
-// KNOWN TO FAIL: a reset comes before each heading.
 #[test]
 fn no_color_is_honoured_on_a_terminal() {
     let world = World::new();
@@ -258,8 +256,6 @@ fn the_summary_names_the_slowest_steps() {
     assert!(lines[2].ends_with(" ms  sleep 0.3"), "{summary}");
     assert!(lines.len() <= 4, "{summary}");
 }
-
-// KNOWN TO FAIL: the export of the result is shown.
 #[test]
 fn a_job_without_epilogues_shows_its_own_steps_only() {
     let world = World::new();
@@ -297,7 +293,6 @@ fn a_reader_that_leaves_stops_a_job_that_goes_on_printing() {
 }
 
 /// One failed write is enough to know that nobody reads.
-// KNOWN TO FAIL: it is noticed with the output after that.
 #[test]
 fn a_reader_that_leaves_stops_a_job_that_prints_once_more() {
     let world = World::new();
@@ -352,7 +347,6 @@ fn a_slow_reader_gets_everything_and_holds_up_nothing() {
 }
 
 /// Durations are the job's, not the reader's.
-// KNOWN TO FAIL: a step is timed when its lines can be shown.
 #[test]
 fn a_slow_reader_changes_no_duration() {
     let world = World::new();
@@ -363,8 +357,6 @@ fn a_slow_reader_changes_no_duration() {
     let (_, step) = shown.split_once("▶ sleep 1.2\n").unwrap();
     assert!(step.starts_with("✓ exit code 0, 1."), "{}", &step[..200]);
 }
-
-// KNOWN TO FAIL: flushing waits for the lock on the output, for ever.
 #[test]
 fn a_third_signal_ends_an_agent_whose_reader_is_stuck() {
     let world = World::new();

@@ -99,7 +99,7 @@ impl Watchdog {
         let pid = Pid::from_raw(child.id().try_into().unwrap());
         let (called_off, done) = mpsc::channel::<()>();
         std::thread::spawn(move || {
-            if done.recv_timeout(Duration::from_secs(120)) == Err(mpsc::RecvTimeoutError::Timeout) {
+            if done.recv_timeout(Duration::from_mins(2)) == Err(mpsc::RecvTimeoutError::Timeout) {
                 eprintln!("the agent {pid} hangs and is killed");
                 let _ = kill(pid, Signal::SIGKILL);
             }
