@@ -122,10 +122,15 @@ async fn watch_over(
         line
     };
     let first = next_line().await;
-    let did_start = first.trim_end() == "started";
+    let (did_start, did_fail) = (first.starts_with("started"), first.starts_with("failed"));
     // Nobody waits for it if the job was stopped meanwhile.
     let _ = started.send(first);
-    let report = if did_start { next_line().await } else { "empty".into() };
+    let report = match (did_start, did_fail) {
+        (true, _) => next_line().await,
+        // Nothing was started, and it leaves by itself.
+        (_, true) => "empty".to_owned(),
+        _ => String::new(),
+    };
     let reported = report.trim_end();
     let result = match reported.strip_prefix("left ") {
         Some(what) => Err(LeftBehind { what: what.to_owned() }),

@@ -3,8 +3,9 @@
 use std::cell::{Cell, RefCell};
 
 use actix::prelude::*;
+use tokio_util::sync::CancellationToken;
 
-use crate::log_buffer::{Append, LogBuffer, LogError, Published, Seal};
+use crate::log_buffer::{Append, Follow, LogBuffer, LogError, Published, Seal};
 use crate::log_event::LogEvent;
 use crate::ports::LogSpool;
 use crate::terminal_text::cut_to_lines;
@@ -16,6 +17,7 @@ pub(crate) struct JobLog {
     spare: Box<dyn LogSpool>,
     published: Published,
     crash_told: Cell<bool>,
+    crashed: CancellationToken,
 }
 
 impl JobLog {
@@ -26,13 +28,21 @@ impl JobLog {
         let arbiter = Arbiter::new();
         let buffer = LogBuffer::new(spool, published.clone());
         let buffer = LogBuffer::start_in_arbiter(&arbiter.handle(), |_| buffer);
+        let crashed = CancellationToken::new();
+        actix::spawn(watch(buffer.clone(), crashed.clone()));
         Ok(Self {
             buffer: RefCell::new(buffer),
             arbiter,
             spare,
             published,
             crash_told: Cell::new(false),
+            crashed,
         })
+    }
+
+    /// Waits for a crash of the log buffer, which a job that prints nothing would not notice.
+    pub(crate) async fn crashed(&self) {
+        self.crashed.cancelled().await;
     }
 
     pub(crate) fn buffer(&self) -> Addr<LogBuffer> {
@@ -91,6 +101,13 @@ impl JobLog {
         *self.buffer.borrow_mut() =
             LogBuffer::start_in_arbiter(&self.arbiter.handle(), |_| recovered);
         Ok(())
+    }
+}
+
+/// Waits for a line that never comes: the reply is the end of the log, or of its buffer.
+async fn watch(buffer: Addr<LogBuffer>, crashed: CancellationToken) {
+    if buffer.send(Follow { line: u64::MAX }).await.is_err() {
+        crashed.cancel();
     }
 }
 

@@ -285,6 +285,7 @@ impl JobSteps {
             biased;
             () = self.interrupts.stop.cancelled() => Interrupted::Stopped,
             () = self.interrupts.orphaned.cancelled() => orphaned(),
+            () = self.log.crashed() => LogError::Crashed.into(),
         }
     }
 
