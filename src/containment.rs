@@ -14,17 +14,17 @@ use actors::ports::{Containment, LeftBehind};
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 use nix::sys::prctl;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{Pid, getpid};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
-use tokio::sync::{oneshot, watch};
-use tokio::time::{Instant, sleep};
+use tokio::sync::{Notify, oneshot, watch};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::cgroup::JobCgroup;
-use crate::job_init::Spec;
+use crate::job_init::{KILL_PATIENCE, Spec};
 use crate::process_tree::{descendants, signal_all};
 use crate::state_dir::JobDir;
 
@@ -33,6 +33,17 @@ const SWEEP_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How often it is swept until then.
 const SWEEP_AGAIN: Duration = Duration::from_millis(20);
+
+/// How long after the last moment for an answer the first process is taken for dead.
+const MARGIN: Duration = Duration::from_secs(5);
+
+/// A job's first process.
+struct FirstProcess {
+    pid: Option<Pid>,
+    control: StdUnixStream,
+    ended: watch::Receiver<Ended>,
+    overdue: Rc<Notify>,
+}
 
 /// What became of everything a job started; nothing while it runs.
 type Ended = Option<Result<(), LeftBehind>>;
@@ -45,9 +56,8 @@ pub struct ShellContainment {
 
 struct Shared {
     directory: Rc<JobDir>,
-    /// Where commands for the first process go, once there is one.
-    control: RefCell<Option<StdUnixStream>>,
-    ended: watch::Sender<Ended>,
+    /// Once there is one.
+    first: RefCell<Option<FirstProcess>>,
     /// No process may be started any more.
     closed: Cell<bool>,
 }
@@ -55,12 +65,7 @@ struct Shared {
 impl ShellContainment {
     /// Of a job that has not started anything.
     pub fn new(directory: Rc<JobDir>) -> Self {
-        let shared = Shared {
-            directory,
-            control: RefCell::new(None),
-            ended: watch::Sender::new(None),
-            closed: Cell::new(false),
-        };
+        let shared = Shared { directory, first: RefCell::new(None), closed: Cell::new(false) };
         Self { shared: Rc::new(shared) }
     }
 
@@ -87,11 +92,24 @@ impl ShellContainment {
         spec.push(b'\n');
         (&ours).write_all(&spec)?;
         ours.set_nonblocking(true)?;
-        self.shared.control.replace(Some(ours.try_clone()?));
+        let (ended, end) = watch::channel(None);
         let (started, answer) = oneshot::channel();
-        // A task of its own, as this one may be given up at any moment.
+        let first = FirstProcess {
+            pid: child.id().and_then(|pid| pid.try_into().ok()).map(Pid::from_raw),
+            control: ours.try_clone()?,
+            ended: end,
+            overdue: Rc::default(),
+        };
+        let overdue = Rc::clone(&first.overdue);
+        self.shared.first.replace(Some(first));
         let answers = BufReader::new(UnixStream::from_std(ours)?);
-        actix::spawn(watch_over(child, answers, started, Rc::clone(&self.shared)));
+        let directory = Rc::clone(&self.shared.directory);
+        // A task of its own, as this one may be given up at any moment. If it dies, `ended` closes.
+        actix::spawn(async move {
+            let result = watch_over(child, answers, started, &overdue, &directory).await;
+            directory.remove_scratch();
+            ended.send_replace(Some(result));
+        });
         let answer = answer.await.unwrap_or_default();
         match answer.trim_end().split_once(' ') {
             None if answer.trim_end() == "started" => Ok(()),
@@ -101,9 +119,11 @@ impl ShellContainment {
     }
 
     fn tell(&self, command: &str) {
-        if let Some(control) = self.shared.control.borrow_mut().as_mut() {
-            // A first process that is gone is noticed by who watches over it.
-            let _ = writeln!(control, "{command}");
+        if let Some(first) = self.shared.first.borrow_mut().as_mut() {
+            // A first process that is gone is noticed by who watches over it; one that the job has
+            // stopped has to go on.
+            let _ = writeln!(first.control, "{command}");
+            let _ = first.pid.map(|pid| kill(pid, Signal::SIGCONT));
         }
     }
 }
@@ -113,12 +133,16 @@ async fn watch_over(
     mut child: Child,
     mut answers: BufReader<UnixStream>,
     started: oneshot::Sender<String>,
-    shared: Rc<Shared>,
-) {
+    overdue: &Notify,
+    directory: &JobDir,
+) -> Result<(), LeftBehind> {
     let mut next_line = async || {
         let mut line = String::new();
-        // An unreadable line is as good as none.
-        let _ = answers.read_line(&mut line).await;
+        // An unreadable line is as good as none, and so is one that does not come.
+        tokio::select! {
+            _ = answers.read_line(&mut line) => {}
+            () = overdue.notified() => return String::new(),
+        }
         line
     };
     let first = next_line().await;
@@ -139,12 +163,11 @@ async fn watch_over(
             // It may be dead, or so confused that it must not go on.
             let _ = child.start_kill();
             let _ = child.wait().await;
-            sweep(&shared.directory.group_name()).await
+            sweep(&directory.group_name()).await
         }
     };
     let _ = child.wait().await;
-    shared.directory.remove_scratch();
-    shared.ended.send_replace(Some(result));
+    result
 }
 
 /// Kills everything below this process, which adopted what the job left.
@@ -155,13 +178,16 @@ async fn sweep(group: &str) -> Result<(), LeftBehind> {
         if let Some(group) = &group {
             group.kill();
         }
-        let below = descendants(getpid()).unwrap_or_default();
+        // What can't be seen may be there.
+        let seen = descendants(getpid());
+        let all_seen = seen.is_ok();
+        let below = seen.unwrap_or_default();
         signal_all(&below, Signal::SIGKILL);
         for adopted in below.iter().filter(|process| process.parent == getpid()) {
             // Answers at once; a process that still runs is waited for in the next round.
             let _ = waitpid(adopted.pid, Some(WaitPidFlag::WNOHANG));
         }
-        if below.is_empty() && group.as_ref().is_none_or(JobCgroup::is_empty) {
+        if all_seen && below.is_empty() && group.as_ref().is_none_or(JobCgroup::is_empty) {
             if let Some(group) = &group {
                 group.remove();
             }
@@ -184,15 +210,20 @@ impl Containment for ShellContainment {
         self.shared.closed.set(true);
         self.tell(&format!("end {}", grace.as_millis()));
         let shared = Rc::clone(&self.shared);
+        let first = shared.first.borrow();
+        let Some(first) = first.as_ref() else {
+            shared.directory.remove_scratch();
+            return std::future::ready(Ok(())).boxed_local();
+        };
+        let (mut ended, overdue) = (first.ended.clone(), Rc::clone(&first.overdue));
         async move {
-            if shared.control.borrow().is_none() {
-                // Nothing was started.
-                shared.directory.remove_scratch();
-                return Ok(());
+            let patience = grace + KILL_PATIENCE + MARGIN;
+            if timeout(patience, ended.wait_for(Option::is_some)).await.is_err() {
+                overdue.notify_one();
             }
-            let mut ended = shared.ended.subscribe();
-            let ended = ended.wait_for(Option::is_some).await;
-            ended.map_or(Ok(()), |ended| ended.clone().unwrap_or(Ok(())))
+            let nobody = || LeftBehind { what: "nobody watched over it to its end".into() };
+            let ended = ended.wait_for(Option::is_some).await.map_err(|_| nobody())?;
+            ended.clone().unwrap_or(Ok(()))
         }
         .boxed_local()
     }

@@ -19,7 +19,7 @@ pub const MAX_SIZE: u64 = 32 * 1024 * 1024;
 const MAX_EXPANDED: u64 = 128 * 1024 * 1024;
 
 /// How deep brackets may be nested: scanning YAML takes the square of it.
-const MAX_NESTING: usize = 1000;
+const MAX_NESTING: usize = 10_000;
 
 /// How many warnings or problems are told one by one; finding the line of each costs a reading.
 const MOST_TOLD: usize = 20;

@@ -8,7 +8,7 @@
 //! ```text
 //!              end GRACE                     nothing but         no child left
 //! Running ───────────────▶ All but the shell ───────────▶ Shell ───────────────▶ done
-//!    │                      asked to end      the shell  hung up                  ▲
+//!    │                      asked to end      the shell  hung up, or killed       ▲
 //!    │ agent gone                 │ grace over             │ grace over           │
 //!    └────────────────────────────┴──▶ All killed ◀────────┘                      │
 //!                                          └──────────────────────────────────────┘
@@ -47,17 +47,17 @@ pub struct Spec {
     /// The shell and its arguments.
     pub shell: Vec<String>,
     /// Where it starts.
-    pub directory: PathBuf,
+    pub home: PathBuf,
     /// Printed on the terminal between two bytes 1 when the shell has ended.
     pub gone: String,
     /// Removed with all that is in it if the agent dies.
-    pub scratch: PathBuf,
+    pub job_directory: PathBuf,
     /// The name for a control group.
     pub group: String,
 }
 
 /// How long killing may take before what is left is reported.
-const KILL_PATIENCE: Duration = Duration::from_secs(10);
+pub const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long to wait between two looks at what is left.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
@@ -82,24 +82,20 @@ struct JobInit {
     shell: Option<Pid>,
     terminal: PathBuf,
     gone: String,
-    scratch: PathBuf,
+    job_directory: PathBuf,
     group: Option<JobCgroup>,
     children: SignalFd,
     ending: Option<Ending>,
-    farewell: Option<Farewell>,
-}
-
-/// What is still to be printed on the terminal.
-struct Farewell {
-    terminal: File,
-    unsent: Vec<u8>,
+    /// It is stopped, and killed as soon as nothing else is left: the kernel hangs up on the running
+    /// command when the shell dies, which must not come before its SIGTERM.
+    shell_condemned: bool,
 }
 
 /// When the job is to be killed, and when to give up killing it.
 struct Ending {
     kill_at: Instant,
     give_up_at: Instant,
-    shell_hung_up: bool,
+    shell_ended: bool,
 }
 
 #[expect(clippy::disallowed_methods, reason = "a process without tokio has no other clock")]
@@ -126,7 +122,7 @@ impl JobInit {
         };
         let group = JobCgroup::create(&spec.group);
         let mut command = Command::new(program);
-        command.args(arguments).current_dir(&spec.directory);
+        command.args(arguments).current_dir(&spec.home);
         command.stdin(end()?).stdout(end()?).stderr(end()?);
         let procs = group.as_ref().and_then(|group| group.open_procs().ok());
         sys::lead_terminal_session(&mut command, procs);
@@ -134,17 +130,18 @@ impl JobInit {
             if let Some(group) = &group {
                 group.remove();
             }
-            io::Error::new(error.kind(), format!("{program} can't be started: {error}"))
+            let home = spec.home.display();
+            io::Error::new(error.kind(), format!("{program} can't be started in {home}: {error}"))
         })?;
         Ok(Self {
             shell: i32::try_from(shell.id()).ok().map(Pid::from_raw),
             terminal,
             gone: spec.gone,
-            scratch: spec.scratch,
+            job_directory: spec.job_directory,
             group,
             children,
             ending: None,
-            farewell: None,
+            shell_condemned: false,
         })
     }
 
@@ -158,7 +155,6 @@ impl JobInit {
                 self.obey(String::from_utf8_lossy(&line).trim_end());
             }
             let childless = self.reap();
-            self.send_farewell();
             if let Some(ending) = &self.ending {
                 let (kill_at, give_up_at) = (ending.kill_at, ending.give_up_at);
                 if childless && self.group.as_ref().is_none_or(JobCgroup::is_empty) {
@@ -171,23 +167,24 @@ impl JobInit {
                 if now() >= kill_at {
                     self.kill_everything();
                 } else {
-                    self.hang_up_lonely_shell();
+                    self.end_lonely_shell();
                 }
             }
             if self.wait(agent_lives.then_some(&control))? {
                 let mut buffer = [0; 256];
-                match control.read(&mut buffer)? {
-                    0 => {
+                match control.read(&mut buffer) {
+                    Ok(0) | Err(_) => {
                         agent_lives = false;
+                        self.signal_shell(Signal::SIGKILL);
                         self.end_within(Duration::ZERO);
                     }
-                    read => commands.extend_from_slice(&buffer[..read]),
+                    Ok(read) => commands.extend_from_slice(&buffer[..read]),
                 }
             }
         }
     }
 
-    /// Waits for the agent, a child, the terminal, or the next moment when something is due;
+    /// Waits for the agent, a child, or the next moment when something is due;
     /// whether it was the agent.
     fn wait(&self, control: Option<&UnixStream>) -> io::Result<bool> {
         let timeout = match &self.ending {
@@ -195,14 +192,11 @@ impl JobInit {
             Some(ending) => {
                 let until_kill = ending.kill_at.saturating_duration_since(now());
                 // The end of processes that are not this one's children has to be looked for.
-                let due =
-                    if ending.shell_hung_up { until_kill.max(LOOK_AGAIN) } else { LOOK_AGAIN };
+                let due = if ending.shell_ended { until_kill.max(LOOK_AGAIN) } else { LOOK_AGAIN };
                 PollTimeout::try_from(due).unwrap_or(PollTimeout::MAX)
             }
         };
         let mut waiting = vec![PollFd::new(self.children.as_fd(), PollFlags::POLLIN)];
-        let farewell = self.farewell.as_ref().map(|farewell| farewell.terminal.as_fd());
-        waiting.extend(farewell.map(|terminal| PollFd::new(terminal, PollFlags::POLLOUT)));
         waiting.extend(control.map(|control| PollFd::new(control.as_fd(), PollFlags::POLLIN)));
         match poll(&mut waiting, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
@@ -214,7 +208,10 @@ impl JobInit {
 
     fn obey(&mut self, command: &str) {
         match command.split_once(' ') {
-            None if command == "kill-shell" => self.signal_shell(Signal::SIGKILL),
+            None if command == "kill-shell" => {
+                self.shell_condemned = true;
+                self.signal_shell(Signal::SIGSTOP);
+            }
             Some(("end", grace)) => {
                 self.end_within(Duration::from_millis(grace.parse().unwrap_or(0)));
             }
@@ -238,8 +235,8 @@ impl JobInit {
             ending.give_up_at = ending.give_up_at.min(give_up_at);
             return;
         }
-        self.ending = Some(Ending { kill_at, give_up_at, shell_hung_up: false });
-        let others = self.all_but_the_shell();
+        self.ending = Some(Ending { kill_at, give_up_at, shell_ended: false });
+        let others = self.all_but_the_shell().unwrap_or_default();
         signal_all(&others, Signal::SIGTERM);
         // What is stopped can't heed it otherwise.
         signal_all(&others, Signal::SIGCONT);
@@ -247,21 +244,26 @@ impl JobInit {
 
     /// An interactive bash ignores SIGTERM but heeds a hangup, and runs its EXIT trap. It passes the
     /// hangup on to its jobs, so they are given the time to heed their SIGTERM first.
-    fn hang_up_lonely_shell(&mut self) {
-        let lonely = || self.all_but_the_shell().is_empty();
-        if self.ending.as_ref().is_some_and(|ending| !ending.shell_hung_up) && lonely() {
+    fn end_lonely_shell(&mut self) {
+        let lonely = || self.all_but_the_shell().is_ok_and(|others| others.is_empty());
+        if self.ending.as_ref().is_none_or(|ending| ending.shell_ended) || !lonely() {
+            return;
+        }
+        if self.shell_condemned {
+            self.signal_shell(Signal::SIGKILL);
+        } else {
             self.signal_shell(Signal::SIGHUP);
             self.signal_shell(Signal::SIGCONT);
-            if let Some(ending) = &mut self.ending {
-                ending.shell_hung_up = true;
-            }
+        }
+        if let Some(ending) = &mut self.ending {
+            ending.shell_ended = true;
         }
     }
 
-    fn all_but_the_shell(&self) -> Vec<Descendant> {
-        let mut others = descendants(getpid()).unwrap_or_default();
+    fn all_but_the_shell(&self) -> io::Result<Vec<Descendant>> {
+        let mut others = descendants(getpid())?;
         others.retain(|process| Some(process.pid) != self.shell && !process.zombie);
-        others
+        Ok(others)
     }
 
     fn kill_everything(&self) {
@@ -299,30 +301,18 @@ impl JobInit {
     }
 
     /// Announces the end of the shell on the terminal itself, so that it comes after everything
-    /// that was printed before. The shell's end hung up its terminal: all descriptors of old are
-    /// dead, and a new one is needed.
-    fn announce_end_of_shell(&mut self) {
-        let flags = (OFlag::O_NOCTTY | OFlag::O_NONBLOCK).bits();
-        let terminal = File::options().write(true).custom_flags(flags).open(&self.terminal);
-        // If the agent has closed its end, there is nobody to tell.
-        self.farewell = terminal.ok().map(|terminal| Farewell {
-            terminal,
-            unsent: format!("\x01{}\x01", self.gone).into_bytes(),
+    /// that was printed before. On a thread, as the terminal may be full for as long as the agent
+    /// does not read: a write that waits comes through whole and in its turn.
+    fn announce_end_of_shell(&self) {
+        let frame = format!("\x01{}\x01", self.gone);
+        let path = self.terminal.clone();
+        std::thread::spawn(move || {
+            // A new descriptor, for the case that the shell's end hung up the old ones.
+            let terminal =
+                File::options().write(true).custom_flags(OFlag::O_NOCTTY.bits()).open(path);
+            // If the agent has closed its end, there is nobody to tell.
+            let _ = terminal.and_then(|mut terminal| terminal.write_all(frame.as_bytes()));
         });
-        self.send_farewell();
-    }
-
-    /// The agent may be busy with what was printed before, or no longer care: never waits for it.
-    fn send_farewell(&mut self) {
-        while let Some(farewell) = &mut self.farewell {
-            match farewell.terminal.write(&farewell.unsent) {
-                Ok(sent) if sent < farewell.unsent.len() => {
-                    farewell.unsent.drain(..sent);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Ok(_) | Err(_) => self.farewell = None,
-            }
-        }
     }
 
     fn leave(self, control: &mut UnixStream, agent_lives: bool, report: &str) -> io::Result<()> {
@@ -332,7 +322,7 @@ impl JobInit {
         if agent_lives {
             return writeln!(control, "{report}");
         }
-        match fs::remove_dir_all(&self.scratch) {
+        match fs::remove_dir_all(&self.job_directory) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }

@@ -68,7 +68,7 @@ pub fn signal_all(processes: &[Descendant], signal: Signal) {
             Ok(()) | Err(Errno::ESRCH) => {}
             Err(error) => {
                 let (pid, name) = (process.pid.as_raw(), &process.name);
-                log::warn!(pid, name:?, error:% = error; "a process can't be signalled");
+                log::debug!(pid, name:?, error:% = error; "a process can't be signalled");
             }
         }
     }

@@ -41,6 +41,7 @@ pub enum Style {
 pub struct Renderer<W> {
     output: W,
     style: Style,
+    file: Option<File>,
     strip: StripBytes,
     step: Option<Step>,
     started: Option<Instant>,
@@ -64,6 +65,7 @@ impl<W: Write> Renderer<W> {
         Self {
             output,
             style,
+            file: None,
             strip: StripBytes::new(),
             step: None,
             started: None,
@@ -75,7 +77,11 @@ impl<W: Write> Renderer<W> {
 
     /// Shows the lines of `range`, which were readable at the moment `at`.
     pub fn show(&mut self, range: &LogRange, at: Instant) -> io::Result<()> {
-        let file = File::open(&range.path)?;
+        // Once: the job may remove even that, and must not be stopped for it.
+        let file = match self.file.take() {
+            Some(file) => file,
+            None => File::open(&range.path)?,
+        };
         let mut unread = range.start;
         let mut buffer = Vec::new();
         while unread < range.end {
@@ -88,6 +94,7 @@ impl<W: Write> Renderer<W> {
             self.show_lines(&buffer[..whole], at)?;
             buffer.drain(..whole);
         }
+        self.file = Some(file);
         self.output.flush()
     }
 

@@ -3,7 +3,7 @@
 use std::io;
 use std::rc::Rc;
 
-use actors::job::Job;
+use actors::job::{ExecutorKind, Job};
 use actors::ports::{JobParts, JobPartsFactory};
 
 use crate::containment::ShellContainment;
@@ -21,7 +21,11 @@ pub struct ShellJobs {
 }
 
 impl JobPartsFactory for ShellJobs {
-    fn make(&self, _: &Job) -> io::Result<JobParts> {
+    fn make(&self, job: &Job) -> io::Result<JobParts> {
+        if job.executor == Ok(ExecutorKind::DockerCompose) {
+            let why = "a job for containers must not run on this machine itself";
+            return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+        }
         let directory = Rc::new(self.state.make_job_dir()?);
         let spool = FileSpool::create(directory.path().join("log.jsonl"))?;
         let containment = ShellContainment::new(Rc::clone(&directory));

@@ -1,8 +1,8 @@
 //! The agent's private directory, and one directory in it for each job.
 
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use nix::unistd::geteuid;
@@ -25,12 +25,12 @@ pub struct StateDirError {
 
 impl StateDir {
     /// Makes `path`, or checks that nobody else has a hand in it.
-    pub fn open(path: PathBuf) -> Result<Self, StateDirError> {
-        let refuse = |why: String| StateDirError { path: path.clone(), why };
+    pub fn open(path: &Path) -> Result<Self, StateDirError> {
+        let refuse = |why: String| StateDirError { path: path.to_owned(), why };
         let mut builder = DirBuilder::new();
         builder.recursive(true).mode(0o700);
-        builder.create(&path).map_err(|error| refuse(error.to_string()))?;
-        let found = fs::symlink_metadata(&path).map_err(|error| refuse(error.to_string()))?;
+        builder.create(path).map_err(|error| refuse(error.to_string()))?;
+        let found = fs::symlink_metadata(path).map_err(|error| refuse(error.to_string()))?;
         if !found.is_dir() {
             return Err(refuse("it is not a directory".into()));
         }
@@ -38,10 +38,32 @@ impl StateDir {
             return Err(refuse("it belongs to another user".into()));
         }
         if found.mode() & 0o077 != 0 {
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o700))
-                .map_err(|error| refuse(error.to_string()))?;
+            return Err(refuse("others may look into it; `chmod 700` it, or name another".into()));
         }
-        Ok(Self { path })
+        let state = Self { path: path.to_owned() };
+        state.remove_dead_jobs().map_err(|error| refuse(error.to_string()))?;
+        Ok(state)
+    }
+
+    /// Removes what jobs left whose agents died with all that could clean up, as in a power cut.
+    fn remove_dead_jobs(&self) -> io::Result<()> {
+        let _others_wait = self.lock()?;
+        for entry in fs::read_dir(&self.path)? {
+            let path = entry?.path();
+            let is_job =
+                path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"job-"));
+            if is_job && File::open(&path).is_ok_and(|directory| directory.try_lock().is_ok()) {
+                remove(&path);
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps other agents from making or removing jobs' directories while the result lives.
+    fn lock(&self) -> io::Result<File> {
+        let directory = File::open(&self.path)?;
+        directory.lock()?;
+        Ok(directory)
     }
 
     /// Where it is by default: below the user's state directory.
@@ -56,8 +78,11 @@ impl StateDir {
         let name = Mark::random().map_err(io::Error::other)?;
         let name = format!("job-{}", &name.as_str()[..12]);
         let path = fs::canonicalize(&self.path)?.join(&name);
+        let _others_wait = self.lock()?;
         DirBuilder::new().mode(0o700).create(&path)?;
-        let directory = JobDir { path, name };
+        let lock = File::open(&path)?;
+        lock.lock()?;
+        let directory = JobDir { path, name, _lock: lock };
         DirBuilder::new().mode(0o700).create(directory.scratch())?;
         Ok(directory)
     }
@@ -68,6 +93,8 @@ impl StateDir {
 pub struct JobDir {
     path: PathBuf,
     name: String,
+    /// Held as long as the job's agent lives.
+    _lock: File,
 }
 
 impl JobDir {

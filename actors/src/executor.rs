@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::job::{EnvVar, InjectedFile};
-use crate::log_buffer::{Append, LogBuffer};
+use crate::log_buffer::{Append, LogBuffer, LogError};
 use crate::log_event::LogEvent;
 use crate::ports::{ExecutorBackend, Script, ScriptEnd, SessionEvent, ShellSession, StepError};
 use crate::terminal_text::{FULL_EVENT, TerminalText};
@@ -62,11 +62,16 @@ pub struct RunCommand {
     pub script: Script,
 }
 
-/// Gives up what is at work, and everything that may still be asked. What was printed so far is
-/// still appended. Doesn't end any process: that is the containment's work.
+/// Gives up what is at work, and everything that may still be asked. What was read from the terminal
+/// so far is still appended. Doesn't end any process: that is the containment's work.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "()")]
 pub struct Abort;
+
+/// Takes what is still printed and drops it, until the shell has ended.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct Discard;
 
 /// Why a message could not be carried out.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -123,7 +128,7 @@ impl Output {
     /// Waits until everything that was sent is in the log.
     async fn settle(&mut self) -> Result<(), ExecutorError> {
         if let Some(request) = self.in_flight.take() {
-            let appended = request.await.map_err(|crash| ExecutorError::Log(crash.to_string()))?;
+            let appended = request.await.unwrap_or(Err(LogError::Crashed));
             appended.map_err(|error| ExecutorError::Log(error.to_string()))?;
         }
         Ok(())
@@ -174,10 +179,9 @@ impl Work {
         let Some(session) = &mut self.session else {
             return Err(ExecutorError::NoShell);
         };
-        if session.start(script).await.is_err() {
-            self.session = None;
-            return Err(ExecutorError::NoShell);
-        }
+        session.start(script).await.map_err(|error| {
+            StepError(format!("the script can't be handed to the shell: {error}"))
+        })?;
         let end = self.follow_script(aborted).await;
         self.output.text.finish();
         self.output.send().await?;
@@ -276,6 +280,20 @@ impl Handler<RunCommand> for Executor {
         self.reply_with(async move |work: &mut Work, aborted: &CancellationToken| {
             work.run(&message.script, aborted).await
         })
+    }
+}
+
+impl Handler<Discard> for Executor {
+    type Result = ResponseActFuture<Self, ()>;
+
+    fn handle(&mut self, _: Discard, _: &mut Self::Context) -> Self::Result {
+        let work = Rc::clone(&self.work);
+        let discard = async move {
+            if let Some(session) = &mut work.lock().await.session {
+                while session.next_event().await != SessionEvent::ShellEnded {}
+            }
+        };
+        Box::pin(discard.into_actor(self))
     }
 }
 

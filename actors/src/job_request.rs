@@ -73,7 +73,7 @@ macro_rules! request_schema {
     ($(#[$doc:meta])* $name:ident
         $(, id: $id:literal, epilogue: $epilogue:literal, files: $files:literal)?) => {
         $(#[$doc])*
-        #[derive(Debug, Deserialize)]
+        #[derive(Deserialize)]
         #[serde(expecting = "a job: a map with `job_id`, `commands` and so on")]
         pub struct $name {
             #[serde(default, deserialize_with = "null_is_empty" $(, alias = $id)?)]
@@ -132,7 +132,7 @@ macro_rules! request_schema {
                 (0..self.env_vars.len()).filter(|i| last[self.env_vars[*i].name.as_str()] != *i).collect()
             }
 
-                    /// The name of variable `index` of `env_vars`, as written.
+            /// The name of variable `index` of `env_vars`, as written.
             pub fn variable_name(&self, index: usize) -> &str {
                 &self.env_vars[index].name
             }
@@ -149,11 +149,13 @@ request_schema!(
     FileRequest, id: "id", epilogue: "epilogue_commands", files: "file"
 );
 
+// No `Debug` for any of these: they hold secrets.
+
 /// Fields of the request that no executor of this build reads yet still have their types checked.
 macro_rules! raw {
     ($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty),* $(,)? }) => {
         $(#[$doc])*
-        #[derive(Debug, Default, Deserialize)]
+        #[derive(Default, Deserialize)]
         #[expect(dead_code, reason = "read by serde: a wrong type is an error wherever it stands")]
         struct $name {
             $(#[serde(default, deserialize_with = "null_is_empty")] $field: $type,)*
@@ -179,7 +181,7 @@ raw!(RawCredentials { env_vars: Vec<RawEnvVar>, files: Vec<RawFile> });
 raw!(RawCallbacks { finished: String, teardown_finished: String, token: String });
 raw!(RawLogger { method: String, url: String, token: String, max_size_in_bytes: u64 });
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(expecting = "a map with `directive` and `alias`")]
 struct RawCommand {
     #[serde(default, deserialize_with = "null_is_empty")]
@@ -197,12 +199,6 @@ struct RawEnvVar {
     value: String,
 }
 
-impl std::fmt::Debug for RawEnvVar {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}=…", self.name)
-    }
-}
-
 #[derive(Default, Deserialize)]
 #[serde(expecting = "a map with `path`, `content` and `mode`")]
 struct RawFile {
@@ -212,12 +208,6 @@ struct RawFile {
     content: String,
     #[serde(default, deserialize_with = "null_is_empty")]
     mode: String,
-}
-
-impl std::fmt::Debug for RawFile {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} (mode {})", self.path, self.mode)
-    }
 }
 
 fn problem(path: String, message: impl Into<String>) -> Problem {

@@ -75,6 +75,7 @@ impl JobSteps {
             Ok(outcome) => outcome,
             Err(Interrupted::Stopped) => Outcome::Stopped,
             Err(Interrupted::Crashed(what)) => {
+                self.containment.kill_shell();
                 self.log.tell_crash(&what).await;
                 Outcome::Failed
             }

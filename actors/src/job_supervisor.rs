@@ -20,7 +20,7 @@ use actix::prelude::*;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::executor::Executor;
+use crate::executor::{Discard, Executor};
 use crate::job::{Job, JobId, Outcome};
 use crate::job_lifecycle::{JobLifecycle, StartRefused, StopDecision};
 use crate::job_log::JobLog;
@@ -28,7 +28,7 @@ use crate::job_steps::{Interrupts, JobSteps};
 use crate::log_buffer::LogBuffer;
 use crate::log_event::LogEvent;
 use crate::metrics::{Metrics, Time};
-use crate::ports::{Containment, JobParts, JobPartsFactory};
+use crate::ports::{Containment, JobParts, JobPartsFactory, LeftBehind};
 
 /// Starts a job. The reply is the admission decision, not the outcome.
 #[derive(Debug, Message)]
@@ -177,6 +177,7 @@ impl JobTask {
         let id = steps.job.id.clone();
         let log = Rc::clone(&steps.log);
         let containment = Rc::clone(&steps.containment);
+        let executor = steps.executor.clone();
         let stop = steps.interrupts.stop.clone();
         let started = Instant::now();
 
@@ -185,6 +186,7 @@ impl JobTask {
             Ok(_) if stop.is_cancelled() => Outcome::Stopped,
             Ok(outcome) => outcome,
             Err(_) => {
+                containment.kill_shell();
                 log.tell_crash("the job's steps have crashed").await;
                 Outcome::Failed
             }
@@ -200,7 +202,7 @@ impl JobTask {
                 }
                 log.seal().await;
             },
-            containment.end_everything(grace),
+            end_everything(&*containment, grace, &executor),
         );
         if let Err(left) = cleaned {
             log::error!(job:% = id, left:% = left; "a job left something behind");
@@ -210,6 +212,21 @@ impl JobTask {
         // The slot is free before anybody is told that it is.
         let _ = supervisor.send(JobTornDown).await;
         finished.do_send(JobFinished { id, outcome });
+    }
+}
+
+/// Ends everything while the executor still holds the terminal and takes what is printed there:
+/// closing it would hang up on processes that are about to be asked to end, and a full one would
+/// keep them from ending.
+async fn end_everything(
+    containment: &dyn Containment,
+    grace: Duration,
+    executor: &Addr<Executor>,
+) -> Result<(), LeftBehind> {
+    let mut ended = containment.end_everything(grace);
+    tokio::select! {
+        ended = &mut ended => ended,
+        _ = executor.send(Discard) => ended.await,
     }
 }
 

@@ -73,7 +73,7 @@ pub enum LogError {
     #[error("an event could not be encoded")]
     Encode(#[from] serde_json::Error),
     /// The spool failed.
-    #[error("the log file failed")]
+    #[error("the log file failed: {0}")]
     Spool(#[from] io::Error),
     /// The log buffer is gone.
     #[error("the log buffer has crashed")]
@@ -152,7 +152,11 @@ impl LogBuffer {
         event.encode(&mut self.line)?;
         if let Err(error) = self.spool.append(&self.line) {
             // Half a line may be there; the next one must not continue it.
-            self.spool.truncate(self.index.end().offset)?;
+            if self.spool.truncate(self.index.end().offset).is_err() {
+                // It can't be cut off, so nothing may come after it.
+                self.sealed = true;
+                self.wake_followers();
+            }
             return Err(error.into());
         }
         self.index.append(self.line.len() as u64);

@@ -2,6 +2,7 @@
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::process;
+use std::task::Poll;
 use std::time::Duration;
 
 use actix::{Actor, Addr, Context, Handler, Recipient, System};
@@ -67,7 +68,7 @@ fn tell(line: &str) {
 fn start(args: &RunArgs, job: Job) -> io::Result<Outcome> {
     let shell = ShellConfig::from_env()?;
     let path = args.state_dir.clone().unwrap_or_else(|| StateDir::default_path(&shell.home));
-    let state = StateDir::open(path).map_err(io::Error::other)?;
+    let state = StateDir::open(&path).map_err(io::Error::other)?;
     System::new().block_on(supervise(job, ShellJobs { state, shell }, style(args.output)))
 }
 
@@ -126,8 +127,9 @@ async fn show_log(supervisor: &Addr<JobSupervisor>, style: Style) -> io::Result<
                     break;
                 }
             }
+            Ok(Err(error)) => return Err(io::Error::other(error)),
             // A crashed buffer has a successor as soon as the job notices.
-            Ok(Err(_)) | Err(_) => {
+            Err(_) => {
                 actix::clock::sleep(Duration::from_millis(10)).await;
                 log = supervisor.send(GetLog).await.ok().flatten();
             }
@@ -151,22 +153,28 @@ fn write_log(mut to_show: mpsc::Receiver<(LogRange, Instant)>, style: Style) -> 
 }
 
 /// The signals that ask for a stop.
-struct StopSignals([Signal; 3]);
+struct StopSignals(Vec<Signal>);
 
 impl StopSignals {
+    /// Signals that are ignored from the start, as under `nohup`, stay ignored.
     fn listen() -> io::Result<Self> {
+        let status = std::fs::read_to_string("/proc/self/status")?;
+        let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+        let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+        let is_heeded = |kind: &SignalKind| {
+            ignored.is_none_or(|mask| mask >> (kind.as_raw_value() - 1) & 1 == 0)
+        };
         let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
-        let [interrupt, terminate, hangup] = kinds.map(signal);
-        Ok(Self([interrupt?, terminate?, hangup?]))
+        Ok(Self(kinds.into_iter().filter(is_heeded).map(signal).collect::<io::Result<_>>()?))
     }
 
     async fn next(&mut self) {
-        let [interrupt, terminate, hangup] = &mut self.0;
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
-        }
+        std::future::poll_fn(|cx| {
+            let mut signals = self.0.iter_mut();
+            let came = signals.any(|signal| signal.poll_recv(cx).is_ready());
+            if came { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
     }
 
     /// The first stops the job in order, the second kills at once. The third is for an agent that

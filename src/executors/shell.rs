@@ -76,9 +76,9 @@ impl ShellBackend {
         let gone = Mark::random().map_err(io::Error::other)?;
         let spec = Spec {
             shell: ["bash", "--login", "--noediting"].map(str::to_owned).into(),
-            directory: self.config.home.clone(),
+            home: self.config.home.clone(),
             gone: gone.as_str().to_owned(),
-            scratch: self.directory.path().to_owned(),
+            job_directory: self.directory.path().to_owned(),
             group: self.directory.group_name(),
         };
         self.containment.start(&spec, shell_end, self.config.environment.clone()).await?;
@@ -86,12 +86,20 @@ impl ShellBackend {
         let path = self.directory.scratch().join("session");
         write_private(&path, session.bootstrap().as_bytes())?;
         session.start_bootstrap(&path).await?;
-        let ready = tokio::time::timeout(PROFILE_PATIENCE, wait_for_bootstrap(&mut session)).await;
-        ready.map_err(|_| {
-            let seconds = PROFILE_PATIENCE.as_secs();
-            let why = format!("the login shell was not ready after {seconds} s; do its profile scripts wait for something?");
-            io::Error::new(io::ErrorKind::TimedOut, why)
-        })??;
+        let mut printed = Vec::new();
+        let ready = wait_for_bootstrap(&mut session, &mut printed);
+        let ready = tokio::time::timeout(PROFILE_PATIENCE, ready).await;
+        let problem = match ready {
+            Ok(true) => None,
+            Ok(false) => Some("the login shell ended before it was ready"),
+            Err(_) => {
+                Some("the login shell is not ready; do its profile scripts wait for something?")
+            }
+        };
+        if let Some(problem) = problem {
+            let printed = String::from_utf8_lossy(&printed).replace("\r\n", "\n");
+            return Err(io::Error::other(format!("{problem} It printed: {}", printed.trim())));
+        }
         Ok(LocalSession { session, script: self.directory.scratch().join("command") })
     }
 
@@ -113,19 +121,18 @@ impl ShellBackend {
     }
 }
 
-/// What the profile scripts print belongs to no step.
-async fn wait_for_bootstrap(session: &mut Session<Pty>) -> io::Result<()> {
-    let mut printed = Vec::new();
+/// Whether the shell became ready. What the profile scripts print belongs to no step; only its end
+/// is kept.
+async fn wait_for_bootstrap(session: &mut Session<Pty>, printed: &mut Vec<u8>) -> bool {
+    const KEPT: usize = 2000;
     loop {
         match session.next_event().await {
-            SessionEvent::Output(bytes) => printed.extend_from_slice(&bytes),
-            SessionEvent::ScriptEnded(_) => return Ok(()),
-            SessionEvent::ShellEnded => {
-                let tail = String::from_utf8_lossy(&printed[printed.len().saturating_sub(2000)..])
-                    .replace("\r\n", "\n");
-                let why = format!("the login shell ended before it was ready: {}", tail.trim());
-                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, why));
+            SessionEvent::Output(bytes) => {
+                printed.extend_from_slice(&bytes);
+                printed.drain(..printed.len().saturating_sub(KEPT));
             }
+            SessionEvent::ScriptEnded(_) => return true,
+            SessionEvent::ShellEnded => return false,
         }
     }
 }
@@ -177,11 +184,28 @@ fn inject(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent)?;
     }
-    let mut options = File::options();
-    let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(path)?;
-    // Before the content comes: it is often a key.
+    let mut file = open_to_replace(path).or_else(|error| {
+        // One that an earlier job made read-only.
+        if error.kind() != io::ErrorKind::PermissionDenied {
+            return Err(error);
+        }
+        fs::remove_file(path)?;
+        open_to_replace(path)
+    })?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "is not a regular file"));
+    }
+    // Before the content comes, which is often a key; and again, as writing takes some bits away.
     file.set_permissions(fs::Permissions::from_mode(mode))?;
-    file.write_all(content)
+    file.write_all(content)?;
+    file.set_permissions(fs::Permissions::from_mode(mode))
+}
+
+fn open_to_replace(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    // A pipe that nobody reads must not hold up the agent.
+    options.custom_flags(nix::libc::O_NONBLOCK).open(path)
 }
 
 /// One `export` a line; the first that fails ends the script with bash's own words.

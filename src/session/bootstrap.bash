@@ -1,6 +1,9 @@
 __agent_begin() {
   builtin local __agent_status=$?
   [[ ! ${1-} ]] || builtin set "-$1"
+  # The job may have one of its own, and keeps it.
+  [[ ${PROMPT_COMMAND-} == *__agent_end* ]] ||
+    PROMPT_COMMAND+=${PROMPT_COMMAND:+$'\n'}'{ [[ ! ${__agent_running-} ]] || __agent_end; } 2>/dev/null'
   __agent_running=1
   builtin return "$__agent_status"
 }
@@ -16,7 +19,7 @@ __agent_end() {
   __agent_running=
   builtin return "$__agent_status"
 }
-PROMPT_COMMAND='{ [[ ! ${__agent_running-} ]] || __agent_end; } 2>/dev/null'
+builtin unset PROMPT_COMMAND PS0 MAILCHECK
 builtin set +o history
 builtin history -c
 builtin unset HISTFILE

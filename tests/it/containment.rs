@@ -164,6 +164,39 @@ fn directories_called(below: &Path, ending: &str) -> Vec<String> {
     found
 }
 
+#[test]
+fn what_a_power_cut_left_is_removed_by_the_next_agent() {
+    let world = World::new();
+    world.run_commands(&["true"]);
+    let left = world.state().join("job-0123456789ab/scratch");
+    std::fs::create_dir_all(&left).unwrap();
+    std::fs::write(left.join("environment-1"), "export SECRET='x'").unwrap();
+    world.run_commands(&["true"]);
+    assert_eq!(std::fs::read_dir(world.state()).unwrap().count(), 0);
+}
+
+#[test]
+fn the_directory_of_a_running_job_is_nobody_elses_to_remove() {
+    let world = World::new();
+    let mut running = world
+        .start(&job_of(&["echo running; until [[ -e ~/go ]]; do sleep 0.01; done", "echo next"]));
+    running.wait_for_output("running\n");
+    assert_eq!(world.run_commands(&["touch ~/go"]).result(), "passed");
+    assert_eq!(running.finish().result(), "passed");
+}
+
+#[test]
+fn a_state_directory_that_others_can_read_is_refused_and_left_as_it_is() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let world = World::new();
+    std::fs::create_dir(world.state()).unwrap();
+    std::fs::set_permissions(world.state(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let finished = world.run_commands(&["true"]);
+    assert_eq!(finished.exit_code, Some(1));
+    assert!(finished.stderr.contains("chmod 700"), "{}", finished.stderr);
+    assert_eq!(std::fs::metadata(world.state()).unwrap().permissions().mode() & 0o777, 0o755);
+}
+
 fn wait_until(done: impl Fn() -> bool) {
     let deadline = std::time::SystemTime::now() + std::time::Duration::from_secs(20);
     while !done() {

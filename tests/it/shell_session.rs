@@ -377,3 +377,72 @@ fn a_job_does_not_see_the_agents_secrets() {
     let printed = crate::support::Finished::of(&output).output();
     assert!(printed.contains("VISIBLE=yes") && !printed.contains("hunter2"));
 }
+
+#[test]
+fn a_shell_that_ends_under_a_full_terminal_is_noticed() {
+    let steps = run(&["yes & exit 1"]);
+    assert_eq!(steps[0].1, 1);
+}
+
+#[test]
+fn a_job_without_our_prompt_command_survives_interrupts() {
+    let steps = run(&[
+        "unset PROMPT_COMMAND",
+        "kill -INT $$; echo no",
+        "PROMPT_COMMAND='x=1;'",
+        "kill -INT $$",
+        "echo $x",
+    ]);
+    assert_eq!(steps.len(), 2, "{steps:?}");
+    let world = World::new();
+    let job = r#"{"job_id":"1","commands":[{"directive":"PROMPT_COMMAND='x=1;'"}],
+        "epilogue_always_commands":[{"directive":"kill -INT $$"}],
+        "epilogue_on_pass_commands":[{"directive":"echo $x"}]}"#;
+    assert_eq!(world.run(job).commands().last().unwrap(), &ok("1\n"));
+}
+
+#[test]
+fn settings_of_the_profile_print_nothing_into_the_log() {
+    let world = World::new();
+    let profile = "PS0='ps0> '; PROMPT_COMMAND+=('echo one' 'echo two'); MAILCHECK=0\n";
+    std::fs::write(world.home().join(".bash_profile"), profile).unwrap();
+    let finished = world.run_commands(&["echo a", "echo b"]);
+    assert_eq!(finished.commands(), [ok("a\n"), ok("b\n")]);
+}
+
+#[test]
+fn a_profile_that_ends_the_shell_fails_the_job_with_what_it_printed() {
+    let world = World::new();
+    let profile = "yes | head -100000; echo no such luck; exit 3\n";
+    std::fs::write(world.home().join(".bash_profile"), profile).unwrap();
+    let finished = world.run_commands(&["echo a"]);
+    let steps = finished.steps();
+    assert_eq!((steps.len(), steps[0].0.as_str(), steps[0].2), (1, "Preparing the job", 1));
+    assert!(steps[0].1.contains("no such luck") && steps[0].1.len() < 3000, "{steps:?}");
+}
+
+#[test]
+fn files_replace_what_earlier_jobs_left_and_nothing_hangs_on_a_pipe() {
+    let world = World::new();
+    let job = r#"{"job_id":"1","files":[{"path":"key","content":"aGk=","mode":"0400"}],"commands":[{"directive":"cat key; stat -c %a key"}]}"#;
+    for _ in 0..2 {
+        assert_eq!(world.run(job).output(), "hi400\n");
+    }
+    nix::unistd::mkfifo(&world.home().join("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let finished = world.run(&job.replace("\"key\"", "\"pipe\""));
+    assert_eq!(finished.result(), "failed");
+    assert!(finished.steps()[1].1.contains("/pipe: "), "{finished:?}");
+}
+
+#[test]
+fn a_job_that_removes_the_agents_directory_harms_only_itself() {
+    let world = World::new();
+    let remove = format!("rm -rf {}; echo removed", world.state().join("job-*").display());
+    let finished = world.run_commands(&[&remove, "echo next"]);
+    assert_eq!(finished.commands()[0], ok("removed\n"));
+    assert!(
+        finished.commands()[1].0.contains("the script can't be handed to the shell"),
+        "{finished:?}"
+    );
+    assert_eq!((finished.result(), finished.exit_code), ("failed", Some(1)));
+}

@@ -92,3 +92,56 @@ fn a_stop_in_the_first_moments_is_never_lost() {
         }
     }
 }
+
+#[test]
+fn a_running_command_is_asked_to_end_before_anything_hangs_up_on_it() {
+    let world = World::new();
+    let polite = "bash -c 'trap \"echo asked >~/asked; exit\" TERM; echo running; while :; do sleep 0.01; done'";
+    let mut running = world.start(&job_of(&[&format!("{polite}; touch ~/deployed")]));
+    running.wait_for_output("running\n");
+    running.signal(Signal::SIGTERM);
+    assert_eq!(running.finish().result(), "stopped");
+    assert_eq!(std::fs::read_to_string(world.home().join("asked")).unwrap(), "asked\n");
+    assert!(!world.home().join("deployed").exists());
+}
+
+#[test]
+fn what_prints_while_it_ends_is_not_held_up_by_a_full_terminal() {
+    let world = World::new();
+    let chatty = "bash -c 'trap \"seq 100000; echo asked >~/asked; exit\" TERM; echo running; while :; do sleep 0.01; done'";
+    let mut running = world.start(&job_of(&[chatty]));
+    running.wait_for_output("running\n");
+    running.signal(Signal::SIGTERM);
+    assert_eq!(running.finish().result(), "stopped");
+    assert!(world.home().join("asked").exists());
+}
+
+#[test]
+fn a_job_that_stopped_its_first_process_is_stopped_all_the_same() {
+    let world = World::new();
+    let mut running = world.start(&job_of(&["kill -STOP $PPID; echo running; sleep 1000"]));
+    running.wait_for_output("running\n");
+    running.signal(Signal::SIGTERM);
+    assert_eq!(running.finish().result(), "stopped");
+    assert_eq!(std::fs::read_dir(world.state()).unwrap().count(), 0);
+}
+
+#[test]
+fn signals_that_were_ignored_at_the_start_stay_ignored() {
+    let world = World::new();
+    let path = world
+        .file("job.json", job_of(&["touch ~/running; until [[ -e ~/go ]]; do sleep 0.01; done"]));
+    let agent = world.agent();
+    let mut protected = std::process::Command::new("nohup");
+    protected.arg(agent.get_program()).args(["run", "--output", "json"]).arg(path).env_clear();
+    protected.envs(agent.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    protected.stdin(std::process::Stdio::null());
+    let child = protected.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let child = child.spawn().unwrap();
+    crate::support::wait_for_file(&world.home().join("running"));
+    let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+    nix::sys::signal::kill(pid, Signal::SIGHUP).unwrap();
+    std::fs::write(world.home().join("go"), "").unwrap();
+    let output = crate::support::wait_for_end(child);
+    assert_eq!(crate::support::Finished::of(&output).result(), "passed");
+}
