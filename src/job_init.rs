@@ -2,8 +2,8 @@
 //! the job leaves without a parent. It is this program again, as `agent job-init`.
 //!
 //! It lives beside the agent so that it can do its work when the agent can't: if the agent dies,
-//! the job dies with it. Nothing can leave the tree below it, so when it has no child left, nothing
-//! of the job is left.
+//! the job dies with it. No process can leave the tree below it, so when it has no child left, none of
+//! the job's processes is left.
 //!
 //! ```text
 //!              end GRACE                     nothing but         no child left

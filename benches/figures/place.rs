@@ -61,7 +61,7 @@ impl Place {
         let request = json!({"job_id": "1", "commands": commands});
         let job = serde_json::from_value::<FileRequest>(request)?.decode()?;
         let jobs = ShellJobs {
-            state: StateDir::open(self.directory.path().join("state"))?,
+            state: StateDir::open(&self.directory.path().join("state"))?,
             shell: self.shell.clone(),
         };
         let metrics = Metrics::new(Box::new(DiscardMetrics)).start();

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use nix::sys::signal::Signal;
 
-use crate::support::{World, job_of, lives_with};
+use crate::support::{Finished, World, base64, job_of, lives_with};
 
 /// Ways to get away from a shell; each prints `away` when it has.
 const ESCAPES: [&str; 8] = [
@@ -22,25 +22,16 @@ const ESCAPES: [&str; 8] = [
     "(exec -a innocent env -i setsid sleep 1000 >/dev/null 2>&1 </dev/null &); echo away",
 ];
 
+/// A user without privileges.
+const NOBODY: u32 = 65534;
+
 /// A variable that all processes of one test's job have.
 fn marked(name: &str, commands: &[&str]) -> (String, String) {
     let marker = format!("{name}-{}", std::process::id());
     let mut job: serde_json::Value = serde_json::from_str(&job_of(commands)).unwrap();
-    job["env_vars"] = serde_json::json!([{ "name": "TEST_MARKER", "value": base64_of(&marker) }]);
+    job["env_vars"] =
+        serde_json::json!([{ "name": "TEST_MARKER", "value": base64(marker.as_bytes()) }]);
     (job.to_string(), format!("TEST_MARKER={marker}"))
-}
-
-fn base64_of(text: &str) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut encoded = String::new();
-    for group in text.as_bytes().chunks(3) {
-        let bits = group.iter().fold(0, |bits, byte| bits << 8 | u32::from(*byte))
-            << (8 * (3 - group.len()));
-        for i in 0..=group.len() {
-            encoded.push(char::from(DIGITS[(bits >> (18 - 6 * i) & 63) as usize]));
-        }
-    }
-    encoded
 }
 
 #[test]
@@ -48,6 +39,36 @@ fn nothing_survives_the_normal_end() {
     let (job, marker) = marked("normal-end", &ESCAPES);
     let finished = World::new().run(&job);
     assert_eq!(finished.result(), "passed", "{finished:?}");
+    assert_eq!(lives_with(&marker), [""; 0]);
+}
+
+#[test]
+fn nothing_survives_where_the_agent_has_no_privileges() {
+    use std::os::unix::process::CommandExt as _;
+    if !nix::unistd::geteuid().is_root() {
+        // Then all the other tests are this one.
+        return;
+    }
+    let mut commands = ESCAPES.to_vec();
+    commands.push("id -u; ! grep semaphore-agent /proc/self/cgroup");
+    let (job, marker) = marked("unprivileged", &commands);
+    let world = World::new();
+    let path = world.file("job.json", job);
+    let program = world.file("agent", std::fs::read(env!("CARGO_BIN_EXE_agent")).unwrap());
+    for path in [world.home().parent().unwrap(), &world.home(), &path, &program] {
+        std::os::unix::fs::chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    std::fs::set_permissions(&program, mode).unwrap();
+    let mut agent = std::process::Command::new(program);
+    agent.uid(NOBODY).gid(NOBODY).current_dir("/");
+    agent
+        .env_clear()
+        .envs(world.agent().get_envs().filter_map(|(name, value)| Some((name, value?))));
+    agent.args(["run", "--output", "json"]).arg(path).stdin(std::process::Stdio::null());
+    let finished = Finished::of(&agent.output().unwrap());
+    assert_eq!(finished.result(), "passed", "{finished:?}");
+    assert_eq!(finished.commands().last().unwrap().0, "65534\n");
     assert_eq!(lives_with(&marker), [""; 0]);
 }
 

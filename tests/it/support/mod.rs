@@ -221,25 +221,6 @@ pub fn lives_with(marker: &str) -> Vec<String> {
     found
 }
 
-/// Whether `program` is there; says so if a test has to do without. On CI nothing is skipped.
-pub(crate) fn needs(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let is_there = Path::new(program).is_file()
-        || std::env::split_paths(&path).any(|directory| directory.join(program).is_file());
-    if !is_there {
-        assert!(
-            std::env::var_os("CI").is_none_or(|ci| ci != "true"),
-            "{program} is missing, and CI=true: nothing may be skipped"
-        );
-        let thread = std::thread::current();
-        let test = thread.name().unwrap_or("a test");
-        // Not `eprintln!`, which the test harness would swallow.
-        let mut stderr = std::io::stderr().lock();
-        writeln!(stderr, "SKIPPED: {test} needs {program}").unwrap();
-    }
-    is_there
-}
-
 /// As values and contents are written in job files.
 pub(crate) fn base64(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
