@@ -16,6 +16,7 @@
 //! tests; actors perform the effects.
 
 pub mod executor;
+pub mod finished_once;
 pub mod job;
 pub mod job_lifecycle;
 mod job_log;

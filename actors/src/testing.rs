@@ -12,10 +12,9 @@ use actix::prelude::*;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, mpsc};
 
 use crate::job::{EnvVar, InjectedFile, Job};
-use crate::job_supervisor::JobFinished;
 use crate::ports::{
     Containment, ExecutorBackend, JobParts, JobPartsFactory, LeftBehind, LogSpool, MetricsSink,
     Script, ScriptEnd, SessionEvent, ShellSession, StepError,
@@ -287,31 +286,5 @@ impl MetricsSink for RecordingMetrics {
 
     fn time(&mut self, name: &str, _: Duration, tag: &str) {
         let _ = self.0.send(format!("{name}#{tag}"));
-    }
-}
-
-/// An actor that passes on the one [`JobFinished`] it gets.
-pub struct FinishedProbe(Option<oneshot::Sender<JobFinished>>);
-
-impl FinishedProbe {
-    /// A recipient, and what it will receive.
-    pub fn start_probe() -> (Recipient<JobFinished>, oneshot::Receiver<JobFinished>) {
-        let (sender, receiver) = oneshot::channel();
-        (Self(Some(sender)).start().recipient(), receiver)
-    }
-}
-
-impl Actor for FinishedProbe {
-    type Context = Context<Self>;
-}
-
-impl Handler<JobFinished> for FinishedProbe {
-    type Result = ();
-
-    fn handle(&mut self, message: JobFinished, _: &mut Self::Context) {
-        if let Some(sender) = self.0.take() {
-            // A test that no longer waits needs no answer.
-            let _ = sender.send(message);
-        }
     }
 }

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use actix::{Actor as _, Addr};
+use actors::finished_once::FinishedOnce;
 use actors::job::{Job, JobId, Outcome};
 use actors::job_lifecycle::StartRefused;
 use actors::job_request::FileRequest;
@@ -14,7 +15,7 @@ use actors::log_buffer::{Follow, ReadFrom};
 use actors::log_event::LogEvent;
 use actors::metrics::Metrics;
 use actors::ports::DiscardMetrics;
-use actors::testing::{FinishedProbe, Reaction, RecordingMetrics, ScriptedJob};
+use actors::testing::{Reaction, RecordingMetrics, ScriptedJob};
 use tokio::sync::{mpsc, oneshot};
 
 const GRACE: Duration = Duration::from_secs(2);
@@ -29,7 +30,7 @@ fn supervisor(world: &ScriptedJob) -> Addr<JobSupervisor> {
 }
 
 async fn start(supervisor: &Addr<JobSupervisor>, job: Job) -> oneshot::Receiver<JobFinished> {
-    let (finished, probe) = FinishedProbe::start_probe();
+    let (finished, probe) = FinishedOnce::ask();
     supervisor.send(StartJob { job, finished }).await.unwrap().unwrap();
     probe
 }
@@ -222,7 +223,7 @@ async fn a_stop_kills_the_shell_first_and_keeps_what_was_printed() {
 async fn a_stop_counts_from_the_first_moment_on() {
     let world = ScriptedJob::default();
     let supervisor = supervisor(&world);
-    let (finished, probe) = FinishedProbe::start_probe();
+    let (finished, probe) = FinishedOnce::ask();
     supervisor.do_send(StartJob { job: job(FULL_JOB), finished });
     supervisor.do_send(StopJob { id: JobId::new("1"), manner: StopManner::Grace });
     assert_eq!(probe.await.unwrap().outcome, Outcome::Stopped);
@@ -260,7 +261,7 @@ async fn stale_stops_and_second_starts_change_nothing() {
     let finished = start(&supervisor, job(FULL_JOB)).await;
     world.until_called("run one").await;
     supervisor.send(StopJob { id: JobId::new("2"), manner: StopManner::AtOnce }).await.unwrap();
-    let (nobody, _probe) = FinishedProbe::start_probe();
+    let (nobody, _probe) = FinishedOnce::ask();
     let again = |json| supervisor.send(StartJob { job: job(json), finished: nobody.clone() });
     let id = JobId::new("1").unwrap();
     assert_eq!(again(FULL_JOB).await.unwrap(), Err(StartRefused::SameJob { id: id.clone() }));

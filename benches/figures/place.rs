@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use actix::Actor as _;
+use actors::finished_once::FinishedOnce;
 use actors::job::Outcome;
 use actors::job_request::FileRequest;
 use actors::job_supervisor::{GetLog, JobSupervisor, StartJob};
@@ -13,7 +14,6 @@ use actors::log_buffer::Follow;
 use actors::log_event::LogEvent;
 use actors::metrics::Metrics;
 use actors::ports::DiscardMetrics;
-use actors::testing::FinishedProbe;
 use semaphore_agent::executors::shell::ShellConfig;
 use semaphore_agent::shell_jobs::ShellJobs;
 use semaphore_agent::state_dir::StateDir;
@@ -66,7 +66,7 @@ impl Place {
         };
         let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
         let supervisor = JobSupervisor::new(Box::new(jobs), metrics, Duration::ZERO).start();
-        let (finished, end) = FinishedProbe::start_probe();
+        let (finished, end) = FinishedOnce::ask();
         supervisor.send(StartJob { job, finished }).await??;
 
         let buffer = supervisor.send(GetLog).await?.ok_or("no log")?.buffer;

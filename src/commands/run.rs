@@ -5,14 +5,15 @@ use std::process;
 use std::task::Poll;
 use std::time::Duration;
 
-use actix::{Actor, Addr, Context, Handler, Recipient, System};
+use actix::{Actor, Addr, System};
+use actors::finished_once::FinishedOnce;
 use actors::job::{ExecutorKind, Job, Outcome};
-use actors::job_supervisor::{GetLog, JobFinished, JobSupervisor, StartJob, StopJob, StopManner};
+use actors::job_supervisor::{GetLog, JobSupervisor, StartJob, StopJob, StopManner};
 use actors::log_buffer::{Follow, LogRange};
 use actors::metrics::Metrics;
 use actors::ports::DiscardMetrics;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::cli::{Output, RunArgs};
@@ -86,7 +87,7 @@ async fn supervise(job: Job, jobs: ShellJobs, style: Style) -> io::Result<Outcom
     let stops = StopSignals::listen()?;
     let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
     let supervisor = JobSupervisor::new(Box::new(jobs), metrics, GRACE).start();
-    let (finished, outcome) = FinishedOnce::start_once();
+    let (finished, outcome) = FinishedOnce::ask();
     supervisor
         .send(StartJob { job, finished })
         .await
@@ -95,7 +96,7 @@ async fn supervise(job: Job, jobs: ShellJobs, style: Style) -> io::Result<Outcom
 
     let stopping = actix::spawn(stops.pass_on_to(supervisor.clone()));
     let shown = show_log(&supervisor, style).await;
-    let outcome = outcome.await.map_err(io::Error::other);
+    let outcome = outcome.await.map(|finished| finished.outcome).map_err(io::Error::other);
     stopping.abort();
     shown?;
     outcome
@@ -186,30 +187,5 @@ impl StopSignals {
         }
         self.next().await;
         process::exit(Exit::Stopped.code().into());
-    }
-}
-
-/// Hears of the job's end.
-struct FinishedOnce(Option<oneshot::Sender<Outcome>>);
-
-impl FinishedOnce {
-    fn start_once() -> (Recipient<JobFinished>, oneshot::Receiver<Outcome>) {
-        let (sender, receiver) = oneshot::channel();
-        (Self(Some(sender)).start().recipient(), receiver)
-    }
-}
-
-impl Actor for FinishedOnce {
-    type Context = Context<Self>;
-}
-
-impl Handler<JobFinished> for FinishedOnce {
-    type Result = ();
-
-    fn handle(&mut self, message: JobFinished, _: &mut Self::Context) {
-        if let Some(sender) = self.0.take() {
-            // Dropped only when the command is over anyway.
-            let _ = sender.send(message.outcome);
-        }
     }
 }

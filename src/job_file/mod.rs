@@ -1,5 +1,8 @@
 //! Reads a job from a file, in YAML or JSON, and finds the lines of what is wrong with it.
 
+mod bounds;
+mod place;
+
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -7,26 +10,16 @@ use std::path::{Path, PathBuf};
 
 use actors::job::Job;
 use actors::job_request::{FileRequest, known_fields};
-use serde::de::{
-    DeserializeSeed, Deserializer, EnumAccess, Error as _, IgnoredAny, MapAccess, SeqAccess,
-    VariantAccess as _, Visitor,
-};
+use serde::de::{DeserializeSeed as _, Deserializer, IgnoredAny};
+
+use self::bounds::{MAX_EXPANDED, MAX_NESTING, deepest_nesting, stands_for_too_much};
+use self::place::{Seek, Segment};
 
 /// The largest job file, in bytes.
 pub const MAX_SIZE: u64 = 32 * 1024 * 1024;
 
-/// The most text that a file may stand for once its aliases are replaced, in bytes.
-const MAX_EXPANDED: u64 = 128 * 1024 * 1024;
-
-/// How deep brackets may be nested: scanning YAML takes the square of it.
-const MAX_NESTING: usize = 10_000;
-
 /// How many warnings or problems are told one by one; finding the line of each costs a reading.
 const MOST_TOLD: usize = 20;
-
-/// Field names that files may use for others.
-const ALIASES: [(&str, &str); 3] =
-    [("job_id", "id"), ("files", "file"), ("epilogue_always_commands", "epilogue_commands")];
 
 /// Where a job comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -275,19 +268,6 @@ impl Format {
     }
 }
 
-/// How many brackets are open at once, wherever they stand: text has few that are never closed.
-fn deepest_nesting(text: &str) -> usize {
-    let depths = text.bytes().scan(0_usize, |depth, byte| {
-        match byte {
-            b'[' | b'{' => *depth += 1,
-            b']' | b'}' => *depth = depth.saturating_sub(1),
-            _ => {}
-        }
-        Some(*depth)
-    });
-    depths.max().unwrap_or_default()
-}
-
 /// Takes the value out of serde's words about a wrong type: it may be a secret.
 fn without_value(message: &str) -> String {
     const KINDS: [&str; 6] =
@@ -309,205 +289,6 @@ where
     D: Deserializer<'de>,
 {
     serde_ignored::deserialize(input, |path| unknown.push(Segment::of(&path)))
-}
-
-/// Whether a few aliases make more text of `yaml` than memory may hold.
-fn stands_for_too_much(yaml: &str) -> bool {
-    let mut left = Some(MAX_EXPANDED);
-    // Whatever else is wrong is found again by who parses it for good.
-    let _ = Measure { left: &mut left }.deserialize(serde_yaml::Deserializer::from_str(yaml));
-    left.is_none()
-}
-
-/// Walks through everything and fails when there is more text than `left` bytes, which is nothing
-/// then. Walking keeps none of it.
-struct Measure<'a> {
-    left: &'a mut Option<u64>,
-}
-
-impl<'de> DeserializeSeed<'de> for Measure<'_> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<(), D::Error> {
-        input.deserialize_any(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Measure<'_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("anything")
-    }
-
-    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<(), E> {
-        *self.left = self.left.and_then(|left| left.checked_sub(text.len() as u64));
-        if self.left.is_some() { Ok(()) } else { Err(E::custom("too much text")) }
-    }
-
-    fn visit_bool<E>(self, _: bool) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_i64<E>(self, _: i64) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_u64<E>(self, _: u64) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_f64<E>(self, _: f64) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_unit<E>(self) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_none<E>(self) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
-        while list.next_element_seed(Measure { left: self.left })?.is_some() {}
-        Ok(())
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        while map.next_key_seed(Measure { left: self.left })?.is_some() {
-            map.next_value_seed(Measure { left: self.left })?;
-        }
-        Ok(())
-    }
-
-    fn visit_enum<A: EnumAccess<'de>>(self, tagged: A) -> Result<(), A::Error> {
-        let (IgnoredAny, value) = tagged.variant()?;
-        value.newtype_variant_seed(self)
-    }
-}
-
-/// One step from a value into one of its parts.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Segment {
-    Key(String),
-    Index(usize),
-}
-
-impl Segment {
-    fn key(name: &str) -> Self {
-        Self::Key(name.to_owned())
-    }
-
-    fn of(path: &serde_ignored::Path<'_>) -> Vec<Self> {
-        use serde_ignored::Path;
-        let (parent, own) = match path {
-            Path::Root => return Vec::new(),
-            Path::Seq { parent, index } => (parent, Some(Self::Index(*index))),
-            Path::Map { parent, key } => (parent, Some(Self::Key(key.clone()))),
-            Path::Some { parent }
-            | Path::NewtypeStruct { parent }
-            | Path::NewtypeVariant { parent } => (parent, None),
-        };
-        let mut segments = Self::of(parent);
-        segments.extend(own);
-        segments
-    }
-
-    /// Reads `env_vars[2].name`.
-    fn parse(path: &str) -> Vec<Self> {
-        let parts = path.split(['.', '[']).map(|part| part.trim_end_matches(']'));
-        parts.map(|part| part.parse().map_or_else(|_| Self::key(part), Self::Index)).collect()
-    }
-
-    /// Writes `env_vars[2].name`.
-    fn join(path: &[Self]) -> String {
-        let mut joined = String::new();
-        for segment in path {
-            match segment {
-                Self::Index(index) => joined.extend(["[", &index.to_string(), "]"]),
-                Self::Key(key) if joined.is_empty() => joined.push_str(key),
-                Self::Key(key) => joined.extend([".", key]),
-            }
-        }
-        joined.escape_debug().to_string()
-    }
-}
-
-/// Walks down a path and fails at its last key: parsers give the place of an error.
-#[derive(Clone, Copy)]
-struct Seek<'a> {
-    path: &'a [Segment],
-}
-
-impl<'de> DeserializeSeed<'de> for Seek<'_> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<(), D::Error> {
-        input.deserialize_any(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Seek<'_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a part of the path")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        let (wanted, below) = match self.path.split_first() {
-            Some((Segment::Key(key), below)) => (key.as_str(), below),
-            _ => ("", self.path),
-        };
-        while let Some(found) = map.next_key_seed(Key { wanted, is_last: below.is_empty() })? {
-            if found {
-                map.next_value_seed(Seek { path: below })?;
-            } else {
-                map.next_value::<IgnoredAny>()?;
-            }
-        }
-        Ok(())
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
-        let Some((Segment::Index(wanted), below)) = self.path.split_first() else {
-            return Ok(());
-        };
-        for _ in 0..*wanted {
-            list.next_element::<IgnoredAny>()?;
-        }
-        list.next_element_seed(Seek { path: below })?;
-        Err(A::Error::custom("passed"))
-    }
-}
-
-/// Answers whether a key is the wanted one; fails there if it is the last.
-#[derive(Clone, Copy)]
-struct Key<'a> {
-    wanted: &'a str,
-    is_last: bool,
-}
-
-impl<'de> DeserializeSeed<'de> for Key<'_> {
-    type Value = bool;
-
-    fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<bool, D::Error> {
-        input.deserialize_str(self)
-    }
-}
-
-impl Visitor<'_> for Key<'_> {
-    type Value = bool;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a key")
-    }
-
-    fn visit_str<E: serde::de::Error>(self, key: &str) -> Result<bool, E> {
-        let found = key == self.wanted || ALIASES.contains(&(self.wanted, key));
-        if found && self.is_last { Err(E::custom("found")) } else { Ok(found) }
-    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,134 @@
+//! Finds the line of a value in a file: a path to it, and a walk along that path.
+
+use std::fmt;
+
+use serde::de::{
+    DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor,
+};
+
+/// Field names that files may use for others.
+const ALIASES: [(&str, &str); 3] =
+    [("job_id", "id"), ("files", "file"), ("epilogue_always_commands", "epilogue_commands")];
+
+/// One step from a value into one of its parts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Segment {
+    Key(String),
+    Index(usize),
+}
+
+impl Segment {
+    pub(super) fn key(name: &str) -> Self {
+        Self::Key(name.to_owned())
+    }
+
+    pub(super) fn of(path: &serde_ignored::Path<'_>) -> Vec<Self> {
+        use serde_ignored::Path;
+        let (parent, own) = match path {
+            Path::Root => return Vec::new(),
+            Path::Seq { parent, index } => (parent, Some(Self::Index(*index))),
+            Path::Map { parent, key } => (parent, Some(Self::Key(key.clone()))),
+            Path::Some { parent }
+            | Path::NewtypeStruct { parent }
+            | Path::NewtypeVariant { parent } => (parent, None),
+        };
+        let mut segments = Self::of(parent);
+        segments.extend(own);
+        segments
+    }
+
+    /// Reads `env_vars[2].name`.
+    pub(super) fn parse(path: &str) -> Vec<Self> {
+        let parts = path.split(['.', '[']).map(|part| part.trim_end_matches(']'));
+        parts.map(|part| part.parse().map_or_else(|_| Self::key(part), Self::Index)).collect()
+    }
+
+    /// Writes `env_vars[2].name`.
+    pub(super) fn join(path: &[Self]) -> String {
+        let mut joined = String::new();
+        for segment in path {
+            match segment {
+                Self::Index(index) => joined.extend(["[", &index.to_string(), "]"]),
+                Self::Key(key) if joined.is_empty() => joined.push_str(key),
+                Self::Key(key) => joined.extend([".", key]),
+            }
+        }
+        joined.escape_debug().to_string()
+    }
+}
+
+/// Walks down a path and fails at its last key: parsers give the place of an error.
+#[derive(Clone, Copy)]
+pub(super) struct Seek<'a> {
+    pub(super) path: &'a [Segment],
+}
+
+impl<'de> DeserializeSeed<'de> for Seek<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<(), D::Error> {
+        input.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Seek<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a part of the path")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let (wanted, below) = match self.path.split_first() {
+            Some((Segment::Key(key), below)) => (key.as_str(), below),
+            _ => ("", self.path),
+        };
+        while let Some(found) = map.next_key_seed(Key { wanted, is_last: below.is_empty() })? {
+            if found {
+                map.next_value_seed(Seek { path: below })?;
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
+        let Some((Segment::Index(wanted), below)) = self.path.split_first() else {
+            return Ok(());
+        };
+        for _ in 0..*wanted {
+            list.next_element::<IgnoredAny>()?;
+        }
+        list.next_element_seed(Seek { path: below })?;
+        Err(A::Error::custom("passed"))
+    }
+}
+
+/// Answers whether a key is the wanted one; fails there if it is the last.
+#[derive(Clone, Copy)]
+struct Key<'a> {
+    wanted: &'a str,
+    is_last: bool,
+}
+
+impl<'de> DeserializeSeed<'de> for Key<'_> {
+    type Value = bool;
+
+    fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<bool, D::Error> {
+        input.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for Key<'_> {
+    type Value = bool;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, key: &str) -> Result<bool, E> {
+        let found = key == self.wanted || ALIASES.contains(&(self.wanted, key));
+        if found && self.is_last { Err(E::custom("found")) } else { Ok(found) }
+    }
+}
