@@ -121,7 +121,11 @@ impl JobSupervisor {
         Self { factory, metrics, grace, lifecycle: JobLifecycle::default(), current: None }
     }
 
-    fn start_job(&mut self, message: StartJob, this: Addr<Self>) -> Result<(), StartRefused> {
+    fn start_job(
+        &mut self,
+        message: StartJob,
+        ctx: &mut Context<Self>,
+    ) -> Result<(), StartRefused> {
         let StartJob { job, finished } = message;
         self.lifecycle.start(&job.id)?;
         let task = match self.make_task(job, finished) {
@@ -131,9 +135,22 @@ impl JobSupervisor {
                 return Err(StartRefused::NoParts { why });
             }
         };
-        actix::spawn(async move {
-            task.run(&this).await;
-        });
+        let this = ctx.address();
+        let running = actix::spawn(async move { task.run(&this).await });
+        ctx.spawn(running.into_actor(self).then(|ended, supervisor, _| {
+            let log = supervisor.current.as_ref().map(|current| Rc::clone(&current.log));
+            if ended.is_err() {
+                supervisor.lifecycle.torn_down();
+            }
+            async move {
+                if let (Err(_), Some(log)) = (ended, log) {
+                    // Nobody is to wait for more of it.
+                    log.tell_crash("the job's task has crashed").await;
+                    log.seal().await;
+                }
+            }
+            .into_actor(supervisor)
+        }));
         Ok(())
     }
 
@@ -238,7 +255,7 @@ impl Handler<StartJob> for JobSupervisor {
     type Result = Result<(), StartRefused>;
 
     fn handle(&mut self, message: StartJob, ctx: &mut Self::Context) -> Self::Result {
-        self.start_job(message, ctx.address())
+        self.start_job(message, ctx)
     }
 }
 

@@ -122,6 +122,7 @@ struct ScriptedState {
     called: Notify,
     hang_in_prepare: Cell<bool>,
     fail_prepare: Cell<bool>,
+    panic_at_the_end: Cell<bool>,
     spool: MemorySpool,
 }
 
@@ -144,6 +145,13 @@ impl ScriptedJob {
     #[must_use]
     pub fn failing_in_prepare(self) -> Self {
         self.0.fail_prepare.set(true);
+        self
+    }
+
+    /// The clean-up panics.
+    #[must_use]
+    pub fn panicking_at_the_end(self) -> Self {
+        self.0.panic_at_the_end.set(true);
         self
     }
 
@@ -270,6 +278,9 @@ impl Containment for ScriptedJob {
 
     fn end_everything(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
         self.call(format!("end everything within {grace:?}"));
+        if self.0.panic_at_the_end.replace(false) {
+            panic_as_asked();
+        }
         std::future::ready(Ok(())).boxed_local()
     }
 }

@@ -353,6 +353,18 @@ async fn the_log_of_a_crashed_buffer_is_readable_and_sealed() {
 }
 
 #[actix::test]
+async fn a_crash_of_the_clean_up_ends_the_wait_for_the_job_and_frees_the_slot() {
+    let world = ScriptedJob::default().panicking_at_the_end();
+    let supervisor = supervisor(&world);
+    let finished = start(&supervisor, job(r#"{"job_id":"1"}"#)).await;
+    let log = supervisor.send(GetLog).await.unwrap().unwrap().buffer;
+    assert!(finished.await.is_err(), "no result is better than a wrong one");
+    assert!(log.send(Follow { line: u64::MAX }).await.unwrap().unwrap().sealed);
+    let next = start(&supervisor, job(r#"{"job_id":"2"}"#)).await;
+    assert_eq!(next.await.unwrap().outcome, Outcome::Passed);
+}
+
+#[actix::test]
 async fn the_agent_lives_on_after_a_crash() {
     let world = ScriptedJob::new([Reaction::Hang("")]);
     let supervisor = supervisor(&world);
