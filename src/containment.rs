@@ -25,13 +25,10 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::cgroup::JobCgroup;
 use crate::job_init::{KILL_PATIENCE, Spec};
-use crate::process_tree::{descendants, signal_all};
+use crate::process_tree::{descendants, names_of, signal_all};
 use crate::state_dir::JobDir;
 
-/// How long what a killed first process leaves may take to die.
-const SWEEP_PATIENCE: Duration = Duration::from_secs(10);
-
-/// How often it is swept until then.
+/// How often what a killed first process leaves is swept.
 const SWEEP_AGAIN: Duration = Duration::from_millis(20);
 
 /// How long after the last moment for an answer the first process is taken for dead.
@@ -86,6 +83,7 @@ impl ShellContainment {
         command.arg0("agent").arg("job-init").env_clear().envs(environment);
         command.stdin(OwnedFd::from(theirs)).stdout(terminal).stderr(Stdio::inherit());
         let child = command.spawn()?;
+        // It holds this process's copies of the terminal's and the socket's other ends.
         drop(command);
 
         let mut spec = serde_json::to_vec(spec)?;
@@ -173,7 +171,7 @@ async fn watch_over(
 /// Kills everything below this process, which adopted what the job left.
 async fn sweep(group: &str) -> Result<(), LeftBehind> {
     let group = JobCgroup::find(group);
-    let give_up = Instant::now() + SWEEP_PATIENCE;
+    let give_up = Instant::now() + KILL_PATIENCE;
     loop {
         if let Some(group) = &group {
             group.kill();
@@ -194,8 +192,7 @@ async fn sweep(group: &str) -> Result<(), LeftBehind> {
             return Ok(());
         }
         if Instant::now() >= give_up {
-            let pids: Vec<Pid> = below.iter().map(|process| process.pid).collect();
-            return Err(LeftBehind { what: format!("{pids:?}") });
+            return Err(LeftBehind { what: names_of(&below) });
         }
         sleep(SWEEP_AGAIN).await;
     }

@@ -18,7 +18,7 @@
 //! socket is a [`Spec`] in JSON; then come `kill-shell` and `end MILLISECONDS`. It answers `started`
 //! or `failed WHY`, and at the end `empty` or `left WHAT`.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -38,7 +38,8 @@ use nix::unistd::{Pid, getpid, setsid};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::JobCgroup;
-use crate::process_tree::{Descendant, descendants, signal_all};
+use crate::process_tree::{Descendant, descendants, names_of, signal_all};
+use crate::state_dir;
 use crate::sys;
 
 /// What to run and how to announce its end.
@@ -161,7 +162,7 @@ impl JobInit {
                     return self.leave(&mut control, agent_lives, "empty");
                 }
                 if now() >= give_up_at {
-                    let left = Self::names_of_the_living();
+                    let left = names_of(&descendants(getpid()).unwrap_or_default());
                     return self.leave(&mut control, agent_lives, &format!("left {left}"));
                 }
                 if now() >= kill_at {
@@ -273,13 +274,6 @@ impl JobInit {
         signal_all(&descendants(getpid()).unwrap_or_default(), Signal::SIGKILL);
     }
 
-    fn names_of_the_living() -> String {
-        let living = descendants(getpid()).unwrap_or_default();
-        let named =
-            |process: &Descendant| format!("{} ({})", process.pid, process.name.escape_debug());
-        living.iter().filter(|process| !process.zombie).map(named).collect::<Vec<_>>().join(", ")
-    }
-
     /// Waits for all children that have ended; whether none is left.
     fn reap(&mut self) -> bool {
         // Many signals may have become one; the children are asked, not the signal.
@@ -322,9 +316,7 @@ impl JobInit {
         if agent_lives {
             return writeln!(control, "{report}");
         }
-        match fs::remove_dir_all(&self.job_directory) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
+        state_dir::remove(&self.job_directory);
+        Ok(())
     }
 }

@@ -74,6 +74,13 @@ pub fn signal_all(processes: &[Descendant], signal: Signal) {
     }
 }
 
+/// The living of `processes`, for people.
+pub fn names_of(processes: &[Descendant]) -> String {
+    let living = processes.iter().filter(|process| !process.zombie);
+    let named = living.map(|process| format!("{} ({})", process.pid, process.name.escape_debug()));
+    named.collect::<Vec<_>>().join(", ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -125,7 +125,8 @@ impl Drop for JobDir {
     }
 }
 
-fn remove(directory: &Path) {
+/// Removes a directory that is the agent's own, if it is there.
+pub(crate) fn remove(directory: &Path) {
     if let Err(error) = fs::remove_dir_all(directory)
         && error.kind() != io::ErrorKind::NotFound
     {

@@ -276,7 +276,7 @@ impl JobSteps {
     }
 
     fn abort(&self) {
-        // The shell dies first: nothing that comes after the running command may start.
+        // The shell first: nothing that comes after the running command may start.
         self.containment.kill_shell();
         self.executor.do_send(Abort);
     }

@@ -53,7 +53,7 @@ pub struct StopJob {
 /// How a job's processes are ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopManner {
-    /// The shell is killed; the rest is asked to end and has a short grace.
+    /// The shell runs nothing more; the rest is asked to end and has a short grace.
     Grace,
     /// Everything is killed at once.
     AtOnce,

@@ -5,7 +5,8 @@
 //!        ▲                                                         │  spawns, afresh for every job:
 //!        └── JobFinished{id, outcome} (a Recipient) ◀──────────────┤
 //!                                                                  │
-//!   Prepare · Export · Inject · RunCommand · Abort ──▶ Executor ◀──┤
+//!              Prepare · Export · Inject · RunCommand              │
+//!                               Abort · Discard ──▶ Executor ◀─────┤
 //!        Append(event), awaited = back-pressure ──▶ LogBuffer ◀────┤ Seal before JobFinished
 //! ReadFrom{line} → file and range; Follow waits for more ─▶ │      │
 //!                     Count · Time (lossy) ──▶ Metrics ◀───────────┘

@@ -101,7 +101,7 @@ pub struct LeftBehind {
 
 /// Power over everything a job started.
 pub trait Containment {
-    /// Kills the session's shell, so that it runs nothing more.
+    /// Sees to it that the session's shell runs nothing more, from now on.
     fn kill_shell(&self);
 
     /// Asks everything to end, waits `grace` at most, kills what is left. Resolves when nothing is

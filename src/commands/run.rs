@@ -107,6 +107,20 @@ async fn supervise(job: Job, jobs: ShellJobs, style: Style) -> io::Result<Outcom
 async fn show_log(supervisor: &Addr<JobSupervisor>, style: Style) -> io::Result<()> {
     let (ranges, to_show) = mpsc::channel(RANGES_AHEAD);
     let writer = std::thread::spawn(move || write_log(to_show, style));
+    let followed = follow_log(supervisor, ranges).await;
+    let written = actix_rt::task::spawn_blocking(|| writer.join()).await;
+    match written {
+        Ok(Ok(Err(error))) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
+        Ok(Ok(_)) => followed,
+        _ => Err(io::Error::other("the output thread crashed")),
+    }
+}
+
+/// Passes on where new lines of the log are until it ends, and when they could be read.
+async fn follow_log(
+    supervisor: &Addr<JobSupervisor>,
+    ranges: mpsc::Sender<(LogRange, Instant)>,
+) -> io::Result<()> {
     let mut line = 0;
     let mut log = supervisor.send(GetLog).await.ok().flatten();
     while let Some(current) = &log {
@@ -115,34 +129,25 @@ async fn show_log(supervisor: &Addr<JobSupervisor>, style: Style) -> io::Result<
             () = ranges.closed() => {
                 // Nobody reads any more: as with any program, that is a reason to end.
                 supervisor.do_send(StopJob { id: None, manner: StopManner::Grace });
-                break;
+                return Ok(());
             }
         };
-        match followed {
-            Ok(Ok(range)) => {
-                line = range.next_line;
-                let sealed = range.sealed;
-                // A reader that has gone is noticed above.
-                let _ = ranges.send((range, Instant::now())).await;
-                if sealed {
-                    break;
-                }
-            }
-            Ok(Err(error)) => return Err(io::Error::other(error)),
+        let Ok(range) = followed else {
             // A crashed buffer has a successor as soon as the job notices.
-            Err(_) => {
-                actix::clock::sleep(Duration::from_millis(10)).await;
-                log = supervisor.send(GetLog).await.ok().flatten();
-            }
+            actix::clock::sleep(Duration::from_millis(10)).await;
+            log = supervisor.send(GetLog).await.ok().flatten();
+            continue;
+        };
+        let range = range.map_err(io::Error::other)?;
+        line = range.next_line;
+        let sealed = range.sealed;
+        // A reader that has gone is noticed above.
+        let _ = ranges.send((range, Instant::now())).await;
+        if sealed {
+            break;
         }
     }
-    drop(ranges);
-    let written = actix_rt::task::spawn_blocking(|| writer.join()).await;
-    match written {
-        Ok(Ok(Err(error))) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
-        Ok(Ok(_)) => Ok(()),
-        _ => Err(io::Error::other("the output thread crashed")),
-    }
+    Ok(())
 }
 
 fn write_log(mut to_show: mpsc::Receiver<(LogRange, Instant)>, style: Style) -> io::Result<()> {

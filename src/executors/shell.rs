@@ -91,14 +91,15 @@ impl ShellBackend {
         let ready = tokio::time::timeout(PROFILE_PATIENCE, ready).await;
         let problem = match ready {
             Ok(true) => None,
-            Ok(false) => Some("the login shell ended before it was ready"),
-            Err(_) => {
-                Some("the login shell is not ready; do its profile scripts wait for something?")
-            }
+            Ok(false) => Some("ended before it was ready"),
+            Err(_) => Some("is still not ready, as if its profile scripts waited for something"),
         };
         if let Some(problem) = problem {
             let printed = String::from_utf8_lossy(&printed).replace("\r\n", "\n");
-            return Err(io::Error::other(format!("{problem} It printed: {}", printed.trim())));
+            return Err(io::Error::other(format!(
+                "the login shell {problem}; it printed: {}",
+                printed.trim()
+            )));
         }
         Ok(LocalSession { session, script: self.directory.scratch().join("command") })
     }

@@ -76,7 +76,8 @@ pub(super) enum Piece {
 /// Knows the session's words.
 #[derive(Debug)]
 pub(super) struct Frames {
-    ask: Mark,
+    /// With what the shell asks for a script's mark.
+    pub(super) ask: Mark,
     gone: Mark,
     /// The mark of the running script, once the shell has asked for it.
     pub(super) script: Option<Mark>,

@@ -38,7 +38,6 @@ pub trait Terminal: AsyncRead + AsyncWrite + Unpin {
 pub struct Session<T> {
     terminal: T,
     frames: Frames,
-    ask: Mark,
     received: BytesMut,
     /// The tracing options (`set -v`, `set -x`) that the job has turned on.
     tracing: String,
@@ -56,7 +55,6 @@ impl<T: Terminal> Session<T> {
         Ok(Self {
             terminal,
             frames: Frames::new(ask, gone),
-            ask,
             received: BytesMut::with_capacity(READ),
             tracing: String::new(),
             untraced: true,
@@ -65,7 +63,7 @@ impl<T: Terminal> Session<T> {
 
     /// The script that must be run first.
     pub fn bootstrap(&self) -> String {
-        include_str!("bootstrap.bash").replace("@ASK@", self.ask.as_str())
+        include_str!("bootstrap.bash").replace("@ASK@", self.frames.ask.as_str())
     }
 
     /// Has bash source the bootstrap script at `path`. Its end is an event like that of any script.
