@@ -3,17 +3,22 @@
 
 use std::path::Path;
 
-/// What the tests that clone over SSH need.
-const SSH: [&str; 4] = ["/usr/sbin/sshd", "/usr/bin/ssh", "/usr/bin/ssh-keygen", "/usr/bin/git"];
+/// What tests need besides bash: the name of a `cfg`, and the programs it stands for.
+const NEEDS: [(&str, &[&str]); 2] = [
+    ("has_ssh", &["/usr/sbin/sshd", "/usr/bin/ssh", "/usr/bin/ssh-keygen", "/usr/bin/git"]),
+    ("has_curl", &["/usr/bin/curl", "/usr/bin/perl"]),
+];
 
 fn main() {
-    println!("cargo::rustc-check-cfg=cfg(has_ssh)");
     println!("cargo::rerun-if-env-changed=CI");
-    for program in SSH {
-        println!("cargo::rerun-if-changed={program}");
-    }
     let on_ci = std::env::var_os("CI").is_some_and(|ci| ci == "true");
-    if on_ci || SSH.iter().all(|program| Path::new(program).exists()) {
-        println!("cargo::rustc-cfg=has_ssh");
+    for (name, programs) in NEEDS {
+        println!("cargo::rustc-check-cfg=cfg({name})");
+        for program in programs {
+            println!("cargo::rerun-if-changed={program}");
+        }
+        if on_ci || programs.iter().all(|program| Path::new(program).exists()) {
+            println!("cargo::rustc-cfg={name}");
+        }
     }
 }

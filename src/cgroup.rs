@@ -39,6 +39,11 @@ impl JobCgroup {
         File::options().write(true).open(self.path.join("cgroup.procs"))
     }
 
+    /// Its directory, in which a process can be born.
+    pub fn open(&self) -> io::Result<File> {
+        File::open(&self.path)
+    }
+
     /// Kills everything in it.
     pub fn kill(&self) {
         if fs::write(self.path.join("cgroup.kill"), "1").is_err() {

@@ -4,12 +4,41 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::config::serve::ServeOptions;
+use crate::config::start::StartOptions;
+
 const EXIT_CODES: &str = "\
 Exit codes:
   0    the job passed
   1    the job failed, or the agent could not run it
   2    bad usage, or a job file that can't be run; nothing was executed
   130  the job was stopped";
+
+const SERVE_HELP: &str = "\
+Each option can also be given as environment variable SEMAPHORE_AGENT_ and its name, and as a key in
+the configuration file; a flag wins over the environment, and that over the file.
+
+SEMAPHORE_AGENT_LOG_LEVEL, SEMAPHORE_AGENT_LOG_FILE_PATH and SEMAPHORE_AGENT_LOG_MAX_SIZE (in bytes)
+are for the agent's own log: by default info, agent_log in the directory for temporary files, 10 MiB.
+
+Exit codes:
+  0    ended as it was asked to
+  1    could not begin, or a second signal ended it at once
+  2    bad usage or configuration";
+
+const START_HELP: &str = "\
+Each option can also be given as environment variable SEMAPHORE_AGENT_ and its name, and as a key in
+the configuration file; a flag wins over the environment, and that over the file. Several values are
+separated by commas in a flag, by white space in a variable, and are a list in the file.
+
+SEMAPHORE_AGENT_LOG_LEVEL, SEMAPHORE_AGENT_LOG_FILE_PATH and SEMAPHORE_AGENT_LOG_MAX_SIZE (in bytes)
+are for the agent's own log: by default info, agent_log in the directory for temporary files, 10 MiB.
+HTTPS_PROXY and NO_PROXY are heeded.
+
+Exit codes:
+  0    ended as it was asked to
+  1    could not begin, could not reach the control plane for 10 minutes, or was killed
+  2    bad usage or configuration";
 
 /// Runs CI jobs: in a shell on this machine, with live output and nothing left behind.
 #[derive(Debug, Parser)]
@@ -26,6 +55,12 @@ pub enum Command {
     /// Runs one job from a file and shows its output
     #[command(after_help = EXIT_CODES)]
     Run(RunArgs),
+    /// Serves jobs to a platform over HTTPS
+    #[command(after_help = SERVE_HELP)]
+    Serve(Box<ServeOptions>),
+    /// Asks a control plane for jobs, and sends it their logs
+    #[command(after_help = START_HELP)]
+    Start(Box<StartOptions>),
     /// Prints the agent's version
     Version,
     /// The first process of a shell job; only the agent itself can start it

@@ -38,6 +38,8 @@ use nix::unistd::{Pid, getpid, setsid};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::JobCgroup;
+use crate::jump_point::SshAccess;
+use crate::open_files;
 use crate::process_tree::{Descendant, descendants, names_of, signal_all};
 use crate::state_dir;
 use crate::sys;
@@ -55,6 +57,10 @@ pub struct Spec {
     pub job_directory: PathBuf,
     /// The name for a control group.
     pub group: String,
+    /// How many files its processes may have open, if not as many as the agent.
+    pub open_files: Option<u64>,
+    /// Taken back if the agent dies.
+    pub access: Option<SshAccess>,
 }
 
 /// How long killing may take before what is left is reported.
@@ -84,12 +90,28 @@ struct JobInit {
     terminal: PathBuf,
     gone: String,
     job_directory: PathBuf,
+    access: Option<SshAccess>,
     group: Option<JobCgroup>,
     children: SignalFd,
     ending: Option<Ending>,
     /// It is stopped, and killed as soon as nothing else is left: the kernel hangs up on the running
     /// command when the shell dies, which must not come before its SIGTERM.
     shell_condemned: bool,
+}
+
+fn spawn(mut command: Command, group: Option<&JobCgroup>) -> io::Result<Pid> {
+    if let Some(group) = group {
+        if let Ok(directory) = group.open()
+            && let Some(spawned) = sys::spawn_in_cgroup(&mut command, &directory)?
+        {
+            return Ok(spawned);
+        }
+        if let Ok(procs) = group.open_procs() {
+            sys::enter_cgroup(&mut command, procs);
+        }
+    }
+    let pid = command.spawn()?.id();
+    i32::try_from(pid).map(Pid::from_raw).map_err(io::Error::other)
 }
 
 /// When the job is to be killed, and when to give up killing it.
@@ -116,6 +138,10 @@ impl JobInit {
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
         let children = SignalFd::with_flags(&watched, flags)?;
 
+        if let Some(limit) = spec.open_files {
+            open_files::lower_to(limit)?;
+        }
+
         let terminal = nix::unistd::ttyname(io::stdout())?;
         let end = || -> io::Result<Stdio> { Ok(io::stdout().as_fd().try_clone_to_owned()?.into()) };
         let Some((program, arguments)) = spec.shell.split_first() else {
@@ -125,9 +151,8 @@ impl JobInit {
         let mut command = Command::new(program);
         command.args(arguments).current_dir(&spec.home);
         command.stdin(end()?).stdout(end()?).stderr(end()?);
-        let procs = group.as_ref().and_then(|group| group.open_procs().ok());
-        sys::lead_terminal_session(&mut command, procs);
-        let shell = command.spawn().map_err(|error| {
+        sys::lead_terminal_session(&mut command);
+        let shell = spawn(command, group.as_ref()).map_err(|error| {
             if let Some(group) = &group {
                 group.remove();
             }
@@ -135,10 +160,11 @@ impl JobInit {
             io::Error::new(error.kind(), format!("{program} can't be started in {home}: {error}"))
         })?;
         Ok(Self {
-            shell: i32::try_from(shell.id()).ok().map(Pid::from_raw),
+            shell: Some(shell),
             terminal,
             gone: spec.gone,
             job_directory: spec.job_directory,
+            access: spec.access,
             group,
             children,
             ending: None,
@@ -313,10 +339,12 @@ impl JobInit {
         if let Some(group) = &self.group {
             group.remove();
         }
-        if agent_lives {
-            return writeln!(control, "{report}");
+        // An agent that went meanwhile leaves the rest to this process.
+        if agent_lives && writeln!(control, "{report}").is_ok() {
+            return Ok(());
         }
+        let closed = self.access.map_or(Ok(()), |access| access.close_now());
         state_dir::remove(&self.job_directory);
-        Ok(())
+        closed
     }
 }

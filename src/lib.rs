@@ -1,18 +1,33 @@
 //! A CI job agent: wires the actors of the `actors` crate to this machine.
 
+pub mod agent_log;
+pub mod callbacks;
 pub mod cgroup;
 pub mod cli;
 pub mod commands;
+pub mod config;
 pub mod containment;
 pub mod executors;
 pub mod exit_code;
+pub mod http;
+pub mod http_client;
+pub mod hub;
 pub mod job_file;
 pub mod job_init;
+pub mod jump_point;
+pub mod log_artifact;
+pub mod log_uplink;
+pub mod open_files;
+pub mod process_group;
 pub mod process_tree;
 pub mod pty;
 pub mod render;
+mod serde_words;
 pub mod session;
 pub mod shell_jobs;
+pub mod signals;
 pub mod spool;
 pub mod state_dir;
+pub mod statsd;
 mod sys;
+pub mod tls;

@@ -11,10 +11,10 @@ use semaphore_agent::job_init;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let level = env_logger::Env::new().filter_or("SEMAPHORE_AGENT_LOG_LEVEL", "warn");
-    env_logger::Builder::from_env(level).init();
     let exit = match cli.command {
         Command::Run(args) => commands::run::run(&args),
+        Command::Serve(options) => commands::serve::serve(*options),
+        Command::Start(options) => commands::start::start(*options),
         Command::Version => commands::version::version(),
         Command::JobInit => match job_init::run() {
             Ok(()) => Exit::Success,

@@ -113,6 +113,11 @@ impl JobDir {
         self.path.join("scratch")
     }
 
+    /// The job's variables, as a script, once they are exported.
+    pub fn environment(&self) -> PathBuf {
+        self.scratch().join("environment-1")
+    }
+
     /// Removes the job's secrets.
     pub fn remove_scratch(&self) {
         remove(&self.scratch());

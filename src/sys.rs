@@ -2,28 +2,27 @@
 #![expect(unsafe_code, reason = "each block says why it is sound")]
 
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
 use nix::libc;
 use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, sigprocmask};
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
 use tokio::io::unix::AsyncFd;
 
-/// Has `command` start as the leader of a new session whose terminal is its standard input, and,
-/// if there is a cgroup, as a member of it. `cgroup_procs` is the group's open `cgroup.procs`.
-pub(crate) fn lead_terminal_session(command: &mut Command, cgroup_procs: Option<File>) {
-    let enter = move || {
-        start_with_default_signals()?;
+use crate::open_files;
+
+/// Has `command` start as the leader of a new session whose terminal is its standard input.
+pub(crate) fn lead_terminal_session(command: &mut Command) {
+    let enter = || {
+        reset()?;
         nix::unistd::setsid()?;
         // SAFETY: TIOCSCTTY takes an integer, and descriptor 0 is open: it was set up just now.
         if unsafe { libc::ioctl(0, libc::TIOCSCTTY, 0) } == -1 {
             return Err(io::Error::last_os_error());
-        }
-        if let Some(mut procs) = cgroup_procs.as_ref() {
-            // "0" is the writing process itself. A group that can't be entered is not needed: the
-            // descendants are found without it.
-            let _ = procs.write(b"0");
         }
         Ok(())
     };
@@ -32,9 +31,86 @@ pub(crate) fn lead_terminal_session(command: &mut Command, cgroup_procs: Option<
     unsafe { command.pre_exec(enter) };
 }
 
+/// Has `command` move into a cgroup when it starts. `procs` is the group's open `cgroup.procs`.
+pub(crate) fn enter_cgroup(command: &mut Command, procs: File) {
+    let enter = move || {
+        // "0" is the writing process itself. A group that can't be entered is not needed: the
+        // descendants are found without it.
+        let _ = (&procs).write(b"0");
+        Ok(())
+    };
+    // SAFETY: as above.
+    unsafe { command.pre_exec(enter) };
+}
+
+/// As the kernel has it; libc's constant of this name is too narrow.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// Starts `command` inside a cgroup, whose directory is open. A process that moves there makes all
+/// processors wait, for 10 ms and more; one that is born there does not. Nothing if the kernel
+/// can't do it, or if this process has several threads.
+pub(crate) fn spawn_in_cgroup(command: &mut Command, cgroup: &File) -> io::Result<Option<Pid>> {
+    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
+        return Ok(None);
+    }
+    // Closed by the program's start; what is in it before is why it can't be started.
+    let (mut failure, told) = std::io::pipe()?;
+    let Ok(cgroup) = u64::try_from(cgroup.as_raw_fd()) else {
+        return Ok(None);
+    };
+    let arguments = libc::clone_args {
+        flags: CLONE_INTO_CGROUP,
+        pidfd: 0,
+        child_tid: 0,
+        parent_tid: 0,
+        exit_signal: libc::SIGCHLD as u64,
+        stack: 0,
+        stack_size: 0,
+        tls: 0,
+        set_tid: 0,
+        set_tid_size: 0,
+        cgroup,
+    };
+    // SAFETY: without CLONE_VM this is a fork: the child goes on with a copy of everything. No other
+    // thread is there that could hold a lock in that copy.
+    let pid =
+        unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of_val(&arguments)) };
+    match pid {
+        -1 => Ok(None),
+        0 => {
+            let code = command.exec().raw_os_error().unwrap_or(libc::EINVAL);
+            // The parent waits for it; there is nobody else to tell.
+            let _ = (&told).write_all(&code.to_ne_bytes());
+            // SAFETY: ends the child at once; what the parent has registered for its exit is not run.
+            unsafe { libc::_exit(127) }
+        }
+        pid => {
+            drop(told);
+            let mut code = [0; size_of::<i32>()];
+            let pid = i32::try_from(pid).map(Pid::from_raw).map_err(io::Error::other)?;
+            match failure.read_exact(&mut code) {
+                Err(_started) => Ok(Some(pid)),
+                Ok(()) => {
+                    waitpid(pid, None)?;
+                    Err(io::Error::from_raw_os_error(i32::from_ne_bytes(code)))
+                }
+            }
+        }
+    }
+}
+
+/// Has `command` start with the signals and limits that a program expects to find.
+pub(crate) fn start_clean(command: &mut Command) {
+    // SAFETY: as above.
+    unsafe { command.pre_exec(reset) };
+}
+
 /// Undoes what this process and its parents block or ignore: a job that inherits it can't be asked
-/// to end.
-fn start_with_default_signals() -> io::Result<()> {
+/// to end. Undoes the raised limit of open files too.
+fn reset() -> io::Result<()> {
+    if let Some(limit) = open_files::before() {
+        open_files::lower_to(limit)?;
+    }
     for signal in Signal::iterator().filter(|s| !matches!(s, Signal::SIGKILL | Signal::SIGSTOP)) {
         // SAFETY: sets the default action, so no handler can run.
         unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) }?;

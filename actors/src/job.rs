@@ -136,6 +136,58 @@ pub enum ExecutorKind {
     DockerCompose,
 }
 
+/// Whom to tell about the end of a job whose log is pulled.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Callbacks {
+    /// The URL that hears of the result.
+    pub finished: Option<String>,
+    /// The URL that hears that nothing of the job is left.
+    pub teardown_finished: Option<String>,
+    /// What the agent proves itself with there.
+    pub token: Option<String>,
+}
+
+/// Shows nothing: URLs may be pre-signed.
+impl fmt::Debug for Callbacks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("…")
+    }
+}
+
+/// Where a job's log goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Logger {
+    /// Who moves it.
+    pub method: LogMethod,
+    /// How much the platform keeps, in bytes.
+    pub max_size: u64,
+}
+
+/// Who moves a job's log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LogMethod {
+    /// The platform reads it from the agent.
+    Pull,
+    /// The agent sends it to the platform.
+    Push(PushTarget),
+}
+
+/// Where a log is sent.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PushTarget {
+    /// Of the log; as it came, so perhaps none.
+    pub url: String,
+    /// What the agent proves itself with there, at first.
+    pub token: String,
+}
+
+/// Shows nothing: the URL may be pre-signed.
+impl fmt::Debug for PushTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("…")
+    }
+}
+
 /// One thing that is wrong with a job, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
@@ -175,6 +227,12 @@ pub struct Job {
     pub epilogue_on_pass: Vec<Command>,
     /// Run when the job failed.
     pub epilogue_on_fail: Vec<Command>,
+    /// Lines of `authorized_keys`: who may log in while the job runs.
+    pub ssh_keys: Result<Vec<Bytes>, Problems>,
+    /// Whom to tell about its end.
+    pub callbacks: Callbacks,
+    /// Where its log goes.
+    pub logger: Result<Logger, Problems>,
 }
 
 impl Job {
@@ -183,7 +241,16 @@ impl Job {
         let executor = self.executor.as_ref().err();
         let environment = self.environment.as_ref().err();
         let files = self.files.as_ref().err();
-        [executor, environment, files].into_iter().flatten().flatten()
+        let ssh_keys = self.ssh_keys.as_ref().err();
+        let logger = self.logger.as_ref().err();
+        [executor, environment, files, ssh_keys, logger].into_iter().flatten().flatten()
+    }
+
+    /// The value of a variable of its environment, if it is text.
+    pub fn variable(&self, name: &str) -> Option<&str> {
+        let environment = self.environment.as_ref().ok()?;
+        let variable = environment.iter().find(|variable| variable.name.as_str() == name)?;
+        std::str::from_utf8(&variable.value).ok()
     }
 }
 

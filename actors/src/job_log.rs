@@ -1,14 +1,20 @@
 //! The writing end of a job's log that survives the death of the log buffer.
 
 use std::cell::{Cell, RefCell};
+use std::time::Duration;
 
 use actix::prelude::*;
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use crate::log_buffer::{Append, Follow, LogBuffer, LogError, Published, Seal};
+use crate::job::Outcome;
+use crate::log_buffer::{Append, Follow, LogBuffer, LogError, LogRange, Published, ReadFrom, Seal};
 use crate::log_event::LogEvent;
 use crate::ports::LogSpool;
 use crate::terminal_text::cut_to_lines;
+
+/// How long a reader waits for the successor of a log buffer that is gone.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// The current [`LogBuffer`] of a job, and what it takes to replace it.
 pub(crate) struct JobLog {
@@ -80,6 +86,39 @@ impl JobLog {
             if self.append(LogEvent::cmd_output(line.clone())).await.is_ok() {
                 break;
             }
+        }
+    }
+
+    /// Puts the job's end into the log, which is sealed then, whatever happens.
+    pub(crate) async fn end(&self, outcome: Outcome) {
+        if let Err(error) = self.append(LogEvent::job_finished(outcome)).await {
+            log::error!(error:%; "the end of a job could not be logged");
+            // The buffer is a new one if the old one had crashed.
+            let _ = self.append(LogEvent::job_finished(outcome)).await;
+        }
+        self.seal().await;
+    }
+
+    /// Where all of it is, unless it can't be read.
+    pub(crate) async fn whole(&self) -> Option<LogRange> {
+        self.buffer().send(ReadFrom { line: 0 }).await.ok()?.ok()
+    }
+
+    /// Waits until there is line `line` or the log is sealed.
+    pub(crate) async fn follow(&self, line: u64) -> Result<LogRange, LogError> {
+        loop {
+            if let Ok(range) = self.buffer().send(Follow { line }).await {
+                return range;
+            }
+            // A crashed buffer has a successor as soon as the job notices.
+            sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// Waits until no line will come any more.
+    pub(crate) async fn sealed(&self) {
+        while !self.follow(u64::MAX).await.is_ok_and(|range| range.sealed) {
+            sleep(LOOK_AGAIN).await;
         }
     }
 

@@ -4,16 +4,24 @@
 //! job files may use. `null` and absent mean empty everywhere.
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::marker::PhantomData;
 
 use base64::Engine as _;
 use base64::engine::DecodePaddingMode;
 use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
 use bytes::Bytes;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use crate::job::{
-    Command, EnvVar, ExecutorKind, InjectedFile, Job, JobId, Problem, Problems, VariableName,
+    Callbacks, Command, EnvVar, ExecutorKind, InjectedFile, Job, JobId, LogMethod, Logger, Problem,
+    Problems, PushTarget, VariableName,
 };
+
+/// How much of a log a platform keeps that does not say so, in bytes.
+const DEFAULT_MAX_LOG_SIZE: u64 = 16 * 1024 * 1024;
 
 /// The executors that a request may name.
 pub const KNOWN_EXECUTORS: [&str; 2] = ["shell", "dockercompose"];
@@ -67,6 +75,31 @@ where
     Ok(Option::<T>::deserialize(deserializer)?.unwrap_or_default())
 }
 
+/// What is written as a map and nothing else: a list of its values in order, which serde would take
+/// too, is a mistake of whoever wrote it.
+#[derive(Default)]
+pub struct OnlyMap<T>(pub T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for OnlyMap<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Fields<T>(PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Fields<T> {
+            type Value = OnlyMap<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a map of fields")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<OnlyMap<T>, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(OnlyMap)
+            }
+        }
+
+        deserializer.deserialize_map(Fields(PhantomData))
+    }
+}
+
 /// One definition, two schemas: only files know the aliases. Over the wire a field called `id` is
 /// unknown like any other, and must not clash with `job_id`.
 macro_rules! request_schema {
@@ -74,7 +107,6 @@ macro_rules! request_schema {
         $(, id: $id:literal, epilogue: $epilogue:literal, files: $files:literal)?) => {
         $(#[$doc])*
         #[derive(Deserialize)]
-        #[serde(expecting = "a job: a map with `job_id`, `commands` and so on")]
         pub struct $name {
             #[serde(default, deserialize_with = "null_is_empty" $(, alias = $id)?)]
             job_id: String,
@@ -83,34 +115,31 @@ macro_rules! request_schema {
             #[serde(default, deserialize_with = "null_is_empty")]
             executor: String,
             #[serde(default, deserialize_with = "null_is_empty")]
-            compose: RawCompose,
+            compose: OnlyMap<RawCompose>,
             #[serde(default, deserialize_with = "null_is_empty")]
-            commands: Vec<RawCommand>,
+            commands: Vec<OnlyMap<RawCommand>>,
             #[serde(default, deserialize_with = "null_is_empty" $(, alias = $epilogue)?)]
-            epilogue_always_commands: Vec<RawCommand>,
+            epilogue_always_commands: Vec<OnlyMap<RawCommand>>,
             #[serde(default, deserialize_with = "null_is_empty")]
-            epilogue_on_pass_commands: Vec<RawCommand>,
+            epilogue_on_pass_commands: Vec<OnlyMap<RawCommand>>,
             #[serde(default, deserialize_with = "null_is_empty")]
-            epilogue_on_fail_commands: Vec<RawCommand>,
+            epilogue_on_fail_commands: Vec<OnlyMap<RawCommand>>,
             #[serde(default, deserialize_with = "null_is_empty")]
-            env_vars: Vec<RawEnvVar>,
+            env_vars: Vec<OnlyMap<RawEnvVar>>,
             #[serde(default, deserialize_with = "null_is_empty" $(, alias = $files)?)]
-            files: Vec<RawFile>,
+            files: Vec<OnlyMap<RawFile>>,
             #[serde(default, deserialize_with = "null_is_empty")]
             ssh_public_keys: Vec<String>,
             #[serde(default, deserialize_with = "null_is_empty")]
-            callbacks: RawCallbacks,
+            callbacks: OnlyMap<RawCallbacks>,
             #[serde(default, deserialize_with = "null_is_empty")]
-            logger: RawLogger,
+            logger: OnlyMap<RawLogger>,
         }
 
         impl $name {
             /// Decodes everything that can be decoded; what can't be is a problem of its part.
             pub fn decode(self) -> Result<Job, NoJobId> {
-                // Read here so that a type error in them is an error; their values have no use in
-                // a shell job.
-                let _ = (&self.compose, &self.ssh_public_keys, &self.callbacks, &self.logger);
-                let executor = decode_executor(&self.executor);
+                let executor = decode_executor(&self.executor, &self.compose.0);
                 let octal_modes = executor != Ok(ExecutorKind::DockerCompose);
                 Ok(Job {
                     id: JobId::new(self.job_id).ok_or(NoJobId)?,
@@ -122,19 +151,22 @@ macro_rules! request_schema {
                     epilogue_always: decode_commands(self.epilogue_always_commands),
                     epilogue_on_pass: decode_commands(self.epilogue_on_pass_commands),
                     epilogue_on_fail: decode_commands(self.epilogue_on_fail_commands),
+                    ssh_keys: decode_ssh_keys(&self.ssh_public_keys),
+                    callbacks: self.callbacks.0.decode(),
+                    logger: self.logger.0.decode(),
                 })
             }
 
             /// Indices into `env_vars` of variables that a later one of the same name replaces.
             pub fn replaced_variables(&self) -> Vec<usize> {
                 let last: BTreeMap<&str, usize> =
-                    self.env_vars.iter().enumerate().map(|(i, v)| (v.name.as_str(), i)).collect();
-                (0..self.env_vars.len()).filter(|i| last[self.env_vars[*i].name.as_str()] != *i).collect()
+                    self.env_vars.iter().enumerate().map(|(i, v)| (v.0.name.as_str(), i)).collect();
+                (0..self.env_vars.len()).filter(|i| last[self.env_vars[*i].0.name.as_str()] != *i).collect()
             }
 
             /// The name of variable `index` of `env_vars`, as written.
             pub fn variable_name(&self, index: usize) -> &str {
-                &self.env_vars[index].name
+                &self.env_vars[index].0.name
             }
         }
     };
@@ -151,38 +183,80 @@ request_schema!(
 
 // No `Debug` for any of these: they hold secrets.
 
-/// Fields of the request that no executor of this build reads yet still have their types checked.
 macro_rules! raw {
-    ($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty),* $(,)? }) => {
-        $(#[$doc])*
+    ($(#[$attribute:meta])* $name:ident { $($field:ident: $type:ty),* $(,)? }) => {
+        $(#[$attribute])*
         #[derive(Default, Deserialize)]
-        #[expect(dead_code, reason = "read by serde: a wrong type is an error wherever it stands")]
         struct $name {
             $(#[serde(default, deserialize_with = "null_is_empty")] $field: $type,)*
         }
     };
 }
 
-raw!(RawCompose {
-    containers: Vec<RawContainer>,
-    image_pull_credentials: Vec<RawCredentials>,
-    host_setup_commands: Vec<RawCommand>,
-});
-raw!(RawContainer {
-    name: String,
-    image: String,
-    command: String,
-    entrypoint: String,
-    user: String,
-    env_vars: Vec<RawEnvVar>,
-    files: Vec<RawFile>,
-});
-raw!(RawCredentials { env_vars: Vec<RawEnvVar>, files: Vec<RawFile> });
+raw!(
+    #[expect(dead_code, reason = "read by serde: a wrong type is an error wherever it stands")]
+    RawCompose {
+        containers: Vec<OnlyMap<RawContainer>>,
+        image_pull_credentials: Vec<OnlyMap<RawCredentials>>,
+        host_setup_commands: Vec<OnlyMap<RawCommand>>,
+    }
+);
+raw!(
+    #[expect(dead_code, reason = "read by serde: a wrong type is an error wherever it stands")]
+    RawContainer {
+        name: String,
+        image: String,
+        command: String,
+        entrypoint: String,
+        user: String,
+        env_vars: Vec<OnlyMap<RawEnvVar>>,
+        files: Vec<OnlyMap<RawFile>>,
+    }
+);
+raw!(
+    #[expect(dead_code, reason = "read by serde: a wrong type is an error wherever it stands")]
+    RawCredentials {
+        env_vars: Vec<OnlyMap<RawEnvVar>>,
+        files: Vec<OnlyMap<RawFile>>,
+    }
+);
 raw!(RawCallbacks { finished: String, teardown_finished: String, token: String });
 raw!(RawLogger { method: String, url: String, token: String, max_size_in_bytes: u64 });
 
+impl RawCallbacks {
+    fn decode(self) -> Callbacks {
+        let set = |text: String| Some(text).filter(|text| !text.is_empty());
+        Callbacks {
+            finished: set(self.finished),
+            teardown_finished: set(self.teardown_finished),
+            token: set(self.token),
+        }
+    }
+}
+
+impl RawLogger {
+    fn decode(&self) -> Result<Logger, Problems> {
+        let method = match self.method.as_str() {
+            "" | "pull" => LogMethod::Pull,
+            "push" => {
+                LogMethod::Push(PushTarget { url: self.url.clone(), token: self.token.clone() })
+            }
+            unknown => {
+                return Err(vec![problem(
+                    "logger.method".into(),
+                    format!("unknown method `{}`; known are: pull, push", unknown.escape_debug()),
+                )]);
+            }
+        };
+        let max_size = match self.max_size_in_bytes {
+            0 => DEFAULT_MAX_LOG_SIZE,
+            size => size,
+        };
+        Ok(Logger { method, max_size })
+    }
+}
+
 #[derive(Default, Deserialize)]
-#[serde(expecting = "a map with `directive` and `alias`")]
 struct RawCommand {
     #[serde(default, deserialize_with = "null_is_empty")]
     directive: String,
@@ -191,7 +265,6 @@ struct RawCommand {
 }
 
 #[derive(Default, Deserialize)]
-#[serde(expecting = "a map with `name` and `value`")]
 struct RawEnvVar {
     #[serde(default, deserialize_with = "null_is_empty")]
     name: String,
@@ -200,7 +273,6 @@ struct RawEnvVar {
 }
 
 #[derive(Default, Deserialize)]
-#[serde(expecting = "a map with `path`, `content` and `mode`")]
 struct RawFile {
     #[serde(default, deserialize_with = "null_is_empty")]
     path: String,
@@ -214,9 +286,14 @@ fn problem(path: String, message: impl Into<String>) -> Problem {
     Problem { path, message: message.into() }
 }
 
-fn decode_executor(name: &str) -> Result<ExecutorKind, Problems> {
+fn decode_executor(name: &str, compose: &RawCompose) -> Result<ExecutorKind, Problems> {
     match name {
         "" | "shell" => Ok(ExecutorKind::Shell),
+        "dockercompose" if compose.containers.is_empty() => Err(vec![problem(
+            "compose.containers".into(),
+            "a job for `dockercompose` needs at least one container, the first of which runs its \
+             commands",
+        )]),
         "dockercompose" => Ok(ExecutorKind::DockerCompose),
         unknown => Err(vec![problem(
             "executor".into(),
@@ -225,18 +302,18 @@ fn decode_executor(name: &str) -> Result<ExecutorKind, Problems> {
     }
 }
 
-fn decode_commands(commands: Vec<RawCommand>) -> Vec<Command> {
-    let decode = |raw: RawCommand| Command {
+fn decode_commands(commands: Vec<OnlyMap<RawCommand>>) -> Vec<Command> {
+    let decode = |OnlyMap(raw): OnlyMap<RawCommand>| Command {
         directive: raw.directive,
         alias: Some(raw.alias).filter(|alias| !alias.is_empty()),
     };
     commands.into_iter().map(decode).collect()
 }
 
-fn decode_environment(variables: &[RawEnvVar]) -> Result<Vec<EnvVar>, Problems> {
+fn decode_environment(variables: &[OnlyMap<RawEnvVar>]) -> Result<Vec<EnvVar>, Problems> {
     let mut problems = Problems::new();
     let mut by_name = BTreeMap::new();
-    for (i, raw) in variables.iter().enumerate() {
+    for (i, OnlyMap(raw)) in variables.iter().enumerate() {
         let name = VariableName::new(&raw.name).ok_or_else(|| {
             problem(
                 format!("env_vars[{i}].name"),
@@ -284,10 +361,13 @@ fn shown_name(name: &str) -> String {
     }
 }
 
-fn decode_files(files: &[RawFile], octal_modes: bool) -> Result<Vec<InjectedFile>, Problems> {
+fn decode_files(
+    files: &[OnlyMap<RawFile>],
+    octal_modes: bool,
+) -> Result<Vec<InjectedFile>, Problems> {
     let mut problems = Problems::new();
     let mut decoded = Vec::with_capacity(files.len());
-    for (i, raw) in files.iter().enumerate() {
+    for (i, OnlyMap(raw)) in files.iter().enumerate() {
         if raw.path.is_empty() || raw.path.contains('\0') {
             problems.push(problem(
                 format!("files[{i}].path"),
@@ -317,6 +397,22 @@ fn decode_files(files: &[RawFile], octal_modes: bool) -> Result<Vec<InjectedFile
         }
     }
     if problems.is_empty() { Ok(decoded) } else { Err(problems) }
+}
+
+fn decode_ssh_keys(keys: &[String]) -> Result<Vec<Bytes>, Problems> {
+    let mut problems = Problems::new();
+    let mut lines = Vec::with_capacity(keys.len());
+    for (i, key) in keys.iter().enumerate() {
+        let path = || format!("ssh_public_keys[{i}]");
+        match decode_base64(key) {
+            Ok(line) if memchr::memchr(0, &line).is_some() => {
+                problems.push(problem(path(), "the key contains a NUL byte"));
+            }
+            Ok(line) => lines.push(line),
+            Err(why) => problems.push(problem(path(), format!("the key {why}"))),
+        }
+    }
+    if problems.is_empty() { Ok(lines) } else { Err(problems) }
 }
 
 /// The permission bits that an octal string of up to four significant digits stands for.
@@ -363,6 +459,19 @@ mod tests {
         let both: WireRequest =
             serde_json::from_str(r#"{"job_id":"1","id":{"any":"thing"}}"#).unwrap();
         assert_eq!(both.decode().unwrap().id.as_str(), "1");
+    }
+
+    #[test]
+    fn a_list_is_no_request_and_no_part_of_one() {
+        for wrong in [
+            r#"["1"]"#,
+            r#"{"job_id":"1","commands":[["true"]]}"#,
+            r#"{"job_id":"1","env_vars":[["A","MQ=="]]}"#,
+            r#"{"job_id":"1","logger":["pull"]}"#,
+        ] {
+            let refused = serde_json::from_str::<OnlyMap<WireRequest>>(wrong).err().unwrap();
+            assert!(refused.to_string().contains("sequence, expected a map"), "{refused}");
+        }
     }
 
     #[test]

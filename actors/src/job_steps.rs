@@ -3,12 +3,14 @@
 //! One linear script: it decides what runs next and puts the step's events into the log; the
 //! executor does the work. Every wait in it races the stop request.
 
+use std::cell::Cell;
 use std::future::Future;
 use std::rc::Rc;
 use std::time::Duration;
 
 use actix::prelude::*;
 use bytes::Bytes;
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::executor::{
@@ -16,9 +18,10 @@ use crate::executor::{
 };
 use crate::job::{Command, EnvVar, ExecutorKind, Job, Outcome, Problem, VariableName};
 use crate::job_log::JobLog;
+use crate::jump_point::{JumpPoint, OpenAccess};
 use crate::log_buffer::LogError;
 use crate::log_event::{LogEvent, unix_time};
-use crate::ports::{Containment, Script, ScriptEnd, StepError};
+use crate::ports::{Containment, Script, ScriptEnd};
 
 /// A main command that exits with this code stops the job from inside.
 const STOP_FROM_INSIDE: i32 = 130;
@@ -33,6 +36,63 @@ pub(crate) struct Interrupts {
     pub(crate) stop: CancellationToken,
     /// The supervisor is gone.
     pub(crate) orphaned: CancellationToken,
+}
+
+/// A script of the agent's operator that runs before the commands of every job, in their shell.
+#[derive(Clone, Debug)]
+pub struct PreJobHook {
+    /// Where it is for the shell.
+    pub path: String,
+    /// Part of the shell, or a process of its own.
+    pub sourced: bool,
+    /// Whether a job goes on without it.
+    pub failure: HookFailure,
+    /// How long it may take; longer costs the job its shell.
+    pub patience: Option<Duration>,
+}
+
+/// What becomes of a job whose pre-job hook fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HookFailure {
+    /// It fails, as the protocol of the hosted mode has it.
+    FailsJob,
+    /// It fails, and its log has said so before.
+    FailsJobAsAnnounced,
+    /// It goes on, and its log has said so before.
+    IsIgnoredAsAnnounced,
+}
+
+impl HookFailure {
+    const fn announcement(self) -> &'static str {
+        match self {
+            Self::FailsJob => "",
+            Self::FailsJobAsAnnounced => {
+                "Warning: The agent is configured to fail the job if the pre-job hook fails.\n"
+            }
+            Self::IsIgnoredAsAnnounced => {
+                "Warning: The agent is configured to proceed with the job even if the pre-job hook \
+                 fails.\n"
+            }
+        }
+    }
+}
+
+/// A script of the agent's operator that runs after everything else of every job.
+#[derive(Clone, Debug)]
+pub struct PostJobHook {
+    /// Where it is for the shell.
+    pub path: String,
+    /// How long it may take.
+    pub patience: Option<Duration>,
+}
+
+/// What the agent's operator adds to every job.
+#[derive(Clone, Debug, Default)]
+pub struct JobHooks {
+    /// Before its commands.
+    pub pre_job: Option<PreJobHook>,
+    /// After them, and after a stop.
+    pub post_job: Option<PostJobHook>,
 }
 
 /// Why the steps can't go on.
@@ -62,7 +122,11 @@ type StepEnd = Result<ScriptEnd, Interrupted>;
 /// A job on its way through its steps.
 pub(crate) struct JobSteps {
     pub(crate) job: Rc<Job>,
+    pub(crate) hooks: JobHooks,
+    /// Whether there was a shell for the job.
+    pub(crate) was_prepared: Rc<Cell<bool>>,
     pub(crate) executor: Addr<Executor>,
+    pub(crate) jump_point: Option<Addr<JumpPoint>>,
     pub(crate) log: Rc<JobLog>,
     pub(crate) containment: Rc<dyn Containment>,
     pub(crate) interrupts: Interrupts,
@@ -90,7 +154,10 @@ impl JobSteps {
         let result = match self.main_part().await? {
             MainEnd::Passed => Outcome::Passed,
             MainEnd::Failed => Outcome::Failed,
-            MainEnd::StoppedFromInside(outcome) => return Ok(outcome),
+            MainEnd::StoppedFromInside(outcome) => {
+                self.run_post_job_hook().await?;
+                return Ok(outcome);
+            }
         };
         self.export(&Ok(job_result_variable(result))).await?;
         self.commands_until_failure(&self.job.epilogue_always).await?;
@@ -99,20 +166,70 @@ impl JobSteps {
             _ => &self.job.epilogue_on_fail,
         })
         .await?;
+        self.run_post_job_hook().await?;
         Ok(result)
+    }
+
+    /// All that is left to do for a job that was stopped, in a shell of its own.
+    pub(crate) async fn run_post_job_hook_afresh(self) {
+        if let Ok(Err(error)) = self.ask(Prepare).await {
+            return log::error!(job:% = self.job.id, error:%; "no shell for the post-job hook");
+        }
+        if let Ok(variables) = &self.job.environment
+            && !variables.is_empty()
+        {
+            // Where this fails, the hook fails too, and says why.
+            let _ = self.ask(Export { variables: variables.clone() }).await;
+        }
+        let _ = self.run_post_job_hook().await;
+    }
+
+    async fn run_post_job_hook(&self) -> Result<(), Interrupted> {
+        if let Some(hook) = &self.hooks.post_job {
+            self.hook(&hook.command(), "", hook.patience).await?;
+        }
+        Ok(())
+    }
+
+    async fn hook(
+        &self,
+        command: &Command,
+        announcement: &str,
+        patience: Option<Duration>,
+    ) -> StepEnd {
+        self.step(command.title(), async {
+            let first = format!("Running: {}\n{announcement}", command.directive);
+            self.log.append_output(first).await?;
+            let script = Script { text: command.directive.clone(), untraced: false };
+            let mut ended = std::pin::pin!(self.scripted(RunCommand { script }));
+            let Some(patience) = patience else {
+                return ended.await;
+            };
+            tokio::select! {
+                ended = &mut ended => ended,
+                () = sleep(patience) => {
+                    let seconds = patience.as_secs();
+                    log::error!(job:% = self.job.id, hook = command.title(), seconds; "a hook hangs");
+                    let line = format!("The hook took longer than {seconds} s, and is ended.\n");
+                    self.log.append_output(line).await?;
+                    self.containment.kill_shell();
+                    ended.await
+                }
+            }
+        })
+        .await
     }
 
     /// Brings up the executor. Only a failure shows in the log.
     async fn prepared(&self) -> Result<bool, Interrupted> {
-        let prepared = match &self.job.executor {
-            Err(problems) => Err(StepError(listed(problems))),
-            Ok(ExecutorKind::Shell | ExecutorKind::DockerCompose) => match self.ask(Prepare).await?
-            {
-                Ok(()) => Ok(()),
-                Err(error) => Err(StepError(format!("{error}\n"))),
-            },
+        let prepared = match (self.open_access().await, &self.job.executor) {
+            (Err(problems), _) | (_, Err(problems)) => Err(listed(problems)),
+            (Ok(()), Ok(ExecutorKind::Shell | ExecutorKind::DockerCompose)) => {
+                self.ask(Prepare).await?.map_err(|error| format!("{error}\n"))
+            }
         };
-        let Err(StepError(why)) = prepared else {
+        let Err(why) = prepared else {
+            self.was_prepared.set(true);
             return Ok(true);
         };
         self.step("Preparing the job", async {
@@ -123,12 +240,36 @@ impl JobSteps {
         Ok(false)
     }
 
+    /// Lets people log in. Keys that are none are the job's fault; for anything else it can run
+    /// without.
+    async fn open_access(&self) -> Result<(), &Vec<Problem>> {
+        let Some(jump_point) = &self.jump_point else {
+            return Ok(());
+        };
+        let keys = self.job.ssh_keys.as_ref()?.clone();
+        match jump_point.send(OpenAccess { keys }).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                log::warn!(error:%; "not everything for SSH access to this job is there");
+            }
+            Err(_) => log::error!("nobody can log in to this job: the jump point has crashed"),
+        }
+        Ok(())
+    }
+
     async fn main_part(&self) -> Result<MainEnd, Interrupted> {
         if !succeeded(&self.export(&self.job.environment).await?) {
             return Ok(MainEnd::Failed);
         }
         if !succeeded(&self.inject_files().await?) {
             return Ok(MainEnd::Failed);
+        }
+        if let Some(hook) = &self.hooks.pre_job {
+            let announcement = hook.failure.announcement();
+            let end = self.hook(&hook.command(), announcement, hook.patience).await?;
+            if !succeeded(&end) && hook.failure != HookFailure::IsIgnoredAsAnnounced {
+                return Ok(MainEnd::Failed);
+            }
         }
         let end = self.commands_until_failure(&self.job.commands).await?;
         Ok(match end.exit_code {
@@ -299,6 +440,33 @@ impl JobSteps {
             Ok(())
         }
     }
+}
+
+impl PreJobHook {
+    fn command(&self) -> Command {
+        Command {
+            directive: format!(
+                "{} {}",
+                if self.sourced { "source" } else { "bash" },
+                quoted(&self.path)
+            ),
+            alias: Some("Running the pre-job hook configured in the agent".to_owned()),
+        }
+    }
+}
+
+impl PostJobHook {
+    fn command(&self) -> Command {
+        Command {
+            directive: format!("bash {}", quoted(&self.path)),
+            alias: Some("Running the post-job hook configured in the agent".to_owned()),
+        }
+    }
+}
+
+/// As one word of a shell.
+fn quoted(path: &str) -> String {
+    format!("'{}'", path.replace('\'', r"'\''"))
 }
 
 fn orphaned() -> Interrupted {

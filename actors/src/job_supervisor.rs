@@ -1,34 +1,42 @@
 //! Owns the one job this agent may run, from its admission to the moment when nothing of it is left.
 //!
-//! Receives [`StartJob`] and [`StopJob`] from an intake, [`GetStatus`] and [`GetLog`] from anybody;
-//! spawns a log buffer and an executor afresh for every job; sends [`JobFinished`] to whoever
-//! started the job.
+//! Receives [`StartJob`] and [`StopJob`] from an intake, [`GetStatus`] and [`GetLog`] from anybody,
+//! [`ReportTransfer`] from who serves the log; spawns a log buffer, an executor and, where it is
+//! offered, a jump point afresh for every job; sends [`JobFinished`] to whoever started the job.
 //!
 //! What it never breaks:
 //! - The reply to a child's running message is the only end of that work. A crashed child closes
 //!   its mailbox, so a crash arrives as a failed reply, not by a second path.
 //! - It owns the containment, which works when the executor has died.
-//! - A job is over only when its outcome is logged, its log sealed, and everything it started gone.
+//! - A job is over only when its outcome is logged, its log sealed and delivered, and everything it
+//!   started gone.
 //!
 //! A job's task holds all it needs to finish, so that even this actor's own crash ends the job in
 //! order: as failed, with a line in its log.
 
+use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 
 use actix::prelude::*;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::delivery::{Delivery, JobDelivery};
 use crate::executor::{Discard, Executor};
 use crate::job::{Job, JobId, Outcome};
 use crate::job_lifecycle::{JobLifecycle, StartRefused, StopDecision};
 use crate::job_log::JobLog;
+pub use crate::job_steps::{HookFailure, JobHooks, PostJobHook, PreJobHook};
 use crate::job_steps::{Interrupts, JobSteps};
+use crate::jump_point::{CloseAccess, JumpPoint};
 use crate::log_buffer::LogBuffer;
-use crate::log_event::LogEvent;
 use crate::metrics::{Metrics, Time};
-use crate::ports::{Containment, JobParts, JobPartsFactory, LeftBehind};
+use crate::ports::{
+    Containment, JobParts, JobPartsFactory, JumpPointFiles, LeftBehind, SparePlace,
+};
+use crate::pull_delivery::{Archive, Transfer};
 
 /// Starts a job. The reply is the admission decision, not the outcome.
 #[derive(Debug, Message)]
@@ -40,7 +48,8 @@ pub struct StartJob {
     pub finished: Recipient<JobFinished>,
 }
 
-/// Stops a job. A stop of any other job than the running one is stale and ignored.
+/// Stops a job. A stop of any other job than the running one is stale and ignored. The reply comes
+/// when the stop is recorded, or with [`StopManner::AtOnce`] when everything has ended.
 #[derive(Clone, Debug, Message)]
 #[rtype(result = "()")]
 pub struct StopJob {
@@ -79,6 +88,21 @@ pub struct JobLogAddress {
     pub buffer: Addr<LogBuffer>,
 }
 
+/// Tells how an archivator's transfer of a job's sealed log goes.
+#[derive(Clone, Debug, Message)]
+#[rtype(result = "()")]
+pub struct ReportTransfer {
+    /// The job.
+    pub id: JobId,
+    /// How it goes.
+    pub transfer: Transfer,
+}
+
+/// Is never answered: the failed reply tells that the supervisor is gone.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct AwaitDeath;
+
 /// A job is over: its log is sealed and everything it started is gone.
 #[derive(Clone, Debug, PartialEq, Eq, Message)]
 #[rtype(result = "()")]
@@ -89,16 +113,29 @@ pub struct JobFinished {
     pub outcome: Outcome,
 }
 
-/// The job's task is done.
-#[derive(Clone, Copy, Debug, Message)]
+/// Nothing of a job is left but what is still to be told about it.
+#[derive(Clone, Debug, Message)]
 #[rtype(result = "()")]
-struct JobTornDown;
+struct JobTornDown {
+    id: JobId,
+}
+
+/// What is the same for all jobs of an agent.
+#[derive(Default)]
+pub struct Config {
+    /// What a job leaves running has so long to end when asked to.
+    pub grace: Duration,
+    /// What its operator adds to every job.
+    pub hooks: JobHooks,
+    /// How the platform comes to know a job's log and its end.
+    pub delivery: Delivery,
+}
 
 /// See the module.
 pub struct JobSupervisor {
-    factory: Box<dyn JobPartsFactory>,
+    factory: Rc<dyn JobPartsFactory>,
     metrics: Addr<Metrics>,
-    grace: Duration,
+    config: Config,
     lifecycle: JobLifecycle,
     current: Option<Current>,
 }
@@ -110,15 +147,19 @@ struct Current {
     #[cfg(feature = "testing")]
     executor: Addr<Executor>,
     containment: Rc<dyn Containment>,
+    access: Option<Access>,
+    archive: watch::Sender<Archive>,
     stop: CancellationToken,
+    cut_short: CancellationToken,
     /// Tells the job's task when this actor is gone.
     _alive: DropGuard,
 }
 
 impl JobSupervisor {
-    /// A supervisor without a job. What a job leaves running has `grace` to end when asked to.
-    pub fn new(factory: Box<dyn JobPartsFactory>, metrics: Addr<Metrics>, grace: Duration) -> Self {
-        Self { factory, metrics, grace, lifecycle: JobLifecycle::default(), current: None }
+    /// A supervisor without a job.
+    pub fn new(factory: Box<dyn JobPartsFactory>, metrics: Addr<Metrics>, config: Config) -> Self {
+        let factory = Rc::from(factory);
+        Self { factory, metrics, config, lifecycle: JobLifecycle::default(), current: None }
     }
 
     fn start_job(
@@ -136,66 +177,115 @@ impl JobSupervisor {
             }
         };
         let this = ctx.address();
-        let running = actix::spawn(async move { task.run(&this).await });
-        ctx.spawn(running.into_actor(self).then(|ended, supervisor, _| {
-            let log = supervisor.current.as_ref().map(|current| Rc::clone(&current.log));
-            if ended.is_err() {
-                supervisor.lifecycle.torn_down();
+        let end = task.end.clone();
+        // A task of its own, so that its panic is a failed reply here.
+        let running = actix::spawn(task.run(this.clone()));
+        let watched = async move {
+            if running.await.is_err() {
+                end.after_crash(&this).await;
             }
-            async move {
-                if let (Err(_), Some(log)) = (ended, log) {
-                    // Nobody is to wait for more of it.
-                    log.tell_crash("the job's task has crashed").await;
-                    log.seal().await;
-                }
-            }
-            .into_actor(supervisor)
-        }));
+        };
+        ctx.spawn(watched.into_actor(self));
         Ok(())
     }
 
     fn make_task(&mut self, job: Job, finished: Recipient<JobFinished>) -> Result<JobTask, String> {
-        let JobParts { backend, containment, spool } =
+        let JobParts { backend, containment, spool, jump_point } =
             self.factory.make(&job).map_err(|error| error.to_string())?;
         let log = Rc::new(JobLog::start(spool).map_err(|error| error.to_string())?);
         let containment: Rc<dyn Containment> = Rc::from(containment);
         let executor = Executor::new(backend, log.buffer()).start();
         let interrupts = Interrupts::default();
+        let cut_short = CancellationToken::new();
+        let was_prepared = Rc::default();
+        let access = jump_point.map(Access::new);
+        let archive = watch::Sender::default();
+        let archived = archive.subscribe();
         self.current = Some(Current {
             id: job.id.clone(),
             log: Rc::clone(&log),
             #[cfg(feature = "testing")]
             executor: executor.clone(),
             containment: Rc::clone(&containment),
+            access: access.clone(),
+            archive,
             stop: interrupts.stop.clone(),
+            cut_short: cut_short.clone(),
             _alive: interrupts.orphaned.clone().drop_guard(),
         });
         let job = Rc::new(job);
+        let delivery = self.config.delivery.begin(&job, &log, archived);
         Ok(JobTask {
-            steps: JobSteps { job, executor, log, containment, interrupts },
-            finished,
+            steps: JobSteps {
+                job: Rc::clone(&job),
+                hooks: self.config.hooks.clone(),
+                was_prepared: Rc::clone(&was_prepared),
+                executor,
+                jump_point: access.as_ref().map(|access| access.jump_point.clone()),
+                log: Rc::clone(&log),
+                containment: Rc::clone(&containment),
+                interrupts,
+            },
+            after_stop: AfterStop {
+                factory: Rc::clone(&self.factory),
+                hooks: self.config.hooks.clone(),
+                was_prepared,
+                cut_short,
+            },
             metrics: self.metrics.clone(),
-            grace: self.grace,
+            end: JobEnd {
+                job,
+                log,
+                containment,
+                access,
+                finished,
+                grace: self.config.grace,
+                delivery,
+            },
         })
+    }
+}
+
+/// The way in to a running job, which can be closed even when its actor has died.
+#[derive(Clone)]
+struct Access {
+    jump_point: Addr<JumpPoint>,
+    files: Rc<dyn JumpPointFiles>,
+}
+
+impl Access {
+    fn new(files: Rc<dyn JumpPointFiles>) -> Self {
+        Self { jump_point: JumpPoint::new(Rc::clone(&files)).start(), files }
+    }
+}
+
+async fn close(access: Option<&Access>) {
+    let Some(Access { jump_point, files }) = access else {
+        return;
+    };
+    let closed = match jump_point.send(CloseAccess).await {
+        Ok(closed) => closed,
+        Err(_crashed) => files.close().await,
+    };
+    if let Err(error) = closed {
+        log::error!(error:%; "a job's SSH access may still be open");
     }
 }
 
 /// One job from its first event to the last of its processes.
 struct JobTask {
     steps: JobSteps,
-    finished: Recipient<JobFinished>,
+    after_stop: AfterStop,
     metrics: Addr<Metrics>,
-    grace: Duration,
+    end: JobEnd,
 }
 
 impl JobTask {
-    async fn run(self, supervisor: &Addr<JobSupervisor>) {
-        let Self { steps, finished, metrics, grace } = self;
-        let id = steps.job.id.clone();
-        let log = Rc::clone(&steps.log);
-        let containment = Rc::clone(&steps.containment);
+    async fn run(self, supervisor: Addr<JobSupervisor>) {
+        let Self { steps, after_stop, metrics, end } = self;
+        let JobEnd { job, log, containment, .. } = &end;
         let executor = steps.executor.clone();
-        let stop = steps.interrupts.stop.clone();
+        let Interrupts { stop, orphaned } = steps.interrupts.clone();
         let started = Instant::now();
 
         // A task of its own, so that its panic is a failed reply here.
@@ -210,25 +300,110 @@ impl JobTask {
         };
 
         // Outcome decided. Cleaning up starts here and waits for nobody.
-        let ((), cleaned) = tokio::join!(
-            async {
-                if let Err(error) = log.append(LogEvent::job_finished(outcome)).await {
-                    log::error!(error:% = error; "the end of a job could not be logged");
-                    // The buffer is a new one if the old one had crashed.
-                    let _ = log.append(LogEvent::job_finished(outcome)).await;
-                }
-                log.seal().await;
-            },
-            end_everything(&*containment, grace, &executor),
-        );
-        if let Err(left) = cleaned {
-            log::error!(job:% = id, left:% = left; "a job left something behind");
-        }
+        let told = async {
+            if stop.is_cancelled() {
+                after_stop.run_hook(&end, orphaned).await;
+            }
+            end.tell_outcome(outcome).await;
+        };
+        let ((), cleaned) =
+            tokio::join!(told, end_everything(&**containment, end.grace, &executor));
+        end.report_left(cleaned);
         let tag = format!("result:{outcome}");
         metrics.do_send(Time { name: "job.duration", duration: started.elapsed(), tag });
-        // The slot is free before anybody is told that it is.
-        let _ = supervisor.send(JobTornDown).await;
-        finished.do_send(JobFinished { id, outcome });
+        end.delivery.deliver(job, log).await;
+        end.leave(&supervisor, outcome).await;
+    }
+}
+
+/// What is still to run after a stop.
+struct AfterStop {
+    factory: Rc<dyn JobPartsFactory>,
+    hooks: JobHooks,
+    was_prepared: Rc<Cell<bool>>,
+    cut_short: CancellationToken,
+}
+
+impl AfterStop {
+    /// The post-job hook, in a place of its own: the job's shell is dead.
+    async fn run_hook(self, end: &JobEnd, orphaned: CancellationToken) {
+        if self.hooks.post_job.is_none() || !self.was_prepared.get() {
+            return;
+        }
+        let JobEnd { job, log, grace, .. } = end;
+        let SparePlace { backend, containment } = match self.factory.make_spare_place(job) {
+            Ok(place) => place,
+            Err(error) => {
+                return log::error!(job:% = job.id, error:%; "no place for the post-job hook");
+            }
+        };
+        let containment: Rc<dyn Containment> = Rc::from(containment);
+        let executor = Executor::new(backend, log.buffer()).start();
+        let steps = JobSteps {
+            job: Rc::clone(job),
+            hooks: self.hooks,
+            was_prepared: self.was_prepared,
+            executor: executor.clone(),
+            jump_point: None,
+            log: Rc::clone(log),
+            containment: Rc::clone(&containment),
+            interrupts: Interrupts { stop: self.cut_short, orphaned },
+        };
+        // A task of its own: a crash in it must not keep the job from its end.
+        if actix::spawn(steps.run_post_job_hook_afresh()).await.is_err() {
+            log::error!(job:% = job.id; "the post-job hook's steps have crashed");
+        }
+        end.report_left(end_everything(&*containment, *grace, &executor).await);
+    }
+}
+
+/// What brings a job to its end. Clones are of the same job.
+#[derive(Clone)]
+struct JobEnd {
+    job: Rc<Job>,
+    log: Rc<JobLog>,
+    containment: Rc<dyn Containment>,
+    access: Option<Access>,
+    finished: Recipient<JobFinished>,
+    grace: Duration,
+    delivery: JobDelivery,
+}
+
+impl JobEnd {
+    async fn tell_outcome(&self, outcome: Outcome) {
+        self.delivery.tell_outcome(&self.job, outcome).await;
+        self.log.end(outcome).await;
+    }
+
+    fn report_left(&self, cleaned: Result<(), LeftBehind>) {
+        if let Err(left) = cleaned {
+            log::error!(job:% = self.job.id, left:%; "a job left something behind");
+        }
+    }
+
+    async fn leave(&self, supervisor: &Addr<JobSupervisor>, outcome: Outcome) {
+        close(self.access.as_ref()).await;
+        // The slot is free before anybody is told that it is: the next job may come as an answer.
+        let id = self.job.id.clone();
+        let _ = supervisor.send(JobTornDown { id: id.clone() }).await;
+        self.delivery.tell_torn_down(&self.job).await;
+        self.finished.do_send(JobFinished { id, outcome });
+    }
+
+    /// The job's task has crashed: nobody is to wait for more of the job.
+    async fn after_crash(&self, supervisor: &Addr<JobSupervisor>) {
+        self.containment.kill_shell();
+        self.log.tell_crash("the job's task has crashed").await;
+        let (containment, grace) = (Rc::clone(&self.containment), self.grace);
+        // A task of its own again: it may be what crashed.
+        let cleaning = actix::spawn(async move { containment.end_everything(grace).await });
+        let ((), cleaned) = tokio::join!(self.tell_outcome(Outcome::Failed), cleaning);
+        match cleaned {
+            Ok(cleaned) => self.report_left(cleaned),
+            Err(_) => log::error!(job:% = self.job.id; "a job's clean-up has crashed"),
+        }
+        self.delivery.deliver_pushed(&self.job, &self.log).await;
+        self.leave(supervisor, Outcome::Failed).await;
     }
 }
 
@@ -260,20 +435,51 @@ impl Handler<StartJob> for JobSupervisor {
 }
 
 impl Handler<StopJob> for JobSupervisor {
-    type Result = ();
+    type Result = ResponseFuture<()>;
 
-    fn handle(&mut self, message: StopJob, ctx: &mut Self::Context) {
+    fn handle(&mut self, message: StopJob, _: &mut Self::Context) -> Self::Result {
         let decision = self.lifecycle.stop(message.id.as_ref());
         let Some(current) = self.current.as_ref().filter(|_| decision != StopDecision::Ignored)
         else {
-            return;
+            return Box::pin(async {});
         };
         current.stop.cancel();
-        if message.manner == StopManner::AtOnce {
-            let at_once = current.containment.end_everything(Duration::ZERO);
-            // What could not be ended is reported by the job's own clean-up.
-            ctx.spawn(at_once.into_actor(self).map(|_, _, _| ()));
+        match message.manner {
+            StopManner::Grace => Box::pin(async {}),
+            StopManner::AtOnce => {
+                current.cut_short.cancel();
+                let ended = current.containment.end_everything(Duration::ZERO);
+                let access = current.access.clone();
+                // A task of its own: nobody has to wait for the reply.
+                let at_once = actix::spawn(async move {
+                    // What could not be ended is reported by the job's own clean-up.
+                    let _ = ended.await;
+                    close(access.as_ref()).await;
+                });
+                Box::pin(async {
+                    let _ = at_once.await;
+                })
+            }
         }
+    }
+}
+
+impl Handler<ReportTransfer> for JobSupervisor {
+    type Result = ();
+
+    fn handle(&mut self, message: ReportTransfer, _: &mut Self::Context) {
+        let ReportTransfer { id, transfer } = message;
+        if let Some(current) = self.current.as_ref().filter(|current| current.id == id) {
+            current.archive.send_modify(|archive| archive.note(transfer));
+        }
+    }
+}
+
+impl Handler<AwaitDeath> for JobSupervisor {
+    type Result = ResponseFuture<()>;
+
+    fn handle(&mut self, _: AwaitDeath, _: &mut Self::Context) -> Self::Result {
+        Box::pin(std::future::pending())
     }
 }
 
@@ -297,8 +503,11 @@ impl Handler<GetLog> for JobSupervisor {
 impl Handler<JobTornDown> for JobSupervisor {
     type Result = ();
 
-    fn handle(&mut self, _: JobTornDown, _: &mut Self::Context) {
-        self.lifecycle.torn_down();
+    fn handle(&mut self, message: JobTornDown, _: &mut Self::Context) {
+        // A job that crashes on its way out may tell it twice.
+        if self.lifecycle.active() == Some(&message.id) {
+            self.lifecycle.torn_down();
+        }
     }
 }
 
@@ -313,6 +522,8 @@ pub enum PanicIn {
     Executor,
     /// The running job's log buffer.
     LogBuffer,
+    /// The running job's jump point.
+    JumpPoint,
     /// The metrics.
     Metrics,
 }
@@ -329,7 +540,10 @@ impl Handler<PanicIn> for JobSupervisor {
             (PanicIn::Metrics, _) => self.metrics.do_send(PanicNow),
             (PanicIn::Executor, Some(current)) => current.executor.do_send(PanicNow),
             (PanicIn::LogBuffer, Some(current)) => current.log.buffer().do_send(PanicNow),
-            (PanicIn::Executor | PanicIn::LogBuffer, None) => {}
+            (PanicIn::JumpPoint, Some(Current { access: Some(access), .. })) => {
+                access.jump_point.do_send(PanicNow);
+            }
+            (PanicIn::Executor | PanicIn::LogBuffer | PanicIn::JumpPoint, _) => {}
         }
     }
 }

@@ -1,7 +1,9 @@
 //! The job supervisor: messages, decisions, actors, and the ports they need.
 //!
 //! ```text
-//! a job's source ──▶ StartJob · StopJob · GetStatus · GetLog ──▶ JobSupervisor
+//! HTTP routes ──▶ SubmitJob · ReadJobLog · RequestStop ──▶ HttpIntake
+//!                                                              ▼
+//! a job's source ──▶ StartJob · StopJob · GetStatus · GetLog · ReportTransfer ──▶ JobSupervisor
 //!        ▲                                                         │  spawns, afresh for every job:
 //!        └── JobFinished{id, outcome} (a Recipient) ◀──────────────┤
 //!                                                                  │
@@ -9,6 +11,7 @@
 //!                               Abort · Discard ──▶ Executor ◀─────┤
 //!        Append(event), awaited = back-pressure ──▶ LogBuffer ◀────┤ Seal before JobFinished
 //! ReadFrom{line} → file and range; Follow waits for more ─▶ │      │
+//!                OpenAccess · CloseAccess ──▶ JumpPoint ◀──────────┤
 //!                     Count · Time (lossy) ──▶ Metrics ◀───────────┘
 //! ```
 //!
@@ -16,19 +19,27 @@
 //! ([`job_lifecycle`], [`log_index`], [`terminal_text`]) are plain synchronous types with property
 //! tests; actors perform the effects.
 
+pub mod delivery;
 pub mod executor;
 pub mod finished_once;
+pub mod http_intake;
 pub mod job;
 pub mod job_lifecycle;
 mod job_log;
 pub mod job_request;
 mod job_steps;
 pub mod job_supervisor;
+pub mod jump_point;
 pub mod log_buffer;
 pub mod log_event;
 pub mod log_index;
+mod log_shipper;
 pub mod metrics;
 pub mod ports;
+pub mod pull_delivery;
+pub mod push_delivery;
+pub mod sync_poller;
+pub mod sync_protocol;
 pub mod terminal_text;
 #[cfg(feature = "testing")]
 pub mod testing;

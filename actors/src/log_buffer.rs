@@ -43,7 +43,7 @@ pub struct Follow {
     pub line: u64,
 }
 
-/// No line will come any more. Sealing twice is the same as once.
+/// No line will come any more, as after the end of the job. Sealing twice is the same as once.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "()")]
 pub struct Seal;
@@ -161,6 +161,8 @@ impl LogBuffer {
         }
         self.index.append(self.line.len() as u64);
         self.published.0.store(self.index.end().offset, Ordering::Release);
+        // Whoever reads the end of the job is to know that nothing follows.
+        self.sealed = matches!(event, LogEvent::JobFinished { .. });
         self.line.shrink_to(2 * crate::log_event::MAX_OUTPUT_LINE);
         self.wake_followers();
         Ok(())

@@ -2,13 +2,16 @@
 
 use std::fmt;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 
-use crate::job::{EnvVar, InjectedFile, Job};
+use crate::job::{EnvVar, InjectedFile, Job, JobId, PushTarget};
+use crate::log_buffer::LogRange;
+use crate::sync_protocol::{Answer, Report};
 
 /// Everything that is made afresh for one job.
 pub struct JobParts {
@@ -18,12 +21,25 @@ pub struct JobParts {
     pub containment: Box<dyn Containment>,
     /// Keeps the job's log.
     pub spool: Box<dyn LogSpool>,
+    /// Lets people log in while the job runs, where that is offered.
+    pub jump_point: Option<Rc<dyn JumpPointFiles>>,
+}
+
+/// Another place for a job whose first one is gone.
+pub struct SparePlace {
+    /// Prepares it.
+    pub backend: Box<dyn ExecutorBackend>,
+    /// Ends everything that was started there.
+    pub containment: Box<dyn Containment>,
 }
 
 /// Makes the parts of each job.
 pub trait JobPartsFactory {
     /// Makes `job`'s parts; nothing of the job runs yet.
     fn make(&self, job: &Job) -> io::Result<JobParts>;
+
+    /// Makes a place for what is to run after `job` was stopped.
+    fn make_spare_place(&self, job: &Job) -> io::Result<SparePlace>;
 }
 
 /// Why a step could not be done, in words for the job's log; never holds a secret.
@@ -125,6 +141,144 @@ pub trait LogSpool: Send + fmt::Debug {
 
     /// Another handle on the same file.
     fn reopen(&self) -> io::Result<Box<dyn LogSpool>>;
+}
+
+/// What lets people log in to where a job runs (PROTOCOL: "SSH jump point").
+pub trait JumpPointFiles {
+    /// Lets in who has one of `keys`, which are lines of `authorized_keys`.
+    fn open(&self, keys: Vec<Bytes>) -> LocalBoxFuture<'static, io::Result<()>>;
+
+    /// Takes back exactly what `open` added. Doing it twice, or without `open`, is no error.
+    fn close(&self) -> LocalBoxFuture<'static, io::Result<()>>;
+}
+
+/// One message to a platform about a job's end.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Callback {
+    /// Where it goes.
+    pub url: String,
+    /// What the agent proves itself with.
+    pub token: Option<String>,
+    /// JSON.
+    pub body: String,
+}
+
+/// The body only: a URL may be pre-signed.
+impl fmt::Debug for Callback {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "callback {}", self.body)
+    }
+}
+
+/// Why a platform did not take a callback; without URL and token.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CallbackError {
+    /// It never will: the URL or the token can't be used.
+    #[error("{0}")]
+    Unusable(String),
+    /// It may later.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Sends callbacks.
+pub trait CallbackSender {
+    /// Sends one, once.
+    fn send(&self, callback: &Callback) -> LocalBoxFuture<'static, Result<(), CallbackError>>;
+}
+
+/// Keeps whole logs as artifacts (PROTOCOL: "Job logs as an artifact").
+pub trait LogUploads {
+    /// Uploads the log that is in `log`, if that is wanted; answers why it could not be done.
+    /// `trimmed` tells whether the platform has not kept all of it.
+    fn upload<'a>(
+        &'a self,
+        job: &'a Job,
+        log: &'a LogRange,
+        trimmed: bool,
+    ) -> LocalBoxFuture<'a, Result<(), String>>;
+}
+
+/// Some whole lines of a log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogBatch {
+    /// How many.
+    pub lines: u64,
+    /// With their newlines.
+    pub bytes: Bytes,
+}
+
+/// Why a log server did not take a batch; without URL and token.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PushError {
+    /// The token is not good any more.
+    #[error("the token is refused")]
+    Unauthorized,
+    /// The space for this job's log is used up.
+    #[error("the space for this job's log is used up")]
+    QuotaUsedUp,
+    /// There were too many lines.
+    #[error("the batch is too large")]
+    TooLarge,
+    /// There was no answer in time.
+    #[error("there was no answer in time")]
+    TimedOut,
+    /// Anything else, which may pass.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Brings logs to the platform (PROTOCOL: "Pushing logs").
+pub trait LogUplink {
+    /// Reads lines from the start of `range`: as many as there are, but no more than either limit,
+    /// and one line at least.
+    fn read(
+        &self,
+        range: &LogRange,
+        most_lines: u64,
+        most_bytes: u64,
+    ) -> LocalBoxFuture<'static, io::Result<LogBatch>>;
+
+    /// Sends lines, of which the first has this number.
+    fn push(
+        &self,
+        target: &PushTarget,
+        first_line: u64,
+        batch: LogBatch,
+    ) -> LocalBoxFuture<'static, Result<(), PushError>>;
+
+    /// Gets a new token for logs.
+    fn refresh_token(&self) -> LocalBoxFuture<'static, Result<String, HubError>>;
+
+    /// Puts a log that was not delivered where it stays; answers where that is.
+    fn keep(&self, job: &JobId, log: &LogRange) -> io::Result<PathBuf>;
+}
+
+/// Why the control plane did not do what it was asked for; without tokens.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HubError {
+    /// It may later.
+    #[error("{0}")]
+    Failed(String),
+    /// What it answered can't be used, and won't change.
+    #[error("{0}")]
+    Unusable(String),
+}
+
+/// The control plane of an agent that asks for its jobs (PROTOCOL: "`agent start`: the self-hosted
+/// API"). Every call ends within a bounded time.
+pub trait HubApi {
+    /// Registers the agent.
+    fn register(&self) -> LocalBoxFuture<'static, Result<(), HubError>>;
+
+    /// Tells what the agent is doing, and asks what it is to do.
+    fn sync(&self, report: &Report) -> LocalBoxFuture<'static, Result<Answer, HubError>>;
+
+    /// Gets a job.
+    fn fetch_job(&self, id: &JobId) -> LocalBoxFuture<'static, Result<Job, HubError>>;
+
+    /// Takes the agent off the list.
+    fn disconnect(&self) -> LocalBoxFuture<'static, Result<(), HubError>>;
 }
 
 /// Where measurements go. Never fails a job: what can't be sent is dropped.

@@ -15,9 +15,11 @@ use futures_util::future::LocalBoxFuture;
 use tokio::sync::{Notify, mpsc};
 
 use crate::job::{EnvVar, InjectedFile, Job};
+use crate::log_buffer::LogRange;
 use crate::ports::{
-    Containment, ExecutorBackend, JobParts, JobPartsFactory, LeftBehind, LogSpool, MetricsSink,
-    Script, ScriptEnd, SessionEvent, ShellSession, StepError,
+    Callback, CallbackError, CallbackSender, Containment, ExecutorBackend, JobParts,
+    JobPartsFactory, JumpPointFiles, LeftBehind, LogSpool, LogUploads, MetricsSink, Script,
+    ScriptEnd, SessionEvent, ShellSession, SparePlace, StepError,
 };
 
 /// Makes the actor that receives it panic.
@@ -123,6 +125,7 @@ struct ScriptedState {
     hang_in_prepare: Cell<bool>,
     fail_prepare: Cell<bool>,
     panic_at_the_end: Cell<bool>,
+    refused_callbacks: Cell<u32>,
     spool: MemorySpool,
 }
 
@@ -152,6 +155,13 @@ impl ScriptedJob {
     #[must_use]
     pub fn panicking_at_the_end(self) -> Self {
         self.0.panic_at_the_end.set(true);
+        self
+    }
+
+    /// The next so many callbacks are not taken.
+    #[must_use]
+    pub fn refusing_callbacks(self, number: u32) -> Self {
+        self.0.refused_callbacks.set(number);
         self
     }
 
@@ -188,7 +198,50 @@ impl JobPartsFactory for ScriptedJob {
             backend: Box::new(self.clone()),
             containment: Box::new(self.clone()),
             spool: Box::new(self.0.spool.clone()),
+            jump_point: Some(Rc::new(self.clone())),
         })
+    }
+
+    fn make_spare_place(&self, _: &Job) -> io::Result<SparePlace> {
+        Ok(SparePlace { backend: Box::new(self.clone()), containment: Box::new(self.clone()) })
+    }
+}
+
+impl JumpPointFiles for ScriptedJob {
+    fn open(&self, keys: Vec<Bytes>) -> LocalBoxFuture<'static, io::Result<()>> {
+        self.call(format!("open access for {} keys", keys.len()));
+        std::future::ready(Ok(())).boxed_local()
+    }
+
+    fn close(&self) -> LocalBoxFuture<'static, io::Result<()>> {
+        self.call("close access");
+        std::future::ready(Ok(())).boxed_local()
+    }
+}
+
+impl CallbackSender for ScriptedJob {
+    fn send(&self, callback: &Callback) -> LocalBoxFuture<'static, Result<(), CallbackError>> {
+        self.call(format!("call {} with {}", callback.url, callback.body));
+        let taken = match self.0.refused_callbacks.get() {
+            0 => Ok(()),
+            left => {
+                self.0.refused_callbacks.set(left - 1);
+                Err(CallbackError::Failed("500".to_owned()))
+            }
+        };
+        std::future::ready(taken).boxed_local()
+    }
+}
+
+impl LogUploads for ScriptedJob {
+    fn upload<'a>(
+        &'a self,
+        _: &'a Job,
+        _: &'a LogRange,
+        _: bool,
+    ) -> LocalBoxFuture<'a, Result<(), String>> {
+        self.call("upload");
+        std::future::ready(Ok(())).boxed_local()
     }
 }
 

@@ -1,20 +1,28 @@
 //! Several actors together, over scripted ports: the protocol's sequence, stops, and crashes.
 #![expect(clippy::unwrap_used, reason = "a failed test is a panic")]
 
+use std::rc::Rc;
 use std::time::Duration;
 
 use actix::{Actor as _, Addr};
+use actors::delivery::Delivery;
 use actors::finished_once::FinishedOnce;
+use actors::http_intake::{
+    Close, GetState, HttpIntake, ReadJobLog, ReadRefused, RequestStop, State, Submission,
+    SubmitJob, SubmitRefused, UntilDrained,
+};
 use actors::job::{Job, JobId, Outcome};
 use actors::job_lifecycle::StartRefused;
 use actors::job_request::FileRequest;
 use actors::job_supervisor::{
-    GetLog, GetStatus, JobFinished, JobSupervisor, PanicIn, StartJob, StopJob, StopManner,
+    Config, GetLog, GetStatus, JobFinished, JobSupervisor, PanicIn, ReportTransfer, StartJob,
+    StopJob, StopManner,
 };
 use actors::log_buffer::{Follow, ReadFrom};
 use actors::log_event::LogEvent;
 use actors::metrics::Metrics;
 use actors::ports::DiscardMetrics;
+use actors::pull_delivery::{PullDelivery, Transfer};
 use actors::testing::{Reaction, RecordingMetrics, ScriptedJob};
 use tokio::sync::{mpsc, oneshot};
 
@@ -24,9 +32,13 @@ fn job(json: &str) -> Job {
     serde_json::from_str::<FileRequest>(json).unwrap().decode().unwrap()
 }
 
+fn config(delivery: Delivery) -> Config {
+    Config { grace: GRACE, delivery, ..Config::default() }
+}
+
 fn supervisor(world: &ScriptedJob) -> Addr<JobSupervisor> {
     let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
-    JobSupervisor::new(Box::new(world.clone()), metrics, GRACE).start()
+    JobSupervisor::new(Box::new(world.clone()), metrics, config(Delivery::None)).start()
 }
 
 async fn start(supervisor: &Addr<JobSupervisor>, job: Job) -> oneshot::Receiver<JobFinished> {
@@ -91,7 +103,9 @@ async fn a_passing_job_takes_every_step_in_order() {
     let main = ["+ one", "hi\n", "- one 0", "+ Two", "Running: two\n", "- Two 0"];
     let epilogue = ["+ always", "- always 0", "+ on pass", "- on pass 0", "job passed"];
     assert_log(&world, &[&PREPARED, &main, &RESULT_EXPORTED, &epilogue]);
-    assert_eq!(world.calls().last().unwrap(), "end everything within 2s");
+    let calls = world.calls();
+    assert_eq!(calls[..2], ["open access for 0 keys", "prepare"]);
+    assert_eq!(calls[calls.len() - 2..], ["end everything within 2s", "close access"]);
 }
 
 #[actix::test]
@@ -216,7 +230,8 @@ async fn a_stop_kills_the_shell_first_and_keeps_what_was_printed() {
     assert_eq!(finished.await.unwrap().outcome, Outcome::Stopped);
     assert_log(&world, &[&PREPARED, &["+ one", "so far\n", "- one 1", "job stopped"]]);
     let calls = world.calls();
-    assert_eq!(calls[calls.len() - 2..], ["kill shell", "end everything within 2s"]);
+    let end = ["kill shell", "end everything within 2s", "close access"];
+    assert_eq!(calls[calls.len() - 3..], end);
 }
 
 #[actix::test]
@@ -358,7 +373,7 @@ async fn a_crash_of_the_clean_up_ends_the_wait_for_the_job_and_frees_the_slot() 
     let supervisor = supervisor(&world);
     let finished = start(&supervisor, job(r#"{"job_id":"1"}"#)).await;
     let log = supervisor.send(GetLog).await.unwrap().unwrap().buffer;
-    assert!(finished.await.is_err(), "no result is better than a wrong one");
+    assert_eq!(finished.await.unwrap().outcome, Outcome::Failed);
     assert!(log.send(Follow { line: u64::MAX }).await.unwrap().unwrap().sealed);
     let next = start(&supervisor, job(r#"{"job_id":"2"}"#)).await;
     assert_eq!(next.await.unwrap().outcome, Outcome::Passed);
@@ -381,7 +396,8 @@ async fn metrics_are_lossy_and_their_crash_costs_a_job_nothing() {
     let (sender, mut received) = mpsc::unbounded_channel();
     let metrics = Metrics::new(Box::new(RecordingMetrics(sender))).start();
     let world = ScriptedJob::default();
-    let supervisor = JobSupervisor::new(Box::new(world.clone()), metrics, GRACE).start();
+    let supervisor =
+        JobSupervisor::new(Box::new(world.clone()), metrics, config(Delivery::None)).start();
     let passed = start(&supervisor, job(r#"{"job_id":"1"}"#)).await;
     assert_eq!(passed.await.unwrap().outcome, Outcome::Passed);
     assert_eq!(received.recv().await.unwrap(), "job.duration#result:passed");
@@ -389,4 +405,157 @@ async fn metrics_are_lossy_and_their_crash_costs_a_job_nothing() {
     supervisor.send(PanicIn::Metrics).await.unwrap();
     let passed = start(&supervisor, job(r#"{"job_id":"2"}"#)).await;
     assert_eq!(passed.await.unwrap().outcome, Outcome::Passed);
+}
+
+#[actix::test]
+async fn a_crash_of_the_jump_point_costs_the_job_nothing_and_access_is_still_closed() {
+    let world = ScriptedJob::new([Reaction::Hang("")]);
+    let supervisor = supervisor(&world);
+    let finished = start(&supervisor, job(FULL_JOB)).await;
+    world.until_called("run one").await;
+    supervisor.send(PanicIn::JumpPoint).await.unwrap();
+    supervisor.send(StopJob { id: None, manner: StopManner::Grace }).await.unwrap();
+    assert_eq!(finished.await.unwrap().outcome, Outcome::Stopped);
+    assert_eq!(world.calls().last().unwrap(), "close access");
+}
+
+/// A supervisor whose jobs are pulled, and its intake.
+fn hosted(world: &ScriptedJob, attempts: u32, single_job: bool) -> Hosted {
+    let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
+    let delivery = PullDelivery {
+        callbacks: Box::new(world.clone()),
+        attempts,
+        uploads: Box::new(world.clone()),
+    };
+    let jobs = Box::new(world.clone());
+    let supervisor =
+        JobSupervisor::new(jobs, metrics, config(Delivery::Pull(Rc::new(delivery)))).start();
+    let intake = HttpIntake::new(supervisor.clone(), single_job).start();
+    Hosted { supervisor, intake }
+}
+
+struct Hosted {
+    supervisor: Addr<JobSupervisor>,
+    intake: Addr<HttpIntake>,
+}
+
+impl Hosted {
+    async fn submit(&self, id: &str) -> Result<Submission, SubmitRefused> {
+        let job = job(&HOSTED_JOB.replace("ID", id));
+        self.intake.send(SubmitJob { job }).await.unwrap()
+    }
+
+    async fn report(&self, id: &str, transfers: &[Transfer]) {
+        for transfer in transfers {
+            let id = JobId::new(id).unwrap();
+            self.supervisor.send(ReportTransfer { id, transfer: *transfer }).await.unwrap();
+        }
+    }
+
+    async fn state(&self) -> State {
+        self.intake.send(GetState).await.unwrap()
+    }
+
+    /// Waits for the end of the log.
+    async fn until_sealed(&self) {
+        let log = self.supervisor.send(GetLog).await.unwrap().unwrap().buffer;
+        assert!(log.send(Follow { line: u64::MAX }).await.unwrap().unwrap().sealed);
+    }
+}
+
+const HOSTED_JOB: &str = r#"{"job_id":"ID","commands":[{"directive":"one"}],
+    "callbacks":{"finished":"f","teardown_finished":"t","token":"x"}}"#;
+
+#[actix::test]
+async fn a_pulled_job_is_torn_down_when_its_log_is_archived() {
+    let world = ScriptedJob::default();
+    let agent = hosted(&world, 3, false);
+    assert_eq!(agent.submit("1").await, Ok(Submission::Started));
+    world.until_called(r#"call f with {"result":"passed"}"#).await;
+    agent.until_sealed().await;
+    agent.report("other", &[Transfer::Began, Transfer::Completed]).await;
+    agent.report("1", &[Transfer::Began, Transfer::Broken, Transfer::Began]).await;
+    assert_eq!(agent.state().await, State::JobReceived);
+    assert!(!world.calls().contains(&"upload".to_owned()));
+    agent.report("1", &[Transfer::Completed]).await;
+    world.until_called("call t with {}").await;
+    let calls = world.calls();
+    assert_eq!(calls[calls.len() - 3..], ["upload", "close access", "call t with {}"]);
+    agent.intake.send(Close).await.unwrap();
+    agent.intake.send(UntilDrained).await.unwrap();
+    assert_eq!(agent.state().await, State::WaitingForJob);
+}
+
+#[actix::test]
+async fn the_end_is_logged_after_the_finished_callback_even_if_nobody_takes_it() {
+    tokio::time::pause();
+    let world = ScriptedJob::default().refusing_callbacks(u32::MAX);
+    let agent = hosted(&world, 3, false);
+    agent.submit("1").await.unwrap();
+    agent.until_sealed().await;
+    let finished = r#"call f with {"result":"passed"}"#;
+    assert_eq!(world.calls().iter().filter(|call| *call == finished).count(), 3);
+    assert_eq!(summary(&world).last().unwrap(), "job passed");
+}
+
+#[actix::test]
+async fn an_archivator_that_failed_is_not_waited_for_without_end() {
+    tokio::time::pause();
+    let world = ScriptedJob::default();
+    let agent = hosted(&world, 3, false);
+    agent.submit("1").await.unwrap();
+    agent.until_sealed().await;
+    agent.report("1", &[Transfer::Began, Transfer::Broken]).await;
+    world.until_called("call t with {}").await;
+}
+
+#[actix::test]
+async fn the_intake_answers_by_what_the_agent_is_doing() {
+    let world = ScriptedJob::new([Reaction::Hang("")]);
+    let agent = hosted(&world, 1, false);
+    let read = |id: &str| agent.intake.send(ReadJobLog { id: JobId::new(id).unwrap(), line: 0 });
+    assert!(matches!(read("1").await.unwrap(), Err(ReadRefused::NoJob)));
+    assert_eq!(agent.state().await, State::WaitingForJob);
+
+    let both = tokio::join!(agent.submit("1"), agent.submit("2"));
+    assert_eq!(both, (Ok(Submission::Started), Err(SubmitRefused::Busy)));
+    assert_eq!(agent.submit("1").await, Ok(Submission::AlreadyRunning));
+    assert_eq!(agent.state().await, State::JobReceived);
+    assert!(matches!(read("2").await.unwrap(), Err(ReadRefused::OtherJob)));
+    assert!(read("1").await.unwrap().is_ok());
+
+    agent.intake.send(RequestStop { id: JobId::new("2") }).await.unwrap();
+    agent.intake.send(RequestStop { id: None }).await.unwrap();
+    world.until_called(r#"call f with {"result":"stopped"}"#).await;
+    agent.until_sealed().await;
+    agent.intake.send(Close).await.unwrap();
+    assert_eq!(agent.submit("3").await, Err(SubmitRefused::Closed));
+    assert_eq!(agent.submit("1").await, Ok(Submission::AlreadyRunning));
+    agent.report("1", &[Transfer::Began, Transfer::Completed]).await;
+    agent.intake.send(UntilDrained).await.unwrap();
+}
+
+#[actix::test]
+async fn an_agent_for_a_single_job_takes_no_second_one() {
+    let world = ScriptedJob::default();
+    let agent = hosted(&world, 1, true);
+    agent.submit("1").await.unwrap();
+    assert_eq!(agent.submit("2").await, Err(SubmitRefused::Busy));
+    assert_eq!(agent.submit("1").await, Ok(Submission::AlreadyRunning));
+    agent.until_sealed().await;
+    agent.report("1", &[Transfer::Began, Transfer::Completed]).await;
+    agent.intake.send(UntilDrained).await.unwrap();
+    assert_eq!(agent.submit("2").await, Err(SubmitRefused::Closed));
+}
+
+#[actix::test]
+async fn logs_that_can_not_be_pulled_are_refused() {
+    let agent = hosted(&ScriptedJob::default(), 1, false);
+    for method in ["push", "carrier pigeon"] {
+        let json = format!(r#"{{"job_id":"1","logger":{{"method":"{method}"}}}}"#);
+        let refused = agent.intake.send(SubmitJob { job: job(&json) }).await.unwrap();
+        let Err(SubmitRefused::Unfit(why)) = refused else { panic!("{refused:?}") };
+        assert!(why.starts_with("logger.method: "), "{why}");
+    }
+    assert_eq!(agent.state().await, State::WaitingForJob);
 }

@@ -6,6 +6,16 @@
 //! Jobs run in this process where the moments of their log events matter, else in the agent's
 //! binary.
 
+mod hosted;
+#[path = "../../tests/it/support/http.rs"]
+#[expect(
+    dead_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "what the tests need"
+)]
+mod http;
 mod place;
 mod table;
 
@@ -65,7 +75,7 @@ fn main() -> Result<()> {
 async fn measure_all(part: &str) -> Result<()> {
     let place = &Place::make()?;
     // Nothing is measured before it is waited for.
-    let figures: [(&str, LocalBoxFuture<'_, Result<Figure>>); 8] = [
+    let figures: [(&str, LocalBoxFuture<'_, Result<Figure>>); 18] = [
         ("50 MB of 80-byte lines by cat, MB/s", Box::pin(large_output(place))),
         ("200 x `echo hi`, ms per command", Box::pin(short_commands(place, "echo hi", 1.0))),
         ("200 x `true`, ms per command", Box::pin(short_commands(place, "true", 0.7))),
@@ -74,14 +84,36 @@ async fn measure_all(part: &str) -> Result<()> {
         ("last 10 of 500,000 events, ms", Box::pin(last_events(place))),
         ("peak memory over the 50 MB job, MB", Box::pin(peak_memory(place))),
         ("`agent version`, ms", Box::pin(async { start_up(place) })),
+        ("serve: start to first answer, ms", Box::pin(async { hosted::start_up(place) })),
+        (
+            "serve: job `true` to `finished`, ms",
+            Box::pin(async { hosted::short_job(place, "true", 10.0) }),
+        ),
+        (
+            "serve: job `echo hi` to `finished`, ms",
+            Box::pin(async { hosted::short_job(place, "echo hi", 11.0) }),
+        ),
+        ("serve: archived to `teardown_finished`, ms", Box::pin(async { hosted::teardown(place) })),
+        ("serve: stop to `finished`, ms", Box::pin(async { hosted::stop(place) })),
+        (
+            "serve: GET last 10 of 500,000 events, ms",
+            Box::pin(async { hosted::last_events(place, 1, 1.0) }),
+        ),
+        (
+            "serve: the same, 10 readers, p99, ms",
+            Box::pin(async { hosted::last_events(place, 10, 5.0) }),
+        ),
+        ("serve: a whole log of 79 MB, MB/s", Box::pin(async { hosted::whole_log(place) })),
+        ("serve: memory, idle, MB", Box::pin(async { hosted::memory(place, 0, 14.0) })),
+        ("serve: memory after 100 jobs, MB", Box::pin(async { hosted::memory(place, 100, 14.0) })),
     ];
     println!(
-        "{:<37} {:>25} {:>25} {:>5}  target",
+        "{:<41} {:>25} {:>25} {:>5}  target",
         "median (min .. max)", "floor", "figure", "ratio"
     );
     for (name, measured) in figures {
         if name.contains(part) {
-            println!("{name:<37} {}", measured.await?);
+            println!("{name:<41} {}", measured.await?);
         }
     }
     Ok(())
@@ -237,7 +269,7 @@ async fn peak_memory(place: &Place) -> Result<Figure> {
         // The peak only ever rises, so the last look misses no more than the last moment's.
         let mut peak = 0.0;
         let ended = loop {
-            peak = peak_so_far(agent.id())?.unwrap_or(peak);
+            peak = memory_in_mb(agent.id(), "VmHWM:")?.unwrap_or(peak);
             match agent.try_wait()? {
                 Some(ended) => break ended,
                 None => sleep(Duration::from_millis(5)).await,
@@ -251,11 +283,11 @@ async fn peak_memory(place: &Place) -> Result<Figure> {
     Ok(Figure::without_floor(runs, 24.0))
 }
 
-/// A process's peak resident memory in MB; nothing if it is over.
-fn peak_so_far(process: u32) -> Result<Option<f64>> {
+/// A process's resident memory in MB, as this field of its status has it; nothing if it is over.
+fn memory_in_mb(process: u32, field: &str) -> Result<Option<f64>> {
     let status = fs::read_to_string(format!("/proc/{process}/status"))?;
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kibibytes = peak.and_then(|peak| peak.trim().strip_suffix(" kB"));
+    let found = status.lines().find_map(|line| line.strip_prefix(field));
+    let kibibytes = found.and_then(|found| found.trim().strip_suffix(" kB"));
     let kibibytes: Option<f64> = kibibytes.map(str::parse).transpose()?;
     Ok(kibibytes.map(|kibibytes| kibibytes * 1024.0 / 1e6))
 }

@@ -3,13 +3,14 @@
 use std::fs::{self, File};
 use std::io::{BufWriter, Write as _};
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use actix::Actor as _;
 use actors::finished_once::FinishedOnce;
 use actors::job::Outcome;
 use actors::job_request::FileRequest;
-use actors::job_supervisor::{GetLog, JobSupervisor, StartJob};
+use actors::job_supervisor::{Config, GetLog, JobSupervisor, StartJob};
 use actors::log_buffer::Follow;
 use actors::log_event::LogEvent;
 use actors::metrics::Metrics;
@@ -50,6 +51,19 @@ impl Place {
         Ok(Self { directory, lines, shell: ShellConfig { home, environment } })
     }
 
+    /// What the agent keeps.
+    pub(crate) fn state(&self) -> PathBuf {
+        self.directory.path().join("state")
+    }
+
+    /// A job's shell alone.
+    pub(crate) fn bare_login(&self, command: &str) -> Command {
+        let mut shell = Command::new("bash");
+        shell.args(["--login", "-c", command]).env_clear();
+        shell.envs(self.shell.environment.clone());
+        shell
+    }
+
     pub(crate) fn cat(&self) -> String {
         format!("cat {}", self.lines.display())
     }
@@ -61,11 +75,12 @@ impl Place {
         let request = json!({"job_id": "1", "commands": commands});
         let job = serde_json::from_value::<FileRequest>(request)?.decode()?;
         let jobs = ShellJobs {
-            state: StateDir::open(&self.directory.path().join("state"))?,
+            state: StateDir::open(&self.state())?,
             shell: self.shell.clone(),
+            jump_point: None,
         };
         let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
-        let supervisor = JobSupervisor::new(Box::new(jobs), metrics, Duration::ZERO).start();
+        let supervisor = JobSupervisor::new(Box::new(jobs), metrics, Config::default()).start();
         let (finished, end) = FinishedOnce::ask();
         supervisor.send(StartJob { job, finished }).await??;
 

@@ -2,17 +2,16 @@
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::process;
-use std::task::Poll;
 use std::time::Duration;
 
 use actix::{Actor, Addr, System};
 use actors::finished_once::FinishedOnce;
 use actors::job::{ExecutorKind, Job, Outcome};
-use actors::job_supervisor::{GetLog, JobSupervisor, StartJob, StopJob, StopManner};
+use actors::job_supervisor::{Config, GetLog, JobSupervisor, StartJob, StopJob, StopManner};
 use actors::log_buffer::{Follow, LogRange};
 use actors::metrics::Metrics;
 use actors::ports::DiscardMetrics;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -22,10 +21,11 @@ use crate::exit_code::Exit;
 use crate::job_file::{self, Source};
 use crate::render::{Renderer, Style};
 use crate::shell_jobs::ShellJobs;
+use crate::signals::Signals;
 use crate::state_dir::StateDir;
 
 /// What a job leaves running has so long to end when asked to.
-const GRACE: Duration = Duration::from_secs(2);
+pub(crate) const GRACE: Duration = Duration::from_secs(2);
 
 /// How many pieces of the log the output may lag behind before they are joined and their steps'
 /// durations blur.
@@ -33,6 +33,8 @@ const RANGES_AHEAD: usize = 4096;
 
 /// Runs the job; its exit code is the job's result.
 pub fn run(args: &RunArgs) -> Exit {
+    let level = env_logger::Env::new().filter_or("SEMAPHORE_AGENT_LOG_LEVEL", "warn");
+    env_logger::Builder::from_env(level).init();
     let source = Source::from(args.file.as_path());
     let file = match job_file::read(&source) {
         Ok(file) => file,
@@ -54,7 +56,8 @@ pub fn run(args: &RunArgs) -> Exit {
     }
 }
 
-fn refuse(why: impl std::fmt::Display) -> Exit {
+/// Says what is wrong with what was asked for.
+pub(crate) fn refuse(why: impl std::fmt::Display) -> Exit {
     for line in why.to_string().lines() {
         tell(&format!("error: {line}"));
     }
@@ -62,7 +65,7 @@ fn refuse(why: impl std::fmt::Display) -> Exit {
 }
 
 /// Says something to the person. A closed or full standard error changes nothing else.
-fn tell(line: &str) {
+pub(crate) fn tell(line: &str) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
@@ -70,7 +73,11 @@ fn start(args: &RunArgs, job: Job) -> io::Result<Outcome> {
     let shell = ShellConfig::from_env()?;
     let path = args.state_dir.clone().unwrap_or_else(|| StateDir::default_path(&shell.home));
     let state = StateDir::open(&path).map_err(io::Error::other)?;
-    System::new().block_on(supervise(job, ShellJobs { state, shell }, style(args.output)))
+    System::new().block_on(supervise(
+        job,
+        ShellJobs { state, shell, jump_point: None },
+        style(args.output),
+    ))
 }
 
 fn style(asked: Option<Output>) -> Style {
@@ -84,9 +91,11 @@ fn style(asked: Option<Output>) -> Style {
 }
 
 async fn supervise(job: Job, jobs: ShellJobs, style: Style) -> io::Result<Outcome> {
-    let stops = StopSignals::listen()?;
+    let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+    let stops = Signals::heeded(&kinds)?;
     let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
-    let supervisor = JobSupervisor::new(Box::new(jobs), metrics, GRACE).start();
+    let config = Config { grace: GRACE, ..Config::default() };
+    let supervisor = JobSupervisor::new(Box::new(jobs), metrics, config).start();
     let (finished, outcome) = FinishedOnce::ask();
     supervisor
         .send(StartJob { job, finished })
@@ -94,7 +103,7 @@ async fn supervise(job: Job, jobs: ShellJobs, style: Style) -> io::Result<Outcom
         .map_err(io::Error::other)?
         .map_err(io::Error::other)?;
 
-    let stopping = actix::spawn(stops.pass_on_to(supervisor.clone()));
+    let stopping = actix::spawn(pass_on(stops, supervisor.clone()));
     let shown = show_log(&supervisor, style).await;
     let outcome = outcome.await.map(|finished| finished.outcome).map_err(io::Error::other);
     stopping.abort();
@@ -158,39 +167,13 @@ fn write_log(mut to_show: mpsc::Receiver<(LogRange, Instant)>, style: Style) -> 
     Ok(())
 }
 
-/// The signals that ask for a stop.
-struct StopSignals(Vec<Signal>);
-
-impl StopSignals {
-    /// Signals that are ignored from the start, as under `nohup`, stay ignored.
-    fn listen() -> io::Result<Self> {
-        let status = std::fs::read_to_string("/proc/self/status")?;
-        let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-        let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-        let is_heeded = |kind: &SignalKind| {
-            ignored.is_none_or(|mask| mask >> (kind.as_raw_value() - 1) & 1 == 0)
-        };
-        let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
-        Ok(Self(kinds.into_iter().filter(is_heeded).map(signal).collect::<io::Result<_>>()?))
+/// The first signal stops the job in order, the second kills at once. The third is for an agent that
+/// does not react: it goes, and what the job started goes with it.
+async fn pass_on(mut stops: Signals, supervisor: Addr<JobSupervisor>) {
+    for manner in [StopManner::Grace, StopManner::AtOnce] {
+        stops.next().await;
+        supervisor.do_send(StopJob { id: None, manner });
     }
-
-    async fn next(&mut self) {
-        std::future::poll_fn(|cx| {
-            let mut signals = self.0.iter_mut();
-            let came = signals.any(|signal| signal.poll_recv(cx).is_ready());
-            if came { Poll::Ready(()) } else { Poll::Pending }
-        })
-        .await;
-    }
-
-    /// The first stops the job in order, the second kills at once. The third is for an agent that
-    /// does not react: it goes, and what the job started goes with it.
-    async fn pass_on_to(mut self, supervisor: Addr<JobSupervisor>) {
-        for manner in [StopManner::Grace, StopManner::AtOnce] {
-            self.next().await;
-            supervisor.do_send(StopJob { id: None, manner });
-        }
-        self.next().await;
-        process::exit(Exit::Stopped.code().into());
-    }
+    stops.next().await;
+    process::exit(Exit::Stopped.code().into());
 }

@@ -16,6 +16,8 @@ use futures_util::future::LocalBoxFuture;
 
 use crate::containment::ShellContainment;
 use crate::job_init::Spec;
+use crate::jump_point::SshAccess;
+use crate::open_files;
 use crate::pty::{self, Pty};
 use crate::session::{Mark, Session, quoted};
 use crate::state_dir::JobDir;
@@ -62,13 +64,20 @@ pub struct ShellBackend {
     config: ShellConfig,
     directory: Rc<JobDir>,
     containment: ShellContainment,
+    /// Taken back by the job's first process if the agent dies.
+    access: Option<SshAccess>,
     staged: u32,
 }
 
 impl ShellBackend {
     /// A place whose processes are started through `containment`.
-    pub fn new(config: ShellConfig, directory: Rc<JobDir>, containment: ShellContainment) -> Self {
-        Self { config, directory, containment, staged: 0 }
+    pub fn new(
+        config: ShellConfig,
+        directory: Rc<JobDir>,
+        containment: ShellContainment,
+        access: Option<SshAccess>,
+    ) -> Self {
+        Self { config, directory, containment, access, staged: 0 }
     }
 
     async fn open_session(&self) -> io::Result<LocalSession> {
@@ -80,6 +89,8 @@ impl ShellBackend {
             gone: gone.as_str().to_owned(),
             job_directory: self.directory.path().to_owned(),
             group: self.directory.group_name(),
+            open_files: open_files::before(),
+            access: self.access.clone(),
         };
         self.containment.start(&spec, shell_end, self.config.environment.clone()).await?;
         let mut session = Session::new(pty, gone)?;

@@ -9,11 +9,12 @@ use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use actors::job::Job;
-use actors::job_request::{FileRequest, known_fields};
+use actors::job_request::{FileRequest, OnlyMap, known_fields};
 use serde::de::{DeserializeSeed as _, Deserializer, IgnoredAny};
 
 use self::bounds::{MAX_EXPANDED, MAX_NESTING, deepest_nesting, stands_for_too_much};
 use self::place::{Seek, Segment};
+use crate::serde_words::without_value;
 
 /// The largest job file, in bytes.
 pub const MAX_SIZE: u64 = 32 * 1024 * 1024;
@@ -268,19 +269,6 @@ impl Format {
     }
 }
 
-/// Takes the value out of serde's words about a wrong type: it may be a secret.
-fn without_value(message: &str) -> String {
-    const KINDS: [&str; 6] =
-        ["string", "integer", "floating point", "boolean", "character", "byte array"];
-    let redacted = ["invalid type: ", "invalid value: "].iter().find_map(|start| {
-        let (before, found) = message.split_once(start)?;
-        let (found, expected) = found.rsplit_once(", expected ")?;
-        let kind = KINDS.iter().find(|kind| found.starts_with(**kind))?;
-        Some(format!("{before}{start}{kind}, expected {expected}"))
-    });
-    redacted.unwrap_or_else(|| message.to_owned())
-}
-
 fn noting_unknown<'de, D>(
     input: D,
     unknown: &mut Vec<Vec<Segment>>,
@@ -288,7 +276,8 @@ fn noting_unknown<'de, D>(
 where
     D: Deserializer<'de>,
 {
-    serde_ignored::deserialize(input, |path| unknown.push(Segment::of(&path)))
+    let request = serde_ignored::deserialize(input, |path| unknown.push(Segment::of(&path)));
+    request.map(|OnlyMap(request)| request)
 }
 
 #[cfg(test)]

@@ -1,104 +1,11 @@
 //! What jobs are for: get a repository with a key that came with the job, and run its tests.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader};
-use std::net::TcpListener;
-use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Stdio;
 
-use nix::unistd::{User, geteuid};
-
+use crate::support::ssh::{SshServer, key, run, user};
 use crate::support::{Finished, World, base64, wait_for_end};
-
-const SSHD: &str = "/usr/sbin/sshd";
-
-/// How many ports to try: between finding a free one and listening on it, it can be taken.
-const PORTS: usize = 5;
-
-/// An SSH server of this test's own, on the loopback interface. Ends with this value.
-struct SshServer {
-    process: Child,
-    port: u16,
-}
-
-impl SshServer {
-    fn start(directory: &Path, user: &str, authorized_keys: &Path) -> Self {
-        if geteuid().is_root() {
-            // Where it locks up its unprivileged part; packages make it when the service starts.
-            let mut builder = fs::DirBuilder::new();
-            builder.recursive(true).mode(0o755).create("/run/sshd").unwrap();
-        }
-        let host_key = key(directory, "host_key");
-        for _ in 0..PORTS {
-            // Free again at the end of this line.
-            let free = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr());
-            let port = free.unwrap().port();
-            let config = format!(
-                "ListenAddress 127.0.0.1:{port}\nHostKey {}\nAuthorizedKeysFile {}\n\
-                 AllowUsers {user}\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n\
-                 UsePAM no\nStrictModes no\nPidFile none\nPrintMotd no\nSetEnv PATH={}\n",
-                host_key.display(),
-                authorized_keys.display(),
-                std::env::var("PATH").unwrap(),
-            );
-            let path = directory.join("sshd_config");
-            fs::write(&path, config).unwrap();
-            if let Some(server) = Self::listening(&path, port) {
-                return server;
-            }
-        }
-        panic!("{SSHD} found no port to listen on");
-    }
-
-    /// Nothing if it ends instead.
-    fn listening(config: &Path, port: u16) -> Option<Self> {
-        let mut command = Command::new(SSHD);
-        command.args(["-D", "-e", "-f"]).arg(config);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let mut process = command.spawn().unwrap();
-        let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
-        let server = Self { process, port };
-        let is_ready = |line: &String| {
-            println!("sshd: {line}");
-            line.starts_with("Server listening on ")
-        };
-        lines.by_ref().map_while(Result::ok).find(is_ready)?;
-        // Read to the end: a full pipe would hold it up. Shown if the test fails.
-        std::thread::spawn(move || {
-            for line in lines.map_while(Result::ok) {
-                println!("sshd: {line}");
-            }
-        });
-        Some(server)
-    }
-}
-
-impl Drop for SshServer {
-    fn drop(&mut self) {
-        // It has ended if that fails; a panic on the way out of a failed test would hide it.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-/// Runs a program that must succeed, away from the configuration of who runs the tests.
-fn run(home: &Path, program: &str, arguments: &[&str]) {
-    let mut command = Command::new(program);
-    command.args(arguments).current_dir(home).env_clear();
-    command.env("PATH", std::env::var_os("PATH").unwrap());
-    command.env("HOME", home).env("GIT_CONFIG_NOSYSTEM", "1");
-    let output = command.stdin(Stdio::null()).output().unwrap();
-    assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
-}
-
-/// Makes a key pair; answers the private key's path.
-fn key(directory: &Path, name: &str) -> PathBuf {
-    let arguments =
-        ["-q", "-t", "rsa", "-b", "2048", "-m", "PEM", "-N", "", "-C", "test", "-f", name];
-    run(directory, "ssh-keygen", &arguments);
-    directory.join(name)
-}
 
 /// Makes a bare repository with a test script in it.
 fn repository(directory: &Path) -> PathBuf {
@@ -120,20 +27,18 @@ struct Forge {
     _directory: tempfile::TempDir,
     repository: PathBuf,
     private_key: String,
-    user: String,
 }
 
 impl Forge {
     fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path();
-        let user = User::from_uid(geteuid()).unwrap().unwrap().name;
-        let key = key(path, "client_key");
+        let key = key(path, "client_key", &["-t", "rsa", "-b", "2048", "-m", "PEM"]);
+        let environment = [("PATH", &*std::env::var("PATH").unwrap())];
         Self {
             repository: repository(path),
             private_key: fs::read_to_string(&key).unwrap(),
-            server: SshServer::start(path, &user, &key.with_extension("pub")),
-            user,
+            server: SshServer::start(path, &key.with_extension("pub"), &environment),
             _directory: directory,
         }
     }
@@ -144,10 +49,9 @@ impl Forge {
         let ssh = format!(
             "ssh -F none -i ~/.ssh/id_rsa -p {} -o IdentitiesOnly=yes -o BatchMode=yes \
              -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null",
-            self.server.port
+            self.server.port()
         );
-        let clone =
-            format!("git clone {}@127.0.0.1:{} project", self.user, self.repository.display());
+        let clone = format!("git clone {}@127.0.0.1:{} project", user(), self.repository.display());
         let commands = [
             format!("export GIT_SSH_COMMAND=\"{ssh}\""),
             clone,

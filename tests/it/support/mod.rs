@@ -1,11 +1,14 @@
 //! Runs the real binary in a world of its own: a private HOME, a private state directory.
 
+pub mod hosted;
+mod http;
+pub mod ssh;
+
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
-use std::rc::Rc;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use actors::log_event::LogEvent;
@@ -15,14 +18,14 @@ use tempfile::TempDir;
 
 /// A machine's user who runs jobs.
 pub struct World {
-    directory: Rc<TempDir>,
+    directory: Arc<TempDir>,
 }
 
 impl World {
     pub fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         fs::create_dir(directory.path().join("home")).unwrap();
-        Self { directory: Rc::new(directory) }
+        Self { directory: Arc::new(directory) }
     }
 
     pub fn home(&self) -> PathBuf {
@@ -65,7 +68,7 @@ impl World {
         command.args(["run", "--output", "json"]).arg(path);
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let watchdog = Watchdog::over(&child);
-        Running { child, lines: None, _watchdog: watchdog, _world: Rc::clone(&self.directory) }
+        Running { child, lines: None, _watchdog: watchdog, _world: Arc::clone(&self.directory) }
     }
 
     /// Runs commands as a job without anything else.
@@ -86,7 +89,7 @@ pub struct Running {
     pub child: Child,
     lines: Option<BufReader<ChildStdout>>,
     _watchdog: Watchdog,
-    _world: Rc<TempDir>,
+    _world: Arc<TempDir>,
 }
 
 /// Kills an agent that takes far too long, so that a hang is a failed test.

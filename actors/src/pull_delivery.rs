@@ -1,0 +1,152 @@
+//! What follows the end of a job whose log is pulled (PROTOCOL: "Teardown of a `pull` job"): tells the
+//! platform, and waits until its archivator has the whole log.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+
+use crate::job::{Job, Outcome};
+use crate::log_buffer::LogRange;
+use crate::ports::{Callback, CallbackError, CallbackSender, LogUploads};
+
+/// How long to wait between two tries of a callback.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long after the last broken transfer an archivator may come back.
+const COME_BACK: Duration = Duration::from_mins(10);
+
+/// How jobs whose logs are pulled are brought to their end.
+pub struct PullDelivery {
+    /// Sends callbacks.
+    pub callbacks: Box<dyn CallbackSender>,
+    /// How often one is sent before it is given up; at least once.
+    pub attempts: u32,
+    /// Keeps logs as artifacts.
+    pub uploads: Box<dyn LogUploads>,
+}
+
+/// What happens to an archivator's transfer of a log that is sealed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transfer {
+    /// It began.
+    Began,
+    /// The last byte was handed to the connection.
+    Completed,
+    /// The connection broke before that.
+    Broken,
+}
+
+/// What archivators have done with a job's log so far. Pure.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Archive {
+    under_way: u32,
+    broken: bool,
+    archived: bool,
+}
+
+impl Archive {
+    pub(crate) fn note(&mut self, transfer: Transfer) {
+        match transfer {
+            Transfer::Began => self.under_way += 1,
+            Transfer::Completed => {
+                self.under_way = self.under_way.saturating_sub(1);
+                self.archived = true;
+            }
+            Transfer::Broken => {
+                self.under_way = self.under_way.saturating_sub(1);
+                self.broken = true;
+            }
+        }
+    }
+
+    /// Whether somebody tried, failed, and may not come back.
+    fn is_abandoned(self) -> bool {
+        self.broken && self.under_way == 0
+    }
+}
+
+impl PullDelivery {
+    /// Tells the platform the result.
+    pub(crate) async fn tell_outcome(&self, job: &Job, outcome: Outcome) {
+        let body = format!(r#"{{"result":"{outcome}"}}"#);
+        self.tell(job, "finished", job.callbacks.finished.as_ref(), body).await;
+    }
+
+    /// Waits until an archivator has the whole log, then keeps it as an artifact if the job wants
+    /// that.
+    pub(crate) async fn deliver(
+        &self,
+        job: &Job,
+        log: Option<LogRange>,
+        archive: watch::Receiver<Archive>,
+    ) {
+        if !is_archived(archive).await {
+            log::error!(job:% = job.id; "no archivator came back for the job's log");
+        }
+        let Some(log) = log else {
+            return;
+        };
+        let most = job.logger.as_ref().map_or(u64::MAX, |logger| logger.max_size);
+        let trimmed = log.end >= most;
+        if let Err(why) = self.uploads.upload(job, &log, trimmed).await {
+            log::error!(job:% = job.id, why:%; "the job's log was not uploaded");
+        }
+    }
+
+    /// Tells the platform that nothing of the job is left.
+    pub(crate) async fn tell_torn_down(&self, job: &Job) {
+        let url = job.callbacks.teardown_finished.as_ref();
+        self.tell(job, "teardown_finished", url, "{}".to_owned()).await;
+    }
+
+    async fn tell(&self, job: &Job, what: &str, url: Option<&String>, body: String) {
+        let Some(url) = url.cloned() else {
+            return;
+        };
+        let callback = Callback { url, token: job.callbacks.token.clone(), body };
+        let job = &job.id;
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match self.callbacks.send(&callback).await {
+                Ok(()) => {
+                    log::info!(job:%, callback = what, tries; "callback sent");
+                    return;
+                }
+                Err(CallbackError::Failed(why)) if tries < self.attempts => {
+                    // Once, and not three hundred times.
+                    let level = if tries == 1 { log::Level::Warn } else { log::Level::Debug };
+                    log::log!(level, job:%, callback = what, why:%; "callback not taken, trying again");
+                }
+                Err(error) => {
+                    log::error!(job:%, callback = what, tries, why:% = error; "callback given up");
+                    return;
+                }
+            }
+            sleep(TRY_AGAIN).await;
+        }
+    }
+}
+
+/// Waits until the log is archived: without end while nobody has tried, but not for ever for an
+/// archivator that failed. False if that did not come back.
+async fn is_archived(mut archive: watch::Receiver<Archive>) -> bool {
+    loop {
+        let now = *archive.borrow_and_update();
+        let changed = if now.archived {
+            return true;
+        } else if now.is_abandoned() {
+            let Ok(changed) = timeout(COME_BACK, archive.changed()).await else {
+                return false;
+            };
+            changed
+        } else {
+            archive.changed().await
+        };
+        if changed.is_err() {
+            // The supervisor is gone, and with it everybody who could report a transfer.
+            return false;
+        }
+    }
+}

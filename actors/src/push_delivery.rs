@@ -1,0 +1,162 @@
+//! Brings a job whose log is pushed to its end (PROTOCOL: "Pushing logs"): the log is on its way from the
+//! job's first line on, and the job is not over before the platform has the last one, as long as there
+//! is progress.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use actix::Actor as _;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::job::{Job, LogMethod, PushTarget};
+use crate::job_log::JobLog;
+use crate::log_buffer::LogRange;
+use crate::log_shipper::{Acknowledged, AwaitShipped, LogShipper, Shipped};
+use crate::ports::{LogUplink, LogUploads};
+
+/// How long after the job's end delivery may go without any progress.
+const WITHOUT_PROGRESS: Duration = Duration::from_mins(2);
+
+/// How long it may take when somebody waits for the agent's end: service managers kill after 90 s.
+const INTERRUPTED: Duration = Duration::from_mins(1);
+
+/// A shipper that crashes so often is not started again.
+const MOST_CRASHES: u32 = 10;
+
+/// Between a crash of a shipper and its successor.
+const AFTER_CRASH: Duration = Duration::from_secs(1);
+
+/// How jobs whose logs are pushed are brought to their end.
+pub struct PushDelivery {
+    /// Reads and sends.
+    pub uplink: Rc<dyn LogUplink>,
+    /// Keeps logs as artifacts.
+    pub uploads: Box<dyn LogUploads>,
+    /// How long after the job's end delivery may take in all.
+    pub patience: Duration,
+    /// Who waits for the agent's end.
+    pub urgency: watch::Receiver<Urgency>,
+}
+
+/// How much somebody wants the agent to end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Urgency {
+    /// Its machine has asked it to.
+    pub interrupted_at: Option<Instant>,
+    /// It leaves then, whatever is not done.
+    pub leave_by: Option<Instant>,
+}
+
+/// A log on its way.
+pub(crate) struct Shipping {
+    acknowledged: Acknowledged,
+    shipped: watch::Receiver<Option<Shipped>>,
+    /// Ends it when nobody waits any more.
+    _wanted: DropGuard,
+}
+
+/// Where a job's log is pushed, if it is.
+pub(crate) fn target_of(job: &Job) -> Option<&PushTarget> {
+    match &job.logger.as_ref().ok()?.method {
+        LogMethod::Push(target) => Some(target),
+        LogMethod::Pull => None,
+    }
+}
+
+impl PushDelivery {
+    /// Sends the log while it grows.
+    pub(crate) fn begin(&self, job: &Job, log: &Rc<JobLog>) -> Option<Shipping> {
+        let target = target_of(job)?.clone();
+        let (log, uplink) = (Rc::clone(log), Rc::clone(&self.uplink));
+        let acknowledged: Acknowledged = Rc::default();
+        let (end, ended) = watch::channel(None);
+        let progress = Rc::clone(&acknowledged);
+        let unwanted = CancellationToken::new();
+        let wanted = unwanted.clone().drop_guard();
+        actix::spawn(async move {
+            for _ in 0..MOST_CRASHES {
+                let shipper = LogShipper {
+                    log: Rc::clone(&log),
+                    uplink: Rc::clone(&uplink),
+                    target: target.clone(),
+                    acknowledged: Rc::clone(&progress),
+                    unwanted: unwanted.clone(),
+                };
+                if let Ok(shipped) = shipper.start().send(AwaitShipped).await {
+                    end.send_replace(shipped);
+                    return;
+                }
+                log::error!("a log shipper has crashed");
+                sleep(AFTER_CRASH).await;
+            }
+        });
+        Some(Shipping { acknowledged, shipped: ended, _wanted: wanted })
+    }
+
+    /// Waits until the platform has the whole log, then keeps it as an artifact if that is wanted.
+    pub(crate) async fn deliver(&self, job: &Job, log: &JobLog, shipping: Option<&Shipping>) {
+        let mut trimmed = false;
+        if let Some(shipping) = shipping {
+            let mut shipped = shipping.shipped.clone();
+            let shipped = tokio::select! {
+                shipped = shipped.wait_for(Option::is_some) => shipped.ok().and_then(|end| *end),
+                () = self.give_up(&shipping.acknowledged) => None,
+            };
+            trimmed = shipped == Some(Shipped::Trimmed);
+            if trimmed {
+                log::warn!(job:% = job.id; "the platform takes no more of the job's log");
+            } else if shipped.is_none() {
+                self.report_undelivered(job, log, *shipping.acknowledged.borrow()).await;
+            }
+        }
+        let Some(whole) = log.whole().await else {
+            return;
+        };
+        if let Err(why) = self.uploads.upload(job, &whole, trimmed).await {
+            log::error!(job:% = job.id, why:%; "the job's log was not uploaded");
+        }
+    }
+
+    /// Resolves when it is time to leave what is not delivered.
+    async fn give_up(&self, acknowledged: &Acknowledged) {
+        let job_ended = Instant::now();
+        let mut urgency = self.urgency.clone();
+        let mut progress = acknowledged.subscribe();
+        let mut last_progress = job_ended;
+        loop {
+            let now = *urgency.borrow_and_update();
+            let interrupted = now.interrupted_at.map(|at| at.max(job_ended) + INTERRUPTED);
+            let in_all = Some(job_ended + self.patience);
+            let without_progress = Some(last_progress + WITHOUT_PROGRESS);
+            let reasons = [in_all, without_progress, interrupted, now.leave_by];
+            let Some(first) = reasons.into_iter().flatten().min() else {
+                return;
+            };
+            tokio::select! {
+                () = sleep_until(first) => return,
+                Ok(()) = progress.changed() => last_progress = Instant::now(),
+                Ok(()) = urgency.changed() => {}
+            }
+        }
+    }
+
+    async fn report_undelivered(&self, job: &Job, log: &JobLog, acknowledged: u64) {
+        let Ok(LogRange { path, start, end, next_line, sealed }) = log.follow(acknowledged).await
+        else {
+            log::error!(job:% = job.id; "the job's log was not delivered, and can't be read");
+            return;
+        };
+        let (events, bytes) = (next_line.saturating_sub(acknowledged), end - start);
+        let whole = LogRange { path, start: 0, end, next_line, sealed };
+        match self.uplink.keep(&job.id, &whole) {
+            Ok(kept) => {
+                log::error!(job:% = job.id, events, bytes, kept:?; "a part of the job's log was not delivered");
+            }
+            Err(error) => {
+                log::error!(job:% = job.id, events, bytes, error:%; "a part of the job's log was not delivered, and can't be kept");
+            }
+        }
+    }
+}

@@ -1,0 +1,394 @@
+//! Owns the conversation with the control plane, from the registration to the moment when the agent
+//! leaves.
+//!
+//! Receives [`Interrupt`] and [`LeaveSoon`] from who minds the agent's signals, and [`JobFinished`] from
+//! the supervisor; sends it [`StartJob`] and [`StopJob`]. [`AwaitLeave`] is answered at the end.
+//!
+//! What is said and done is decided by [`SyncProtocol`]; here are its clocks, retries and time limits.
+//! One report is on its way at any time: what changes meanwhile is told right after its answer.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use actix::prelude::*;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout_at};
+
+use crate::job::{EnvVar, Job, JobId};
+use crate::job_supervisor::{JobFinished, JobSupervisor, StartJob, StopJob, StopManner};
+use crate::log_event::unix_time;
+use crate::ports::{HubApi, HubError};
+use crate::push_delivery::{Urgency, target_of};
+use crate::sync_protocol::{Answer, Decision, Effect, Report, ShutdownReason, SyncProtocol};
+
+/// Tries, and the pauses between them (PROTOCOL: the self-hosted API).
+const REGISTER: Tries = Tries { most: 30, pause: Duration::from_secs(1) };
+const FETCH: Tries = Tries { most: 10, pause: Duration::from_secs(3) };
+const DISCONNECT: Tries = Tries { most: 100, pause: Duration::from_secs(1) };
+
+/// When to report again if the control plane does not say, in milliseconds.
+const USUAL_PAUSE: std::ops::Range<u64> = 3000..6000;
+
+/// What a control plane may ask for instead, in milliseconds.
+const SHORTEST_PAUSE: u64 = 100;
+const LONGEST_PAUSE: u64 = 300_000;
+
+/// When to report again after a report that was not taken, in milliseconds.
+const AFTER_FAILURE: std::ops::Range<u64> = 1000..3000;
+
+/// An agent that nobody has heard of for so long has no business any more.
+const UNABLE_TO_SYNC: Duration = Duration::from_mins(10);
+
+/// How long leaving may take, from the first word of it.
+const LEAVING: Duration = Duration::from_mins(1);
+
+#[derive(Clone, Copy)]
+struct Tries {
+    most: u32,
+    pause: Duration,
+}
+
+/// The agent's machine asks it to end. The control plane decides when.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct Interrupt;
+
+/// The agent is to end now, in order.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct LeaveSoon;
+
+/// Waits until the agent has left.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Left")]
+pub struct AwaitLeave;
+
+/// How the conversation ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// There never was one: why the agent was not registered.
+    NotRegistered(String),
+    /// It did.
+    Because {
+        /// Why.
+        reason: ShutdownReason,
+        /// When everything that is still to be done must be.
+        by: Instant,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Registration {
+    Pending,
+    Valid,
+    /// The agent has begun to leave, or has left.
+    Over,
+}
+
+/// See the module.
+pub struct SyncPoller {
+    hub: Rc<dyn HubApi>,
+    supervisor: Addr<JobSupervisor>,
+    /// What every job has in its environment.
+    variables: Vec<EnvVar>,
+    urgency: watch::Sender<Urgency>,
+    protocol: SyncProtocol,
+    registration: Registration,
+    /// A report is on its way.
+    reporting: bool,
+    /// There is more to tell as soon as that one is answered.
+    more_to_tell: bool,
+    next_report: Option<SpawnHandle>,
+    last_taken: Instant,
+    /// A job that is on its way here.
+    fetching: Option<SpawnHandle>,
+    left: watch::Sender<Option<Left>>,
+}
+
+impl SyncPoller {
+    /// Begins with the registration as soon as it is started.
+    pub fn new(
+        hub: Rc<dyn HubApi>,
+        supervisor: Addr<JobSupervisor>,
+        variables: Vec<EnvVar>,
+        urgency: watch::Sender<Urgency>,
+    ) -> Self {
+        Self {
+            hub,
+            supervisor,
+            variables,
+            urgency,
+            protocol: SyncProtocol::default(),
+            registration: Registration::Pending,
+            reporting: false,
+            more_to_tell: false,
+            next_report: None,
+            last_taken: Instant::now(),
+            fetching: None,
+            left: watch::Sender::default(),
+        }
+    }
+
+    fn register(&mut self, ctx: &mut Context<Self>) {
+        let hub = Rc::clone(&self.hub);
+        let registered = async move { REGISTER.of("registration", || hub.register()).await };
+        ctx.spawn(registered.into_actor(self).map(|registered, this, ctx| match registered {
+            Ok(()) if this.registration == Registration::Pending => {
+                log::info!("registered");
+                this.registration = Registration::Valid;
+                this.last_taken = Instant::now();
+                this.report(ctx);
+            }
+            Ok(()) => {}
+            Err(error) => {
+                this.left.send_replace(Some(Left::NotRegistered(error.to_string())));
+            }
+        }));
+    }
+
+    fn report(&mut self, ctx: &mut Context<Self>) {
+        if self.registration != Registration::Valid {
+            return;
+        }
+        if self.reporting {
+            self.more_to_tell = true;
+            return;
+        }
+        if let Some(timer) = self.next_report.take() {
+            ctx.cancel_future(timer);
+        }
+        self.reporting = true;
+        let report = self.protocol.report();
+        let answer = self.hub.sync(&report);
+        let answered = answer.into_actor(self);
+        ctx.spawn(answered.map(move |answer, this, ctx| this.reported(&report, answer, ctx)));
+    }
+
+    fn reported(
+        &mut self,
+        sent: &Report,
+        answer: Result<Answer, HubError>,
+        ctx: &mut Context<Self>,
+    ) {
+        self.reporting = false;
+        let (decision, pause) = match answer {
+            Ok(answer) => {
+                log::debug!(state:? = sent.state, action = answer.action.as_str(); "reported");
+                self.last_taken = Instant::now();
+                let pause = match answer.next_sync_after {
+                    0 => fastrand::u64(USUAL_PAUSE),
+                    asked => asked.clamp(SHORTEST_PAUSE, LONGEST_PAUSE),
+                };
+                (self.protocol.answered(sent, &answer), pause)
+            }
+            Err(error) => {
+                log::warn!(error:%, state:? = sent.state; "report not taken");
+                let decision = if self.last_taken.elapsed() < UNABLE_TO_SYNC {
+                    Decision::default()
+                } else if self.protocol.leaving().is_some() {
+                    self.protocol.sync_failed()
+                } else {
+                    log::error!("unable to sync for too long");
+                    self.protocol.leave_soon(ShutdownReason::UnableToSync)
+                };
+                (decision, fastrand::u64(AFTER_FAILURE))
+            }
+        };
+        let more_to_tell = std::mem::take(&mut self.more_to_tell);
+        self.act(decision, ctx);
+        if self.reporting {
+            // What there was to tell is in it.
+        } else if more_to_tell {
+            self.report(ctx);
+        } else {
+            let pause = Duration::from_millis(pause);
+            self.next_report = Some(ctx.run_later(pause, Self::report));
+        }
+    }
+
+    fn act(&mut self, decision: Decision, ctx: &mut Context<Self>) {
+        if let Some(reason) = self.protocol.leaving()
+            && self.urgency.borrow().leave_by.is_none()
+        {
+            self.urgency.send_modify(|urgency| urgency.leave_by = Some(Instant::now() + LEAVING));
+            ctx.run_later(LEAVING, move |this, ctx| this.leave(reason, ctx));
+        }
+        match decision.effect {
+            Some(Effect::Fetch(id)) => self.fetch(id, ctx),
+            Some(Effect::Stop(id)) => self.stop(id, ctx),
+            Some(Effect::Leave(reason)) => self.leave(reason, ctx),
+            None => {}
+        }
+        if decision.sync_now {
+            self.report(ctx);
+        }
+    }
+
+    fn fetch(&mut self, id: JobId, ctx: &mut Context<Self>) {
+        log::info!(job:% = id; "asked to run a job");
+        let (hub, wanted) = (Rc::clone(&self.hub), id.clone());
+        let job = async move { FETCH.of("job", || hub.fetch_job(&wanted)).await };
+        let fetched = job.into_actor(self).map(move |job, this, ctx| {
+            this.fetching = None;
+            match job.and_then(|job| this.fit(job, &id)) {
+                Ok(job) => this.start(job, ctx),
+                Err(why) => this.give_up(&id, &why.to_string(), ctx),
+            }
+        });
+        self.fetching = Some(ctx.spawn(fetched));
+    }
+
+    /// The job with what this agent adds, if it can be run here.
+    fn fit(&self, mut job: Job, id: &JobId) -> Result<Job, HubError> {
+        let unusable = |why: &str| Err(HubError::Unusable(why.to_owned()));
+        if job.id != *id {
+            return unusable("it is another job than the one that was asked for");
+        }
+        if target_of(&job).is_none_or(|target| target.url.is_empty()) {
+            return unusable("logger: method `push` with a `url` is needed here");
+        }
+        if let Ok(environment) = &mut job.environment {
+            environment.retain(|its| self.variables.iter().all(|ours| ours.name != its.name));
+            environment.extend(self.variables.iter().cloned());
+            environment.sort_by(|a, b| a.name.cmp(&b.name));
+        }
+        Ok(job)
+    }
+
+    fn start(&mut self, job: Job, ctx: &mut Context<Self>) {
+        let id = job.id.clone();
+        let started = self.supervisor.send(StartJob { job, finished: ctx.address().recipient() });
+        ctx.spawn(started.into_actor(self).map(move |started, this, ctx| match started {
+            Ok(Ok(())) => {
+                log::info!(job:% = id; "job started");
+                let decision = this.protocol.job_started(&id);
+                this.act(decision, ctx);
+            }
+            Ok(Err(refused)) => this.give_up(&id, &refused.to_string(), ctx),
+            Err(_) => this.give_up(&id, "the job supervisor has crashed", ctx),
+        }));
+    }
+
+    fn give_up(&mut self, id: &JobId, why: &str, ctx: &mut Context<Self>) {
+        log::error!(job:% = id, why; "the job can't be run");
+        let decision = self.protocol.job_not_run(id);
+        self.act(decision, ctx);
+    }
+
+    fn stop(&mut self, id: JobId, ctx: &mut Context<Self>) {
+        log::info!(job:% = id; "asked to stop the job");
+        if let Some(fetching) = self.fetching.take() {
+            ctx.cancel_future(fetching);
+            let decision = self.protocol.job_not_run(&id);
+            self.act(decision, ctx);
+        } else {
+            self.supervisor.do_send(StopJob { id: Some(id), manner: StopManner::Grace });
+        }
+    }
+
+    fn leave(&mut self, reason: ShutdownReason, ctx: &mut Context<Self>) {
+        let by = self.urgency.borrow().leave_by.unwrap_or_else(|| Instant::now() + LEAVING);
+        match std::mem::replace(&mut self.registration, Registration::Over) {
+            Registration::Valid => {}
+            Registration::Pending => {
+                self.left.send_replace(Some(Left::Because { reason, by }));
+                return;
+            }
+            Registration::Over => return,
+        }
+        let tries = if reason == ShutdownReason::UnableToSync {
+            Tries { most: 1, ..DISCONNECT }
+        } else {
+            DISCONNECT
+        };
+        let hub = Rc::clone(&self.hub);
+        let disconnected = async move {
+            match timeout_at(by, tries.of("disconnect", || hub.disconnect())).await {
+                Ok(Ok(())) => log::info!("disconnected"),
+                Ok(Err(error)) => log::error!(error:%; "not disconnected"),
+                Err(_) => log::error!("not disconnected in time"),
+            }
+        };
+        ctx.spawn(disconnected.into_actor(self).map(move |(), this, _| {
+            this.left.send_replace(Some(Left::Because { reason, by }));
+        }));
+    }
+}
+
+impl Tries {
+    /// Asks until there is an answer, or none that will be another one.
+    async fn of<T, F>(self, what: &str, mut ask: impl FnMut() -> F) -> Result<T, HubError>
+    where
+        F: Future<Output = Result<T, HubError>>,
+    {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match ask().await {
+                Err(HubError::Failed(why)) if tries < self.most => {
+                    log::warn!(what, why:%, tries; "not done, trying again");
+                }
+                answer => return answer,
+            }
+            sleep(self.pause).await;
+        }
+    }
+}
+
+impl Actor for SyncPoller {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        self.register(ctx);
+    }
+}
+
+impl Handler<JobFinished> for SyncPoller {
+    type Result = ();
+
+    fn handle(&mut self, message: JobFinished, ctx: &mut Self::Context) {
+        let JobFinished { id, outcome } = message;
+        log::info!(job:% = id, outcome:%; "job finished");
+        let decision = self.protocol.job_over(&id, outcome);
+        self.act(decision, ctx);
+    }
+}
+
+impl Handler<Interrupt> for SyncPoller {
+    type Result = ();
+
+    fn handle(&mut self, _: Interrupt, ctx: &mut Self::Context) {
+        self.urgency.send_modify(|urgency| {
+            urgency.interrupted_at.get_or_insert_with(Instant::now);
+        });
+        if self.registration == Registration::Pending {
+            return self.leave(ShutdownReason::Interrupted, ctx);
+        }
+        let decision = self.protocol.interrupted(unix_time());
+        self.act(decision, ctx);
+    }
+}
+
+impl Handler<LeaveSoon> for SyncPoller {
+    type Result = ();
+
+    fn handle(&mut self, _: LeaveSoon, ctx: &mut Self::Context) {
+        let decision = self.protocol.leave_soon(ShutdownReason::Interrupted);
+        self.act(decision, ctx);
+    }
+}
+
+impl Handler<AwaitLeave> for SyncPoller {
+    type Result = ResponseFuture<Left>;
+
+    fn handle(&mut self, _: AwaitLeave, _: &mut Self::Context) -> Self::Result {
+        let mut left = self.left.subscribe();
+        Box::pin(async move {
+            match left.wait_for(Option::is_some).await.ok().and_then(|left| left.clone()) {
+                Some(left) => left,
+                // Fails only with this actor, and then nobody gets the reply.
+                None => std::future::pending().await,
+            }
+        })
+    }
+}

@@ -1,0 +1,633 @@
+//! Decides what the agent reports to its control plane, and what it does with the answers (PROTOCOL:
+//! "`agent start`: the self-hosted API"). Pure.
+//!
+//! ```text
+//!           run-job             job_started               job_over
+//! Waiting ──────────▶ Starting ────────────▶ Running ────────────────▶ Finished
+//!    ▲                   │ job_not_run          │ stop-job: Stopping      │  ▲
+//!    │                   └──────────────────────┴─────────────────────────┼──┘
+//!    └──────────────── wait-for-jobs, as the answer to this very result ──┘
+//! ```
+//!
+//! An answer belongs to the report that was sent: what was decided before the control plane knew of a
+//! job's end must not make the agent forget its result. Answers that make no sense change nothing. A
+//! shutdown ends the job first, then its result is reported, then the agent leaves.
+
+use serde::{Deserialize, Serialize};
+
+use crate::job::{JobId, Outcome};
+
+/// What the agent tells about itself; the body of `POST /sync`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// What it is doing.
+    pub state: AgentState,
+    /// Which job; empty if none.
+    pub job_id: String,
+    /// The result of a finished one; empty otherwise.
+    pub job_result: &'static str,
+    /// When it was first asked to end, in seconds since the epoch; 0 if it was not.
+    pub interrupted_at: u64,
+}
+
+/// The protocol's words for what an agent is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AgentState {
+    /// It has no job.
+    WaitingForJobs,
+    /// It gets a job.
+    StartingJob,
+    /// It runs one, or delivers its log.
+    RunningJob,
+    /// The same, after a stop.
+    StoppingJob,
+    /// It is done with one, and with its log.
+    FinishedJob,
+}
+
+/// What the control plane answers to a [`Report`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Answer {
+    /// What to do, in the protocol's words.
+    #[serde(deserialize_with = "null_is_empty")]
+    pub action: String,
+    /// With which job.
+    #[serde(deserialize_with = "null_is_empty")]
+    pub job_id: String,
+    /// Why to shut down.
+    #[serde(deserialize_with = "null_is_empty")]
+    pub shutdown_reason: String,
+    /// When to report again, in milliseconds; 0 leaves it to the agent.
+    #[serde(deserialize_with = "null_is_empty")]
+    pub next_sync_after: u64,
+}
+
+fn null_is_empty<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Ok(Option::<T>::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// Why an agent ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShutdownReason {
+    /// It had nothing to do for too long.
+    Idle,
+    /// It was for one job only.
+    JobFinished,
+    /// The control plane could not be reached for too long.
+    UnableToSync,
+    /// Somebody asked the control plane for it.
+    Requested,
+    /// The agent's own machine asked for it.
+    Interrupted,
+    /// The control plane did not say.
+    Unknown,
+}
+
+impl ShutdownReason {
+    /// The word that shutdown hooks get.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Idle => "IDLE",
+            Self::JobFinished => "JOB_FINISHED",
+            Self::UnableToSync => "UNABLE_TO_SYNC",
+            Self::Requested => "REQUESTED",
+            Self::Interrupted => "INTERRUPTED",
+            Self::Unknown => "UNKNOWN",
+        }
+    }
+
+    /// Control planes write `job-finished`, `job_finished` or `JOB_FINISHED`.
+    fn of(word: &str) -> Self {
+        let word = word.to_ascii_uppercase().replace('-', "_");
+        let known =
+            [Self::Idle, Self::JobFinished, Self::UnableToSync, Self::Requested, Self::Interrupted];
+        known.into_iter().find(|reason| reason.as_str() == word).unwrap_or(Self::Unknown)
+    }
+}
+
+/// What is to be done now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Get this job, and run it.
+    Fetch(JobId),
+    /// Stop it; if it does not run yet, it is not to.
+    Stop(JobId),
+    /// The agent has nothing left to do or to tell.
+    Leave(ShutdownReason),
+}
+
+/// What follows from an event.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Decision {
+    /// What is to be done.
+    pub effect: Option<Effect>,
+    /// The control plane is to hear of it at once.
+    pub sync_now: bool,
+}
+
+impl Decision {
+    const NOTHING: Self = Self { effect: None, sync_now: false };
+
+    fn sync() -> Self {
+        Self { effect: None, sync_now: true }
+    }
+
+    fn with(effect: Effect) -> Self {
+        Self { effect: Some(effect), sync_now: true }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Phase {
+    Waiting,
+    Starting { id: JobId, stopping: bool },
+    Running { id: JobId, stopping: bool },
+    Finished { id: JobId, outcome: Outcome },
+}
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub struct SyncProtocol {
+    phase: Phase,
+    /// The job whose result the control plane has acknowledged.
+    last: Option<(JobId, Outcome)>,
+    interrupted_at: u64,
+    leaving: Option<ShutdownReason>,
+}
+
+impl Default for SyncProtocol {
+    fn default() -> Self {
+        Self { phase: Phase::Waiting, last: None, interrupted_at: 0, leaving: None }
+    }
+}
+
+impl SyncProtocol {
+    /// What to tell now.
+    pub fn report(&self) -> Report {
+        let (state, id, job_result) = match &self.phase {
+            Phase::Waiting => (AgentState::WaitingForJobs, None, ""),
+            Phase::Starting { id, .. } => (AgentState::StartingJob, Some(id), ""),
+            Phase::Running { id, stopping: false } => (AgentState::RunningJob, Some(id), ""),
+            Phase::Running { id, stopping: true } => (AgentState::StoppingJob, Some(id), ""),
+            Phase::Finished { id, outcome } => {
+                (AgentState::FinishedJob, Some(id), outcome.as_str())
+            }
+        };
+        let job_id = id.map_or_else(String::new, |id| id.as_str().to_owned());
+        Report { state, job_id, job_result, interrupted_at: self.interrupted_at }
+    }
+
+    /// Why the agent ends as soon as it is done with its job, if it does.
+    pub fn leaving(&self) -> Option<ShutdownReason> {
+        self.leaving
+    }
+
+    /// The control plane has answered to `sent`.
+    pub fn answered(&mut self, sent: &Report, answer: &Answer) -> Decision {
+        let result_is_known =
+            matches!(self.phase, Phase::Finished { .. }) && *sent == self.report();
+        if let Some(reason) = self.leaving
+            && result_is_known
+        {
+            return Decision::with(Effect::Leave(reason));
+        }
+        match answer.action.as_str() {
+            "run-job" => self.asked_to_run(sent, &answer.job_id),
+            "stop-job" => self.asked_to_stop(&answer.job_id),
+            "wait-for-jobs" if result_is_known => self.forget_job(),
+            "shutdown" => self.leave(ShutdownReason::of(&answer.shutdown_reason), result_is_known),
+            _ => Decision::NOTHING,
+        }
+    }
+
+    fn asked_to_run(&mut self, sent: &Report, id: &str) -> Decision {
+        let Some(id) = JobId::new(id) else {
+            return Decision::NOTHING;
+        };
+        if self.phase != Phase::Waiting || sent.state != AgentState::WaitingForJobs {
+            return Decision::NOTHING;
+        }
+        if let Some((last, outcome)) = &self.last
+            && *last == id
+        {
+            // Its result was lost on the other side. It is told again, and nothing runs twice; not at
+            // once, as who asks for it again and again would never hear of anything else.
+            self.phase = Phase::Finished { id, outcome: *outcome };
+            return Decision::NOTHING;
+        }
+        self.phase = Phase::Starting { id: id.clone(), stopping: false };
+        Decision::with(Effect::Fetch(id))
+    }
+
+    fn asked_to_stop(&mut self, named: &str) -> Decision {
+        match &mut self.phase {
+            Phase::Starting { id, stopping } | Phase::Running { id, stopping }
+                if !*stopping && (named.is_empty() || named == id.as_str()) =>
+            {
+                *stopping = true;
+                Decision::with(Effect::Stop(id.clone()))
+            }
+            _ => Decision::NOTHING,
+        }
+    }
+
+    fn forget_job(&mut self) -> Decision {
+        if let Phase::Finished { id, outcome } = std::mem::replace(&mut self.phase, Phase::Waiting)
+        {
+            self.last = Some((id, outcome));
+        }
+        Decision::sync()
+    }
+
+    fn leave(&mut self, reason: ShutdownReason, result_is_known: bool) -> Decision {
+        let reason = *self.leaving.get_or_insert(reason);
+        match self.phase {
+            Phase::Waiting => Decision::with(Effect::Leave(reason)),
+            Phase::Finished { .. } if result_is_known => Decision::with(Effect::Leave(reason)),
+            Phase::Finished { .. } => Decision::sync(),
+            Phase::Starting { .. } | Phase::Running { .. } => self.asked_to_stop(""),
+        }
+    }
+
+    /// The job runs.
+    pub fn job_started(&mut self, started: &JobId) -> Decision {
+        match &self.phase {
+            Phase::Starting { id, stopping } if id == started => {
+                let (id, stopping) = (id.clone(), *stopping);
+                self.phase = Phase::Running { id: id.clone(), stopping };
+                let effect = stopping.then_some(Effect::Stop(id));
+                Decision { effect, sync_now: true }
+            }
+            _ => Decision::NOTHING,
+        }
+    }
+
+    /// The job can't be had, is none, or was stopped before it ran.
+    pub fn job_not_run(&mut self, id: &JobId) -> Decision {
+        match &self.phase {
+            Phase::Starting { id: starting, stopping } if starting == id => {
+                let outcome = if *stopping { Outcome::Stopped } else { Outcome::Failed };
+                self.finish(id, outcome)
+            }
+            _ => Decision::NOTHING,
+        }
+    }
+
+    /// The job is over, and its log delivered.
+    pub fn job_over(&mut self, id: &JobId, outcome: Outcome) -> Decision {
+        match &self.phase {
+            Phase::Starting { id: its, .. } | Phase::Running { id: its, .. } if its == id => {
+                self.finish(id, outcome)
+            }
+            _ => Decision::NOTHING,
+        }
+    }
+
+    fn finish(&mut self, id: &JobId, outcome: Outcome) -> Decision {
+        self.phase = Phase::Finished { id: id.clone(), outcome };
+        Decision::sync()
+    }
+
+    /// The agent's machine wants it to end some time; the control plane decides when. `now` is in
+    /// seconds since the epoch.
+    pub fn interrupted(&mut self, now: u64) -> Decision {
+        if self.interrupted_at != 0 {
+            return Decision::NOTHING;
+        }
+        self.interrupted_at = now.max(1);
+        Decision::sync()
+    }
+
+    /// The agent is to end as soon as its job is stopped and reported.
+    pub fn leave_soon(&mut self, reason: ShutdownReason) -> Decision {
+        self.leave(reason, false)
+    }
+
+    /// The control plane did not take a report. Who leaves because of that tries no more.
+    pub fn sync_failed(&mut self) -> Decision {
+        match (&self.phase, self.leaving) {
+            (Phase::Waiting | Phase::Finished { .. }, Some(ShutdownReason::UnableToSync)) => {
+                Decision::with(Effect::Leave(ShutdownReason::UnableToSync))
+            }
+            _ => Decision::NOTHING,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const ACTIONS: [&str; 7] =
+        ["continue", "run-job", "stop-job", "wait-for-jobs", "shutdown", "", "dance"];
+
+    fn id(name: &str) -> JobId {
+        JobId::new(name).unwrap()
+    }
+
+    fn answer(action: &str, job: &str) -> Answer {
+        Answer { action: action.into(), job_id: job.into(), ..Answer::default() }
+    }
+
+    /// A protocol that was driven into each of its states, with job `a`.
+    fn in_state(state: AgentState) -> SyncProtocol {
+        let mut protocol = SyncProtocol::default();
+        if state == AgentState::WaitingForJobs {
+            return protocol;
+        }
+        protocol.answered(&protocol.report(), &answer("run-job", "a"));
+        if state == AgentState::StartingJob {
+            return protocol;
+        }
+        protocol.job_started(&id("a"));
+        if state == AgentState::StoppingJob {
+            protocol.answered(&protocol.report(), &answer("stop-job", "a"));
+        }
+        if state == AgentState::FinishedJob {
+            protocol.job_over(&id("a"), Outcome::Passed);
+        }
+        protocol
+    }
+
+    #[test]
+    fn every_state_has_an_answer_to_every_action() {
+        use AgentState::{FinishedJob, RunningJob, StartingJob, StoppingJob, WaitingForJobs};
+        let stop = || Some(Effect::Stop(id("a")));
+        let leave = || Some(Effect::Leave(ShutdownReason::Requested));
+        let run_b = || Some(Effect::Fetch(id("b")));
+        #[rustfmt::skip]
+        let table = [
+            // state, action, job: what is done, the state then
+            (WaitingForJobs, "continue",      "",  None,    WaitingForJobs),
+            (WaitingForJobs, "run-job",       "b", run_b(), StartingJob),
+            (WaitingForJobs, "run-job",       "",  None,    WaitingForJobs),
+            (WaitingForJobs, "stop-job",      "a", None,    WaitingForJobs),
+            (WaitingForJobs, "wait-for-jobs", "",  None,    WaitingForJobs),
+            (WaitingForJobs, "shutdown",      "",  leave(), WaitingForJobs),
+            (StartingJob,    "continue",      "",  None,    StartingJob),
+            (StartingJob,    "run-job",       "a", None,    StartingJob),
+            (StartingJob,    "run-job",       "b", None,    StartingJob),
+            (StartingJob,    "stop-job",      "a", stop(),  StartingJob),
+            (StartingJob,    "stop-job",      "b", None,    StartingJob),
+            (StartingJob,    "wait-for-jobs", "",  None,    StartingJob),
+            (StartingJob,    "shutdown",      "",  stop(),  StartingJob),
+            (RunningJob,     "continue",      "",  None,    RunningJob),
+            (RunningJob,     "run-job",       "a", None,    RunningJob),
+            (RunningJob,     "run-job",       "b", None,    RunningJob),
+            (RunningJob,     "stop-job",      "a", stop(),  StoppingJob),
+            (RunningJob,     "stop-job",      "",  stop(),  StoppingJob),
+            (RunningJob,     "stop-job",      "b", None,    RunningJob),
+            (RunningJob,     "wait-for-jobs", "",  None,    RunningJob),
+            (RunningJob,     "shutdown",      "",  stop(),  StoppingJob),
+            (StoppingJob,    "continue",      "",  None,    StoppingJob),
+            (StoppingJob,    "run-job",       "b", None,    StoppingJob),
+            (StoppingJob,    "stop-job",      "a", None,    StoppingJob),
+            (StoppingJob,    "wait-for-jobs", "",  None,    StoppingJob),
+            (StoppingJob,    "shutdown",      "",  None,    StoppingJob),
+            (FinishedJob,    "continue",      "",  None,    FinishedJob),
+            (FinishedJob,    "run-job",       "a", None,    FinishedJob),
+            (FinishedJob,    "run-job",       "b", None,    FinishedJob),
+            (FinishedJob,    "stop-job",      "a", None,    FinishedJob),
+            (FinishedJob,    "wait-for-jobs", "",  None,    WaitingForJobs),
+            (FinishedJob,    "shutdown",      "",  leave(), FinishedJob),
+            (FinishedJob,    "dance",         "a", None,    FinishedJob),
+        ];
+        for (state, action, job, effect, then) in table {
+            let mut protocol = in_state(state);
+            let mut answer = answer(action, job);
+            answer.shutdown_reason = "requested".into();
+            let sent = protocol.report();
+            assert_eq!(sent.state, state);
+            let decision = protocol.answered(&sent, &answer);
+            assert_eq!(decision.effect, effect, "{state:?} {action} {job}");
+            assert_eq!(protocol.report().state, then, "{state:?} {action} {job}");
+            let changed = protocol.report() != sent || decision.effect.is_some();
+            assert_eq!(decision.sync_now, changed, "{state:?} {action} {job}");
+        }
+    }
+
+    #[test]
+    fn an_answer_to_an_older_report_does_not_lose_the_result() {
+        for action in ["wait-for-jobs", "shutdown"] {
+            let mut protocol = in_state(AgentState::RunningJob);
+            let sent = protocol.report();
+            protocol.job_over(&id("a"), Outcome::Failed);
+            let decision = protocol.answered(&sent, &answer(action, ""));
+            assert_eq!(decision.effect, None, "{action}");
+            assert_eq!(protocol.report().job_result, "failed");
+        }
+    }
+
+    #[test]
+    fn a_job_that_comes_again_has_the_same_result_and_does_not_run() {
+        let mut protocol = in_state(AgentState::FinishedJob);
+        protocol.answered(&protocol.report(), &answer("wait-for-jobs", ""));
+        let decision = protocol.answered(&protocol.report(), &answer("run-job", "a"));
+        assert_eq!(decision, Decision::NOTHING);
+        assert_eq!(protocol.report().job_result, "passed");
+    }
+
+    #[test]
+    fn what_is_stopped_before_it_runs_has_not_failed() {
+        for (action, result) in [("stop-job", "stopped"), ("continue", "failed")] {
+            let mut protocol = in_state(AgentState::StartingJob);
+            protocol.answered(&protocol.report(), &answer(action, "a"));
+            protocol.job_not_run(&id("a"));
+            assert_eq!(protocol.report().job_result, result);
+        }
+        let mut protocol = in_state(AgentState::StartingJob);
+        protocol.answered(&protocol.report(), &answer("stop-job", "a"));
+        assert_eq!(protocol.job_started(&id("a")).effect, Some(Effect::Stop(id("a"))));
+        assert_eq!(protocol.report().state, AgentState::StoppingJob);
+    }
+
+    #[test]
+    fn who_leaves_reports_the_result_first() {
+        let mut protocol = in_state(AgentState::RunningJob);
+        assert_eq!(
+            protocol.leave_soon(ShutdownReason::Interrupted).effect,
+            Some(Effect::Stop(id("a")))
+        );
+        assert_eq!(protocol.job_over(&id("a"), Outcome::Stopped), Decision::sync());
+        assert_eq!(protocol.sync_failed(), Decision::NOTHING);
+        let decision = protocol.answered(&protocol.report(), &answer("continue", ""));
+        assert_eq!(decision.effect, Some(Effect::Leave(ShutdownReason::Interrupted)));
+
+        let mut protocol = in_state(AgentState::FinishedJob);
+        assert_eq!(protocol.leave_soon(ShutdownReason::UnableToSync), Decision::sync());
+        let decision = protocol.sync_failed();
+        assert_eq!(decision.effect, Some(Effect::Leave(ShutdownReason::UnableToSync)));
+    }
+
+    #[test]
+    fn an_interruption_is_told_once_and_decided_elsewhere() {
+        let mut protocol = in_state(AgentState::RunningJob);
+        assert_eq!(protocol.interrupted(1_700_000_000), Decision::sync());
+        assert_eq!(protocol.interrupted(1_800_000_000), Decision::NOTHING);
+        let told = serde_json::to_value(protocol.report()).unwrap();
+        let expected = serde_json::json!({
+            "state": "running-job", "job_id": "a", "job_result": "",
+            "interrupted_at": 1_700_000_000,
+        });
+        assert_eq!(told, expected);
+    }
+
+    #[test]
+    fn reasons_are_read_in_every_spelling() {
+        for (word, reason) in [
+            ("job-finished", "JOB_FINISHED"),
+            ("JOB_FINISHED", "JOB_FINISHED"),
+            ("idle", "IDLE"),
+            ("requested", "REQUESTED"),
+            ("unable-to-sync", "UNABLE_TO_SYNC"),
+            ("interrupted", "INTERRUPTED"),
+            ("because", "UNKNOWN"),
+            ("", "UNKNOWN"),
+        ] {
+            assert_eq!(ShutdownReason::of(word).as_str(), reason, "{word}");
+        }
+    }
+
+    #[test]
+    fn what_an_answer_lacks_is_empty() {
+        let answer: Answer =
+            serde_json::from_str(r#"{"action":null,"next_sync_after":null,"more":1}"#).unwrap();
+        assert_eq!(answer, Answer::default());
+    }
+
+    /// What happens in the property test below.
+    #[derive(Clone, Debug)]
+    enum Event {
+        Sent,
+        Answered(usize, usize, bool),
+        Started,
+        NotRun,
+        Over(usize),
+        Interrupted,
+        LeaveSoon,
+        SyncFailed,
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            3 => Just(Event::Sent),
+            6 => (0..ACTIONS.len(), 0..3_usize, any::<bool>())
+                .prop_map(|(action, job, old)| Event::Answered(action, job, old)),
+            2 => Just(Event::Started),
+            1 => Just(Event::NotRun),
+            2 => (0..3_usize).prop_map(Event::Over),
+            1 => Just(Event::Interrupted),
+            1 => Just(Event::LeaveSoon),
+            1 => Just(Event::SyncFailed),
+        ]
+    }
+
+    proptest! {
+        /// No job is fetched while there is another one, or twice in a row; no result is forgotten
+        /// that the control plane was not told; who leaves has nothing that it has not told, unless
+        /// there is nobody to tell.
+        #[test]
+        fn no_sequence_runs_twice_or_loses_a_result(events in prop::collection::vec(event(), 0..80)) {
+            let names = ["a", "b", "c"];
+            let outcomes = [Outcome::Passed, Outcome::Failed, Outcome::Stopped];
+            let mut protocol = SyncProtocol::default();
+            let mut sent = protocol.report();
+            let mut old = sent.clone();
+            // The job that is fetched or runs, the result that is not acknowledged, and the last job.
+            let mut current: Option<JobId> = None;
+            let mut result: Option<(JobId, Outcome)> = None;
+            let mut last: Option<JobId> = None;
+            for event in events {
+                let mut told = None;
+                let decision = match event {
+                    Event::Sent => {
+                        old = std::mem::replace(&mut sent, protocol.report());
+                        Decision::NOTHING
+                    }
+                    Event::Answered(action, job, late) => {
+                        let report = if late { &old } else { &sent };
+                        told = Some((report.job_id.clone(), report.job_result));
+                        protocol.answered(report, &answer(ACTIONS[action], names[job]))
+                    }
+                    Event::Started => match &current {
+                        Some(id) => protocol.job_started(&id.clone()),
+                        None => Decision::NOTHING,
+                    },
+                    Event::NotRun => match &current {
+                        Some(id) if protocol.report().state == AgentState::StartingJob => {
+                            let id = id.clone();
+                            let decision = protocol.job_not_run(&id);
+                            let outcome = match protocol.report().job_result {
+                                "stopped" => Outcome::Stopped,
+                                _ => Outcome::Failed,
+                            };
+                            result = Some((id, outcome));
+                            current = None;
+                            decision
+                        }
+                        _ => Decision::NOTHING,
+                    },
+                    Event::Over(outcome) => match current.take() {
+                        Some(id) => {
+                            result = Some((id.clone(), outcomes[outcome]));
+                            protocol.job_over(&id, outcomes[outcome])
+                        }
+                        None => Decision::NOTHING,
+                    },
+                    Event::Interrupted => protocol.interrupted(1),
+                    Event::LeaveSoon => protocol.leave_soon(ShutdownReason::UnableToSync),
+                    Event::SyncFailed => protocol.sync_failed(),
+                };
+                match &decision.effect {
+                    Some(Effect::Fetch(id)) => {
+                        prop_assert_eq!(&current, &None);
+                        prop_assert_eq!(&result, &None);
+                        prop_assert_ne!(Some(id), last.as_ref());
+                        current = Some(id.clone());
+                    }
+                    Some(Effect::Stop(id)) => prop_assert_eq!(Some(id), current.as_ref()),
+                    Some(Effect::Leave(reason)) => {
+                        prop_assert_eq!(&current, &None);
+                        if let Some((id, outcome)) = &result {
+                            let known = (id.as_str().to_owned(), outcome.as_str());
+                            prop_assert!(told == Some(known) || *reason == ShutdownReason::UnableToSync);
+                        }
+                        return Ok(());
+                    }
+                    None => {}
+                }
+                let report = protocol.report();
+                match (&result, report.state) {
+                    (Some((id, outcome)), AgentState::FinishedJob) => {
+                        prop_assert_eq!(id.as_str(), &report.job_id);
+                        prop_assert_eq!(outcome.as_str(), report.job_result);
+                    }
+                    (Some((id, outcome)), state) => {
+                        // Forgotten: the answer was to this very result.
+                        prop_assert_eq!(state, AgentState::WaitingForJobs);
+                        prop_assert_eq!(told, Some((id.as_str().to_owned(), outcome.as_str())));
+                        last = result.take().map(|(id, _)| id);
+                    }
+                    (None, AgentState::FinishedJob) => {
+                        // Told again, as it came again.
+                        prop_assert_eq!(last.as_ref().map(JobId::as_str), Some(&*report.job_id));
+                        let outcome = outcomes.into_iter().find(|o| o.as_str() == report.job_result);
+                        result = last.clone().zip(outcome);
+                    }
+                    (None, AgentState::WaitingForJobs) => prop_assert_eq!(&current, &None),
+                    (None, _) => {
+                        prop_assert_eq!(current.as_ref().map(JobId::as_str), Some(&*report.job_id));
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! `agent serve`: takes jobs from a platform over HTTPS.
+
+use std::io;
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use actix::{Actor as _, Addr, System};
+use actors::delivery::Delivery;
+use actors::http_intake::{Close, HttpIntake, UntilDrained};
+use actors::job_supervisor::{
+    AwaitDeath, Config, HookFailure, JobHooks, JobSupervisor, PreJobHook, StopJob, StopManner,
+};
+use actors::metrics::Metrics;
+use actors::ports::{DiscardMetrics, MetricsSink};
+use actors::pull_delivery::PullDelivery;
+use nix::sys::prctl;
+use tokio::signal::unix::SignalKind;
+use tokio::time::timeout;
+
+use crate::agent_log::AgentLogConfig;
+use crate::callbacks::HttpCallbacks;
+use crate::commands::run::{GRACE, refuse, tell};
+use crate::config::serve::{ServeConfig, ServeOptions};
+use crate::executors::shell::ShellConfig;
+use crate::exit_code::Exit;
+use crate::http::auth::Auth;
+use crate::http::{Api, serve as serve_api};
+use crate::jump_point::SshAccess;
+use crate::log_artifact::ArtifactUploads;
+use crate::open_files;
+use crate::shell_jobs::{JumpPointConfig, ShellJobs};
+use crate::signals::Signals;
+use crate::state_dir::StateDir;
+use crate::statsd::StatsdSink;
+use crate::tls::{PairSource, Tls};
+
+/// How many files a process may usually have open.
+const USUAL_OPEN_FILES: u64 = 1024;
+
+/// How long what still runs may take when the agent is told to end at once.
+const LAST_MOMENTS: Duration = Duration::from_secs(1);
+
+/// Serves jobs until it is asked to end.
+pub fn serve(options: ServeOptions) -> Exit {
+    // Jobs run as the same user: they must not find the secret in this process's environment.
+    let hidden = prctl::set_dumpable(false);
+    let prepared =
+        ServeConfig::load(options).map_err(|error| error.to_string()).and_then(|config| {
+            Ok((config, AgentLogConfig::from_env()?, ArtifactUploads::compression_size_from_env()?))
+        });
+    let (config, log, compression_size) = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => return refuse(error),
+    };
+    let state = match StateDir::open(&config.state_dir) {
+        Ok(state) => state,
+        Err(error) => return refuse(error),
+    };
+    let (tls, fingerprint) = match Tls::open(config.tls.clone()) {
+        Ok(opened) => opened,
+        Err(error) => return refuse(error),
+    };
+    let Some(auth) = Auth::new(config.secret.reveal().as_bytes()) else {
+        return refuse("auth-token-secret is empty");
+    };
+    let logging = match log.start() {
+        Ok(logging) => logging,
+        Err(error) => return fail(&error),
+    };
+    if let Err(error) = hidden {
+        log::warn!(error:%; "jobs may look into this process");
+    }
+    let open_files = open_files::raise().unwrap_or_else(|error| {
+        log::warn!(error:%; "the limit of open files is not known");
+        USUAL_OPEN_FILES
+    });
+    for warning in &config.warnings {
+        log::warn!("{warning}");
+    }
+    let tls = Arc::new(tls);
+    let served = prepare(state, &config, compression_size).and_then(|jobs| {
+        let listener = TcpListener::bind((config.host.as_str(), config.port));
+        let listener = listener.map_err(|error| {
+            io::Error::other(format!("can't listen on {}:{}: {error}", config.host, config.port))
+        })?;
+        let own = matches!(config.tls, PairSource::OwnIn(_));
+        let version = env!("CARGO_PKG_VERSION");
+        let address = listener.local_addr()?;
+        log::info!(address:%, fingerprint, own, version; "serving");
+        let api = ApiNeeds { auth, tls, listener, agent_log: logging.path.clone(), open_files };
+        System::new().block_on(Agent { config, jobs, api }.run())
+    });
+    let exit = match served {
+        Ok(exit) => exit,
+        Err(error) => {
+            log::error!(error:%; "the agent can't go on");
+            fail(&error)
+        }
+    };
+    drop(logging);
+    exit
+}
+
+pub(crate) fn fail(error: &io::Error) -> Exit {
+    tell(&format!("error: {error}"));
+    Exit::Failure
+}
+
+/// What jobs need of this machine.
+struct Jobs {
+    shell: ShellJobs,
+    uploads: ArtifactUploads,
+}
+
+fn prepare(state: StateDir, config: &ServeConfig, compression_size: u64) -> io::Result<Jobs> {
+    let shell = ShellConfig::from_env()?;
+    if let Err(error) = SshAccess::remove_dead(&shell.home, &config.jump_point) {
+        log::warn!(error:%; "what an earlier agent left for SSH can't be removed");
+    }
+    let environment = shell.environment.clone();
+    let uploads = ArtifactUploads { environment, compression_size, condition: None };
+    let jump_point = JumpPointConfig { script: config.jump_point.clone(), shows_environment: true };
+    Ok(Jobs { shell: ShellJobs { state, shell, jump_point: Some(jump_point) }, uploads })
+}
+
+struct Agent {
+    config: ServeConfig,
+    jobs: Jobs,
+    api: ApiNeeds,
+}
+
+/// What the API needs besides the actors.
+struct ApiNeeds {
+    auth: Auth,
+    tls: Arc<Tls>,
+    listener: TcpListener,
+    agent_log: Option<PathBuf>,
+    open_files: u64,
+}
+
+impl Agent {
+    async fn run(self) -> io::Result<Exit> {
+        let Self { config, jobs, api } = self;
+        let ApiNeeds { auth, tls, listener, agent_log, open_files } = api;
+        let mut ends = Signals::heeded(&[SignalKind::interrupt(), SignalKind::terminate()])?;
+        // Under `nohup` too: there is a use for it.
+        let reloads = Signals::always(SignalKind::hangup())?;
+
+        let sink: Box<dyn MetricsSink> = match config.statsd {
+            Some(statsd) => Box::new(StatsdSink::new(statsd)?),
+            None => Box::new(DiscardMetrics),
+        };
+        let delivery = PullDelivery {
+            callbacks: Box::new(HttpCallbacks::default()),
+            attempts: config.callback_attempts,
+            uploads: Box::new(jobs.uploads),
+        };
+        let job_config = Config {
+            grace: GRACE,
+            hooks: JobHooks { pre_job: config.pre_job_hook.map(sourced), post_job: None },
+            delivery: Delivery::Pull(Rc::new(delivery)),
+        };
+        let metrics = Metrics::new(sink).start();
+        let supervisor = JobSupervisor::new(Box::new(jobs.shell), metrics, job_config).start();
+        let intake = HttpIntake::new(supervisor.clone(), config.single_job).start();
+        let api = Api {
+            intake: intake.clone(),
+            auth,
+            max_body_size: config.max_body_size,
+            agent_log,
+            open_files,
+        };
+        let (server, handle) = serve_api(listener, Arc::clone(&tls), api)?;
+        let serving = actix::spawn(server);
+        actix::spawn(reload_at(reloads, tls));
+
+        let life = live(&supervisor, &intake, &mut ends, config.interruption_grace).await;
+        match life {
+            Life::Over(exit) => tokio::select! {
+                // Answers that are under way are finished.
+                () = handle.stop(true) => {
+                    let _ = serving.await;
+                    log::info!("ended");
+                    Ok(exit)
+                }
+                () = ends.next() => Ok(leave_at_once(exit)),
+            },
+            Life::CutShort => {
+                log::warn!("asked again; killing everything");
+                let kill = StopJob { id: None, manner: StopManner::AtOnce };
+                let _ = supervisor.send(kill).await;
+                Ok(leave_at_once(Exit::Failure))
+            }
+        }
+    }
+}
+
+fn sourced(path: String) -> PreJobHook {
+    PreJobHook { path, sourced: true, failure: HookFailure::FailsJob, patience: None }
+}
+
+/// How the agent's life came to its end.
+enum Life {
+    /// No job is left.
+    Over(Exit),
+    /// A second signal came.
+    CutShort,
+}
+
+/// Waits until the agent is to end, and for the end of its job then.
+async fn live(
+    supervisor: &Addr<JobSupervisor>,
+    intake: &Addr<HttpIntake>,
+    ends: &mut Signals,
+    grace: Duration,
+) -> Life {
+    let drained = intake.send(UntilDrained);
+    tokio::pin!(drained);
+    tokio::select! {
+        ended = &mut drained => {
+            if ended.is_ok() {
+                return Life::Over(Exit::Success);
+            }
+            log::error!("the intake has crashed; the job is given up");
+            let kill = StopJob { id: None, manner: StopManner::AtOnce };
+            let _ = supervisor.send(kill).await;
+            Life::Over(Exit::Failure)
+        }
+        _ = supervisor.send(AwaitDeath) => {
+            log::error!("the job supervisor has crashed; no more jobs");
+            // The job's own task brings the job to its end, and tells the intake.
+            let _ = intake.send(Close).await;
+            tokio::select! {
+                _ = drained => Life::Over(Exit::Failure),
+                () = ends.next() => Life::CutShort,
+            }
+        }
+        () = ends.next() => {
+            log::info!("asked to end; no more jobs");
+            let _ = intake.send(Close).await;
+            tokio::select! {
+                () = end_job(supervisor, intake, grace) => Life::Over(Exit::Success),
+                () = ends.next() => Life::CutShort,
+            }
+        }
+    }
+}
+
+/// Gives up on readers and callbacks, and on threads that still wait for something.
+pub(crate) fn leave_at_once(exit: Exit) -> Exit {
+    let code = i32::from(exit.code());
+    std::thread::spawn(move || {
+        last_moments();
+        std::process::exit(code);
+    });
+    exit
+}
+
+#[expect(clippy::disallowed_methods, reason = "on a thread of its own")]
+fn last_moments() {
+    std::thread::sleep(LAST_MOMENTS);
+}
+
+/// Waits for the job's end: its own, or when `grace` is over a forced one.
+async fn end_job(supervisor: &Addr<JobSupervisor>, intake: &Addr<HttpIntake>, grace: Duration) {
+    if !matches!(timeout(grace, intake.send(UntilDrained)).await, Ok(Ok(()))) {
+        let _ = supervisor.send(StopJob { id: None, manner: StopManner::Grace }).await;
+        let _ = intake.send(UntilDrained).await;
+    }
+}
+
+async fn reload_at(mut signals: Signals, tls: Arc<Tls>) {
+    loop {
+        signals.next().await;
+        match tls.reload() {
+            Ok(fingerprint) => log::info!(fingerprint; "certificate reloaded"),
+            Err(error) => log::error!(error:%; "certificate not reloaded; the old one stays"),
+        }
+    }
+}

@@ -1,0 +1,290 @@
+//! `agent start`: asks a control plane for jobs, and sends it their logs.
+
+use std::io::{self, Write as _};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::rc::Rc;
+use std::time::Duration;
+
+use actix::{Actor as _, Addr, System};
+use actors::delivery::Delivery;
+use actors::job_supervisor::{AwaitDeath, Config, JobSupervisor, StopJob, StopManner};
+use actors::metrics::Metrics;
+use actors::ports::DiscardMetrics;
+use actors::push_delivery::{PushDelivery, Urgency};
+use actors::sync_poller::{AwaitLeave, Interrupt, LeaveSoon, Left, SyncPoller};
+use actors::sync_protocol::ShutdownReason;
+use nix::sys::prctl;
+use nix::sys::utsname::uname;
+use tokio::signal::unix::SignalKind;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout_at};
+
+use crate::agent_log::AgentLogConfig;
+use crate::commands::run::{GRACE, refuse};
+use crate::commands::serve::{fail, leave_at_once};
+use crate::config::start::{StartConfig, StartOptions};
+use crate::executors::shell::ShellConfig;
+use crate::exit_code::Exit;
+use crate::http_client::{HttpClients, trusting};
+use crate::hub::{Hub, PATIENCE, Registration};
+use crate::jump_point::SshAccess;
+use crate::log_artifact::ArtifactUploads;
+use crate::log_uplink::HttpLogUplink;
+use crate::process_group::run_for;
+use crate::shell_jobs::{JumpPointConfig, ShellJobs};
+use crate::signals::Signals;
+use crate::state_dir::StateDir;
+
+/// Where logs are kept that could not be delivered, in the state directory.
+const UNDELIVERED: &str = "undelivered";
+
+/// How long killing what is left may hold up the agent's end.
+const LAST_KILL: Duration = Duration::from_secs(15);
+
+/// Runs jobs until the control plane, or this machine, wants no more.
+pub fn start(options: StartOptions) -> Exit {
+    // Jobs run as the same user: they must not find the token in this process's environment.
+    let hidden = prctl::set_dumpable(false);
+    let print = options.print_config;
+    let prepared = StartConfig::load(options)
+        .map_err(|error| error.to_string())
+        .and_then(|config| Ok((AgentLogConfig::from_env()?, Needs::from_config(config)?)));
+    let (log, needs) = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => return refuse(error),
+    };
+    if print {
+        // Nobody is left to be told if that fails.
+        let _ = io::stdout().write_all(needs.config.printed.as_bytes());
+        return Exit::Success;
+    }
+    let state = match StateDir::open(&needs.config.state_dir) {
+        Ok(state) => state,
+        Err(error) => return refuse(error),
+    };
+    let logging = match log.start() {
+        Ok(logging) => logging,
+        Err(error) => return fail(&error),
+    };
+    if let Err(error) = hidden {
+        log::warn!(error:%; "jobs may look into this process");
+    }
+    for warning in &needs.config.warnings {
+        log::warn!("{warning}");
+    }
+    let exit = match ShellConfig::from_env()
+        .and_then(|shell| System::new().block_on(Agent { needs, state, shell }.run()))
+    {
+        Ok(exit) => exit,
+        Err(error) => {
+            log::error!(error:%; "the agent can't go on");
+            fail(&error)
+        }
+    };
+    drop(logging);
+    exit
+}
+
+/// What can be wrong with the configuration is not wrong with this.
+struct Needs {
+    config: StartConfig,
+    clients: Rc<HttpClients>,
+    hub: Hub,
+    compression_size: u64,
+}
+
+impl Needs {
+    fn from_config(config: StartConfig) -> Result<Self, String> {
+        if let Some(ca_file) = &config.ca_file {
+            trusting(Some(ca_file)).map_err(|_| {
+                format!(
+                    "ca-file: {}: is no readable file of certificates in PEM",
+                    ca_file.display()
+                )
+            })?;
+        }
+        let mut clients = HttpClients::new(PATIENCE);
+        clients.ca_file.clone_from(&config.ca_file);
+        clients.proxy = config.proxy.clone().map(Rc::new);
+        let clients = Rc::new(clients);
+        let hub = Hub::new(
+            Rc::clone(&clients),
+            config.scheme,
+            &config.endpoint,
+            config.token.clone(),
+            registration(&config),
+        )
+        .map_err(|why| format!("endpoint: `{}`: {why}", config.endpoint))?;
+        let compression_size = ArtifactUploads::compression_size_from_env()?;
+        Ok(Self { config, clients, hub, compression_size })
+    }
+}
+
+fn registration(config: &StartConfig) -> Registration {
+    let text = |text: &std::ffi::OsStr| text.to_string_lossy().into_owned();
+    let (os, hostname) = uname().map_or_else(
+        |_| (std::env::consts::OS.to_owned(), String::new()),
+        |system| {
+            let os = format!("{} {}", text(system.sysname()), text(system.release()));
+            (os, text(system.nodename()))
+        },
+    );
+    Registration {
+        name: config.name.clone(),
+        version: env!("CARGO_PKG_VERSION"),
+        pid: std::process::id(),
+        os,
+        arch: std::env::consts::ARCH,
+        hostname,
+        single_job: config.disconnect_after_job,
+        idle_timeout: config.idle_timeout,
+        interruption_grace_period: config.interruption_grace_period,
+        job_id: config.job_id.clone(),
+    }
+}
+
+struct Agent {
+    needs: Needs,
+    state: StateDir,
+    shell: ShellConfig,
+}
+
+impl Agent {
+    async fn run(self) -> io::Result<Exit> {
+        let Self { needs: Needs { config, clients, hub, compression_size }, state, shell } = self;
+        let mut ends = Signals::heeded(&[SignalKind::interrupt(), SignalKind::terminate()])?;
+        if let Err(error) = SshAccess::remove_dead(&shell.home, &config.jump_point) {
+            log::warn!(error:%; "what an earlier agent left for SSH can't be removed");
+        }
+        let (urgency, urgent) = watch::channel(Urgency::default());
+        let kept = config.state_dir.join(UNDELIVERED);
+        let delivery = PushDelivery {
+            uplink: Rc::new(HttpLogUplink::new(clients, hub.clone(), kept)),
+            uploads: Box::new(ArtifactUploads {
+                environment: shell.environment.clone(),
+                compression_size,
+                condition: Some(config.upload_job_logs),
+            }),
+            patience: config.log_delivery_timeout,
+            urgency: urgent,
+        };
+        let job_config = Config {
+            grace: GRACE,
+            hooks: config.hooks.clone(),
+            delivery: Delivery::Push(Rc::new(delivery)),
+        };
+        let jump_point =
+            JumpPointConfig { script: config.jump_point.clone(), shows_environment: false };
+        let environment = shell.environment.clone();
+        let jobs = ShellJobs { state, shell, jump_point: Some(jump_point) };
+        let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
+        let supervisor = JobSupervisor::new(Box::new(jobs), metrics, job_config).start();
+        log::info!(endpoint = config.endpoint.as_str(), version = env!("CARGO_PKG_VERSION"); "starting");
+        let poller =
+            SyncPoller::new(Rc::new(hub), supervisor.clone(), config.variables, urgency).start();
+
+        let Some((left, crashed)) = live(&poller, &supervisor, &mut ends).await else {
+            return Ok(leave_at_once(Exit::Failure));
+        };
+        let (reason, by) = match left {
+            Left::NotRegistered(why) => {
+                log::error!(why; "not registered");
+                return Err(io::Error::other(format!("the agent could not be registered: {why}")));
+            }
+            Left::Because { reason, by } => (reason, by),
+        };
+        let leaving = async {
+            if let Some(hook) = &config.shutdown_hook {
+                let left = by.saturating_duration_since(Instant::now());
+                run_shutdown_hook(hook, reason, &environment, config.hook_timeout.min(left)).await;
+            }
+        };
+        tokio::select! {
+            () = leaving => {}
+            () = ends.next() => return Ok(leave_at_once(Exit::Failure)),
+        }
+        log::info!(reason = reason.as_str(); "ended");
+        Ok(match reason {
+            ShutdownReason::UnableToSync => Exit::Failure,
+            _ if crashed => Exit::Failure,
+            _ => Exit::Success,
+        })
+    }
+}
+
+/// Waits until the agent has left, and passes on signals: the first lets the control plane decide, the
+/// second ends the job and the agent in order, the third kills: nothing then. Answers too whether a
+/// part of the agent has crashed.
+async fn live(
+    poller: &Addr<SyncPoller>,
+    supervisor: &Addr<JobSupervisor>,
+    ends: &mut Signals,
+) -> Option<(Left, bool)> {
+    let left = poller.send(AwaitLeave);
+    tokio::pin!(left);
+    let death = supervisor.send(AwaitDeath);
+    tokio::pin!(death);
+    let (mut signals, mut crashed) = (0, false);
+    let left = loop {
+        tokio::select! {
+            left = &mut left => break left,
+            _ = &mut death, if !crashed => {
+                log::error!("the job supervisor has crashed; no more jobs");
+                crashed = true;
+                poller.do_send(LeaveSoon);
+            }
+            () = ends.next() => {
+                signals += 1;
+                match signals {
+                    1 => {
+                        log::info!("asked to end; the control plane decides when");
+                        poller.do_send(Interrupt);
+                    }
+                    2 => {
+                        log::warn!("asked again; stopping the job");
+                        poller.do_send(LeaveSoon);
+                    }
+                    _ => {
+                        log::warn!("asked once more; killing everything");
+                        kill_job(supervisor).await;
+                        return None;
+                    }
+                }
+            }
+        }
+    };
+    // A job whose end was not waited for.
+    kill_job(supervisor).await;
+    let Ok(left) = left else {
+        log::error!("the sync poller has crashed");
+        let reason = ShutdownReason::Unknown;
+        return Some((Left::Because { reason, by: Instant::now() + LAST_KILL }, true));
+    };
+    Some((left, crashed))
+}
+
+async fn kill_job(supervisor: &Addr<JobSupervisor>) {
+    let kill = supervisor.send(StopJob { id: None, manner: StopManner::AtOnce });
+    // An agent without a supervisor has no job either.
+    let _ = timeout_at(Instant::now() + LAST_KILL, kill).await;
+}
+
+async fn run_shutdown_hook(
+    hook: &Path,
+    reason: ShutdownReason,
+    environment: &[(std::ffi::OsString, std::ffi::OsString)],
+    patience: Duration,
+) {
+    let mut command = Command::new("bash");
+    command.arg(hook).env_clear().envs(environment.iter().cloned());
+    command.env("SEMAPHORE_AGENT_SHUTDOWN_REASON", reason.as_str());
+    command.stdin(Stdio::null());
+    let seconds = patience.as_secs();
+    match run_for(command, patience).await {
+        Ok(Some(status)) if status.success() => log::info!("the shutdown hook succeeded"),
+        Ok(Some(status)) => log::error!(status:%; "the shutdown hook failed"),
+        Ok(None) => log::error!(seconds; "the shutdown hook took too long, and was killed"),
+        Err(error) => log::error!(error:%; "the shutdown hook can't be run"),
+    }
+}

@@ -1,0 +1,142 @@
+//! What the operator of an agent can set: raw options from flags, environment and a file, merged and
+//! validated once.
+
+/// Sets each option that is not set from another layer.
+macro_rules! fill {
+    ($options:ident from $layer:expr; $($option:ident),* $(,)?) => {{
+        let layer = $layer;
+        $($options.$option = $options.$option.or(layer.$option);)*
+    }};
+}
+
+pub mod serve;
+pub mod start;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize, Serializer};
+
+use crate::serde_words::without_value;
+
+/// What is wrong with the configuration: which option, its value, and what would be right.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct ConfigError(pub String);
+
+/// Stands for what is not shown.
+const MASKED: &str = "…";
+
+/// A value that is never shown.
+#[derive(Clone, Deserialize, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The value.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+
+    /// The content of a file, without the newline at its end.
+    fn read(path: &Path) -> std::io::Result<Self> {
+        let text = std::fs::read_to_string(path)?;
+        Ok(Self(text.trim_end_matches(['\n', '\r']).to_owned()))
+    }
+}
+
+impl FromStr for Secret {
+    type Err = std::convert::Infallible;
+
+    fn from_str(value: &str) -> Result<Self, Self::Err> {
+        Ok(Self(value.to_owned()))
+    }
+}
+
+/// Masked: what is written is for people.
+impl Serialize for Secret {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(MASKED)
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(MASKED)
+    }
+}
+
+/// A directory or file of this machine, and where containers find it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileMount {
+    /// On this machine.
+    pub host: PathBuf,
+    /// In a container.
+    pub container: PathBuf,
+}
+
+impl FromStr for FileMount {
+    type Err = String;
+
+    fn from_str(pair: &str) -> Result<Self, Self::Err> {
+        match pair.split_once(':') {
+            Some((host, container)) if !host.is_empty() && !container.is_empty() => {
+                Ok(Self { host: host.into(), container: container.into() })
+            }
+            _ => Err(format!("files: `{pair}` is not HOST:CONTAINER, two paths")),
+        }
+    }
+}
+
+/// Options that can be read from a file.
+trait FileOptions: Default + DeserializeOwned {
+    /// Keys whose values are never shown.
+    const SECRETS: &'static [&'static str];
+}
+
+/// Reads the options that a file sets.
+fn read_file<O: FileOptions>(path: &Path) -> Result<O, ConfigError> {
+    let refuse = |why: String| ConfigError(format!("{}: {why}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|error| refuse(error.to_string()))?;
+    if text.trim().is_empty() {
+        return Ok(O::default());
+    }
+    let options = serde_path_to_error::deserialize(serde_yaml::Deserializer::from_str(&text));
+    options.map_err(|error| {
+        let key = error.path().to_string();
+        let what = with_nearest_key(error.inner().to_string());
+        // A line without its space or colon makes what is around it one value.
+        let secret =
+            key == "." || O::SECRETS.iter().any(|secret| error.to_string().contains(secret));
+        refuse(if secret { without_value(&what) } else { what })
+    })
+}
+
+/// Instead of all the keys that there are, the one that was probably meant.
+fn with_nearest_key(message: String) -> String {
+    let parts = message.split_once("unknown field `").and_then(|(before, rest)| {
+        let (unknown, rest) = rest.split_once('`')?;
+        // The known ones, and then where it is.
+        let (known, place) = rest.rsplit_once('`')?;
+        let known = known.split('`').skip(1).step_by(2);
+        Some((before, unknown, nearest(unknown, known)?, place))
+    });
+    match parts {
+        Some((before, unknown, meant, place)) => {
+            format!("{before}unknown key `{unknown}`; `{meant}` is the nearest known one{place}")
+        }
+        None => message,
+    }
+}
+
+/// Which of the known words is most like this one.
+fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    known.max_by(|a, b| strsim::jaro_winkler(word, a).total_cmp(&strsim::jaro_winkler(word, b)))
+}
+
+/// The variables of the environment that look like an option of this agent and are none.
+pub fn unknown_variables(known: &[String]) -> Vec<String> {
+    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    names.filter(|name| name.starts_with("SEMAPHORE_AGENT_") && !known.contains(name)).collect()
+}

@@ -1,0 +1,727 @@
+//! The options of `agent start`.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use actors::job::{EnvVar, VariableName};
+use actors::job_supervisor::{HookFailure, JobHooks, PostJobHook, PreJobHook};
+use bytes::Bytes;
+use serde::de::{IntoDeserializer as _, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
+
+use super::{ConfigError, FileMount, FileOptions, MASKED, Secret, nearest, read_file};
+use crate::http_client::Proxy;
+use crate::jump_point;
+use crate::log_artifact::UploadCondition;
+use crate::state_dir::StateDir;
+
+/// What variables of options begin with.
+const PREFIX: &str = "SEMAPHORE_AGENT_";
+
+/// Variables with this prefix that are no options.
+const OTHER_VARIABLES: [&str; 4] = [
+    "SEMAPHORE_AGENT_LOG_LEVEL",
+    "SEMAPHORE_AGENT_LOG_FILE_PATH",
+    "SEMAPHORE_AGENT_LOG_MAX_SIZE",
+    "SEMAPHORE_AGENT_LOGS_COMPRESSION_SIZE",
+];
+
+/// Options whose variables hold several values, separated by white space.
+const LISTS: [&str; 4] = ["env-vars", "files", "kubernetes-allowed-images", "kubernetes-labels"];
+
+/// Options of what this build can't do yet.
+const KUBERNETES: [&str; 5] = [
+    "kubernetes-pod-spec",
+    "kubernetes-allowed-images",
+    "kubernetes-pod-start-timeout",
+    "kubernetes-labels",
+    "kubernetes-default-image",
+];
+
+/// How long a name may be, in characters, unless it is a URL.
+const NAME_LENGTH: std::ops::RangeInclusive<usize> = 8..=80;
+
+/// The length of a name that the agent makes up.
+const RANDOM_NAME: usize = 20;
+
+/// In seconds.
+const DEFAULT_HOOK_TIMEOUT: u64 = 600;
+const DEFAULT_LOG_DELIVERY_TIMEOUT: u64 = 900;
+
+/// What is so if nothing is set, for [`StartConfig::printed`].
+const DEFAULTS: [(&str, &str); 12] = [
+    ("no-https", "false"),
+    ("hook-timeout", "600"),
+    ("fail-on-pre-job-hook-error", "false"),
+    ("source-pre-job-hook", "false"),
+    ("disconnect-after-job", "false"),
+    ("disconnect-after-idle-timeout", "0"),
+    ("interruption-grace-period", "0"),
+    ("fail-on-missing-files", "false"),
+    ("upload-job-logs", "never"),
+    ("log-delivery-timeout", "900"),
+    ("ssh-jump-point-path", jump_point::DEFAULT_SCRIPT),
+    ("kubernetes-executor", "false"),
+];
+
+/// Raw options: what is absent is not set.
+#[derive(Clone, Debug, Default, clap::Args, Deserialize, Serialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+pub struct StartOptions {
+    /// A YAML file with any of these options as keys
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub config_file: Option<PathBuf>,
+
+    /// Shows the options that are in force, and where each comes from
+    #[arg(long)]
+    #[serde(skip)]
+    pub print_config: bool,
+
+    /// The name of this agent, 8 to 80 characters, or a pre-signed URL that stands for one [default:
+    /// 20 random characters]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+
+    /// The variable of the environment that holds the name
+    #[arg(long, value_name = "VARIABLE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name_from_env: Option<String>,
+
+    /// The control plane: its host, and its port if that is not the usual one
+    #[arg(long, value_name = "HOST")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+
+    /// The token that the agent registers with; better not as a flag, which everybody on the machine
+    /// can see
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token: Option<Secret>,
+
+    /// A file that holds this token
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_file: Option<PathBuf>,
+
+    /// Speaks plain HTTP to the control plane [default: false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
+    pub no_https: Option<bool>,
+
+    /// Certificate authorities, in PEM, that are trusted besides those of this machine
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+
+    /// A script that bash runs when the agent ends; it finds the reason in the variable
+    /// `SEMAPHORE_AGENT_SHUTDOWN_REASON`
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shutdown_hook_path: Option<PathBuf>,
+
+    /// A script that bash runs before the commands of every job
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pre_job_hook_path: Option<PathBuf>,
+
+    /// A script that bash runs at the end of every job
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub post_job_hook_path: Option<PathBuf>,
+
+    /// How long each hook may take, in seconds [default: 600]
+    #[arg(long, value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
+    pub hook_timeout: Option<u64>,
+
+    /// Whether a pre-job hook that fails fails its job [default: false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
+    pub fail_on_pre_job_hook_error: Option<bool>,
+
+    /// Whether the job's own shell runs the pre-job hook [default: false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
+    pub source_pre_job_hook: Option<bool>,
+
+    /// Take one job only, and end after it [default: false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
+    pub disconnect_after_job: Option<bool>,
+
+    /// The only job that the agent is for; needs disconnect-after-job
+    #[arg(long, value_name = "ID")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub job_id: Option<String>,
+
+    /// End after so many seconds without a job; 0 for never [default: 0]
+    #[arg(long, value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
+    pub disconnect_after_idle_timeout: Option<u64>,
+
+    /// How long a job may go on after SIGTERM or SIGINT, in seconds [default: 0]
+    #[arg(long, value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
+    pub interruption_grace_period: Option<u64>,
+
+    /// Variables that every job has in its environment
+    #[arg(long, value_name = "NAME=VALUE,...", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub env_vars: Option<Vec<String>>,
+
+    /// Files of this machine that are put into containers
+    #[arg(long, value_name = "HOST:CONTAINER,...", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub files: Option<Vec<String>>,
+
+    /// Whether a job in containers fails if one of these files is missing [default: false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
+    pub fail_on_missing_files: Option<bool>,
+
+    /// When a job's log is kept as an artifact [default: never]
+    #[arg(long, value_enum, value_name = "WHEN")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub upload_job_logs: Option<UploadCondition>,
+
+    /// How long the delivery of a log may take after its job's end, in seconds [default: 900]
+    #[arg(long, value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
+    pub log_delivery_timeout: Option<u64>,
+
+    /// A private directory for what the agent keeps [default: below the user's state directory,
+    /// usually ~/.local/state/semaphore-agent]
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub state_dir: Option<PathBuf>,
+
+    /// Where the script is put that people start over SSH [default: `/tmp/ssh_jump_point`]
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ssh_jump_point_path: Option<PathBuf>,
+
+    /// Run jobs in Kubernetes; not in this build yet
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
+    pub kubernetes_executor: Option<bool>,
+
+    #[arg(long, value_name = "CONFIGMAP", hide = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kubernetes_pod_spec: Option<String>,
+
+    #[arg(long, value_name = "REGEX,...", value_delimiter = ',', hide = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kubernetes_allowed_images: Option<Vec<String>>,
+
+    #[arg(long, value_name = "SECONDS", hide = true)]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
+    kubernetes_pod_start_timeout: Option<u64>,
+
+    #[arg(long, value_name = "KEY=VALUE,...", value_delimiter = ',', hide = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kubernetes_labels: Option<Vec<String>>,
+
+    #[arg(long, value_name = "IMAGE", hide = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kubernetes_default_image: Option<String>,
+}
+
+/// A number or a truth value as such or as text, as variables have them.
+fn flexible<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromText,
+{
+    struct Flexible<T>(std::marker::PhantomData<T>);
+
+    impl<T: FromText> Visitor<'_> for Flexible<T> {
+        type Value = Option<T>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str(T::EXPECTED)
+        }
+
+        fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Self::Value, E> {
+            let value = T::from_text(text);
+            value.map(Some).ok_or_else(|| E::custom(format!("`{text}` is not {}", T::EXPECTED)))
+        }
+
+        fn visit_bool<E: serde::de::Error>(self, value: bool) -> Result<Self::Value, E> {
+            self.visit_str(if value { "true" } else { "false" })
+        }
+
+        fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<Self::Value, E> {
+            self.visit_str(&value.to_string())
+        }
+
+        fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<Self::Value, E> {
+            self.visit_str(&value.to_string())
+        }
+
+        fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Self::Value, E> {
+            self.visit_str(&value.to_string())
+        }
+
+        fn visit_unit<E: serde::de::Error>(self) -> Result<Self::Value, E> {
+            Ok(None)
+        }
+    }
+
+    deserializer.deserialize_any(Flexible(std::marker::PhantomData))
+}
+
+trait FromText: Sized {
+    const EXPECTED: &'static str;
+
+    fn from_text(text: &str) -> Option<Self>;
+}
+
+impl FromText for bool {
+    const EXPECTED: &'static str = "true or false";
+
+    fn from_text(text: &str) -> Option<Self> {
+        match text.to_ascii_lowercase().as_str() {
+            "true" | "t" | "1" => Some(true),
+            "false" | "f" | "0" => Some(false),
+            _ => None,
+        }
+    }
+}
+
+impl FromText for u64 {
+    const EXPECTED: &'static str = "a number of seconds";
+
+    fn from_text(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+}
+
+impl FileOptions for StartOptions {
+    const SECRETS: &'static [&'static str] = &["token", "env-vars"];
+}
+
+/// The variable of an option.
+fn variable_of(key: &str) -> String {
+    format!("{PREFIX}{}", key.to_ascii_uppercase().replace('-', "_"))
+}
+
+/// The keys that there are.
+fn known_keys() -> Vec<&'static str> {
+    /// Takes nothing but the names of the fields.
+    struct Fields<'a>(&'a mut Vec<&'static str>);
+
+    impl<'de> Deserializer<'de> for Fields<'_> {
+        type Error = serde::de::value::Error;
+
+        fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+            visitor.visit_seq(NoElements)
+        }
+
+        fn deserialize_struct<V: Visitor<'de>>(
+            self,
+            _: &'static str,
+            fields: &'static [&'static str],
+            visitor: V,
+        ) -> Result<V::Value, Self::Error> {
+            self.0.extend(fields);
+            self.deserialize_any(visitor)
+        }
+
+        serde::forward_to_deserialize_any! {
+            bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf
+            option unit unit_struct newtype_struct seq tuple tuple_struct map enum identifier
+            ignored_any
+        }
+    }
+
+    struct NoElements;
+
+    impl<'de> SeqAccess<'de> for NoElements {
+        type Error = serde::de::value::Error;
+
+        fn next_element_seed<T: serde::de::DeserializeSeed<'de>>(
+            &mut self,
+            _: T,
+        ) -> Result<Option<T::Value>, Self::Error> {
+            Ok(None)
+        }
+    }
+
+    let mut keys = Vec::new();
+    let _ = StartOptions::deserialize(Fields(&mut keys));
+    keys
+}
+
+impl StartOptions {
+    /// What variables say, and what of them says nothing.
+    fn from_env() -> Result<(Self, Vec<String>), ConfigError> {
+        let keys = known_keys();
+        let mut options = Map::new();
+        let mut warnings = Vec::new();
+        let mut names: Vec<_> = std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
+            .filter(|(name, value)| name.starts_with(PREFIX) && !value.is_empty())
+            .filter(|(name, _)| !OTHER_VARIABLES.contains(&name.as_str()))
+            .collect();
+        names.sort();
+        for (name, value) in names {
+            let Some(key) = keys.iter().find(|key| variable_of(key) == name) else {
+                let variables: Vec<_> = keys.iter().map(|key| variable_of(key)).collect();
+                let nearest = nearest(&name, variables.iter().map(String::as_str));
+                let nearest = nearest.unwrap_or_default();
+                warnings
+                    .push(format!("{name} is no option of this agent; the nearest is {nearest}"));
+                continue;
+            };
+            let value =
+                value.into_string().map_err(|_| ConfigError(format!("{name}: is not UTF-8")))?;
+            let value = if LISTS.contains(key) {
+                value.split_whitespace().collect()
+            } else {
+                Value::String(value)
+            };
+            let alone = Map::from_iter([((*key).to_owned(), value.clone())]);
+            Self::deserialize(Value::Object(alone).into_deserializer())
+                .map_err(|error: serde_json::Error| ConfigError(format!("{name}: {error}")))?;
+            options.insert((*key).to_owned(), value);
+        }
+        let options = Self::deserialize(Value::Object(options).into_deserializer());
+        let options = options.map_err(|error: serde_json::Error| ConfigError(error.to_string()))?;
+        Ok((options, warnings))
+    }
+
+    /// Its set options, fit to be shown.
+    fn shown(&self) -> Map<String, Value> {
+        let Ok(Value::Object(mut shown)) = serde_json::to_value(self) else {
+            return Map::new();
+        };
+        for pair in self
+            .env_vars
+            .iter()
+            .flatten()
+            .zip(shown.get_mut("env-vars").and_then(Value::as_array_mut).into_iter().flatten())
+        {
+            let (given, masked) = pair;
+            let name = given.split_once('=').map_or("", |(name, _)| name);
+            *masked = format!("{name}={MASKED}").into();
+        }
+        // It may be pre-signed.
+        if let Some(name) = shown.get_mut("name")
+            && name.as_str().is_some_and(is_url)
+        {
+            *name = MASKED.into();
+        }
+        shown
+    }
+}
+
+fn is_url(name: &str) -> bool {
+    name.starts_with("https://") || name.starts_with("http://")
+}
+
+/// The options, merged and checked.
+#[derive(Clone, Debug)]
+pub struct StartConfig {
+    /// The agent's name.
+    pub name: String,
+    /// Host and perhaps port of the control plane.
+    pub endpoint: String,
+    /// What the agent registers with.
+    pub token: Secret,
+    /// `http` or `https`.
+    pub scheme: &'static str,
+    /// Trusted besides the machine's own authorities.
+    pub ca_file: Option<PathBuf>,
+    /// For HTTPS.
+    pub proxy: Option<Proxy>,
+    /// Runs when the agent ends.
+    pub shutdown_hook: Option<PathBuf>,
+    /// What is added to every job.
+    pub hooks: JobHooks,
+    /// How long each hook may take.
+    pub hook_timeout: Duration,
+    /// Whether the agent is for one job only.
+    pub disconnect_after_job: bool,
+    /// The only job that it is for; empty for any.
+    pub job_id: String,
+    /// In seconds; 0 for never.
+    pub idle_timeout: u64,
+    /// In seconds.
+    pub interruption_grace_period: u64,
+    /// What every job has in its environment.
+    pub variables: Vec<EnvVar>,
+    /// What containers get of this machine's files.
+    pub files: Vec<FileMount>,
+    /// Whether a missing one of these fails a job.
+    pub fail_on_missing_files: bool,
+    /// When a job's log is kept as an artifact.
+    pub upload_job_logs: UploadCondition,
+    /// How long the delivery of a log may take after its job's end.
+    pub log_delivery_timeout: Duration,
+    /// The agent's private directory.
+    pub state_dir: PathBuf,
+    /// Where the script is put that people start over SSH.
+    pub jump_point: PathBuf,
+    /// What the operator may want to know.
+    pub warnings: Vec<String>,
+    /// Every option, its value, and where that comes from, a line each.
+    pub printed: String,
+}
+
+impl StartConfig {
+    /// Merges flags, variables, and the file that one of them names.
+    pub fn load(flags: StartOptions) -> Result<Self, ConfigError> {
+        let (variables, warnings) = StartOptions::from_env()?;
+        let path = flags.config_file.clone().or_else(|| variables.config_file.clone());
+        let mut file = match &path {
+            Some(path) => read_file::<StartOptions>(path)?,
+            None => StartOptions::default(),
+        };
+        if file.config_file.take().is_some() {
+            return Err(ConfigError("config-file: can't be set in the file itself".into()));
+        }
+        let shown_path = path.as_ref().map_or_else(String::new, |path| path.display().to_string());
+        let origins = [
+            (flags.shown(), "flag".to_owned()),
+            (variables.shown(), "environment".to_owned()),
+            (file.shown(), shown_path),
+        ];
+        // A token given in one way is not to be mixed with one given in another, nor a name.
+        let mut options = flags;
+        for mut layer in [variables, file] {
+            if options.token.is_some() || options.token_file.is_some() {
+                (layer.token, layer.token_file) = (None, None);
+            }
+            if options.name.is_some() || options.name_from_env.is_some() {
+                (layer.name, layer.name_from_env) = (None, None);
+            }
+            fill!(options from layer;
+                config_file, name, name_from_env, endpoint, token, token_file, no_https, ca_file,
+                shutdown_hook_path, pre_job_hook_path, post_job_hook_path, hook_timeout,
+                fail_on_pre_job_hook_error, source_pre_job_hook, disconnect_after_job, job_id,
+                disconnect_after_idle_timeout, interruption_grace_period, env_vars, files,
+                fail_on_missing_files, upload_job_logs, log_delivery_timeout, state_dir,
+                ssh_jump_point_path, kubernetes_executor, kubernetes_pod_spec,
+                kubernetes_allowed_images, kubernetes_pod_start_timeout, kubernetes_labels,
+                kubernetes_default_image,
+            );
+        }
+        let printed = printed(&options.shown(), &origins);
+        Self::validate(options, warnings, printed)
+    }
+
+    fn validate(
+        options: StartOptions,
+        warnings: Vec<String>,
+        printed: String,
+    ) -> Result<Self, ConfigError> {
+        let refuse = |why: &str| Err(ConfigError(why.to_owned()));
+        let shown = options.shown();
+        if options.kubernetes_executor == Some(true)
+            || KUBERNETES.iter().any(|key| shown.contains_key(*key))
+        {
+            let key = KUBERNETES.iter().find(|key| shown.contains_key(**key));
+            let key = key.unwrap_or(&"kubernetes-executor");
+            return Err(ConfigError(format!(
+                "{key}: this build of the agent can't run jobs in Kubernetes yet"
+            )));
+        }
+        let Some(endpoint) = options.endpoint.filter(|endpoint| !endpoint.is_empty()) else {
+            return refuse("endpoint: the host of the control plane is needed");
+        };
+        if endpoint.contains('/') || endpoint.contains(char::is_whitespace) {
+            return Err(ConfigError(format!(
+                "endpoint: `{endpoint}` is not HOST or HOST:PORT, without a scheme and a path"
+            )));
+        }
+        let job_id = options.job_id.unwrap_or_default();
+        let disconnect_after_job = options.disconnect_after_job.unwrap_or(false);
+        if !job_id.is_empty() && !disconnect_after_job {
+            return refuse("job-id: needs disconnect-after-job");
+        }
+        let jump_point =
+            options.ssh_jump_point_path.unwrap_or_else(|| jump_point::DEFAULT_SCRIPT.into());
+        if !jump_point.is_absolute() {
+            let path = jump_point.display();
+            return Err(ConfigError(format!(
+                "ssh-jump-point-path: {path} is not an absolute path"
+            )));
+        }
+        let files = options.files.unwrap_or_default();
+        let files: Result<_, String> = files.iter().map(|pair| pair.trim().parse()).collect();
+        let seconds = |given: Option<u64>, default| Duration::from_secs(given.unwrap_or(default));
+        let hook_timeout = seconds(options.hook_timeout, DEFAULT_HOOK_TIMEOUT);
+        let pre_job = match options.pre_job_hook_path {
+            Some(path) => Some(PreJobHook {
+                path: for_shell("pre-job-hook-path", path)?,
+                sourced: options.source_pre_job_hook.unwrap_or(false),
+                failure: match options.fail_on_pre_job_hook_error {
+                    Some(true) => HookFailure::FailsJobAsAnnounced,
+                    _ => HookFailure::IsIgnoredAsAnnounced,
+                },
+                patience: Some(hook_timeout),
+            }),
+            None => None,
+        };
+        let post_job = match options.post_job_hook_path {
+            Some(path) => Some(PostJobHook {
+                path: for_shell("post-job-hook-path", path)?,
+                patience: Some(hook_timeout),
+            }),
+            None => None,
+        };
+        let home = std::env::home_dir().unwrap_or_default();
+        Ok(Self {
+            name: name(options.name, options.name_from_env)?,
+            endpoint,
+            token: token(options.token, options.token_file)?,
+            scheme: if options.no_https.unwrap_or(false) { "http" } else { "https" },
+            ca_file: options.ca_file,
+            proxy: Proxy::from_env().map_err(ConfigError)?,
+            shutdown_hook: options.shutdown_hook_path,
+            hooks: JobHooks { pre_job, post_job },
+            hook_timeout,
+            disconnect_after_job,
+            job_id,
+            idle_timeout: options.disconnect_after_idle_timeout.unwrap_or(0),
+            interruption_grace_period: options.interruption_grace_period.unwrap_or(0),
+            variables: env_vars(&options.env_vars.unwrap_or_default())?,
+            files: files.map_err(ConfigError)?,
+            fail_on_missing_files: options.fail_on_missing_files.unwrap_or(false),
+            upload_job_logs: options.upload_job_logs.unwrap_or_default(),
+            log_delivery_timeout: seconds(
+                options.log_delivery_timeout,
+                DEFAULT_LOG_DELIVERY_TIMEOUT,
+            ),
+            state_dir: options.state_dir.unwrap_or_else(|| StateDir::default_path(&home)),
+            jump_point,
+            warnings,
+            printed,
+        })
+    }
+}
+
+/// In the words of a configuration file, with origins as comments.
+fn printed(merged: &Map<String, Value>, origins: &[(Map<String, Value>, String); 3]) -> String {
+    let mut text = String::new();
+    for key in known_keys() {
+        let default = DEFAULTS.iter().find(|(name, _)| *name == key);
+        let (value, origin) = if let Some(value) = merged.get(key) {
+            let origin = origins.iter().find(|(layer, _)| layer.contains_key(key));
+            let origin = origin.map_or("default", |(_, origin)| origin.as_str());
+            let origin = if origin == "environment" { variable_of(key) } else { origin.to_owned() };
+            (value.to_string(), origin)
+        } else if let Some((_, default)) = default {
+            ((*default).to_owned(), "default".to_owned())
+        } else {
+            continue;
+        };
+        // Fails only if writing to a string does.
+        let _ = writeln!(text, "{key}: {value} # {origin}");
+    }
+    text
+}
+
+/// As the job's shell, which is in another directory, finds it.
+fn for_shell(key: &str, path: PathBuf) -> Result<String, ConfigError> {
+    let path = std::path::absolute(&path).unwrap_or(path);
+    path.into_os_string()
+        .into_string()
+        .map_err(|path| ConfigError(format!("{key}: {} is not UTF-8", path.display())))
+}
+
+fn name(given: Option<String>, variable: Option<String>) -> Result<String, ConfigError> {
+    let (key, name) = match (given, variable) {
+        (Some(name), _) => ("name", name),
+        (None, Some(variable)) => match std::env::var(&variable) {
+            Ok(name) if !name.is_empty() => ("name-from-env", name),
+            _ => {
+                return Err(ConfigError(format!(
+                    "name-from-env: there is no name in the variable `{variable}`"
+                )));
+            }
+        },
+        (None, None) => return Ok(random_name()),
+    };
+    let length = name.chars().count();
+    if is_url(&name) || NAME_LENGTH.contains(&length) {
+        return Ok(name);
+    }
+    let (least, most) = (NAME_LENGTH.start(), NAME_LENGTH.end());
+    Err(ConfigError(format!(
+        "{key}: `{name}` has {length} characters; {least} to {most}, or a URL, are needed"
+    )))
+}
+
+fn random_name() -> String {
+    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    (0..RANDOM_NAME).map(|_| char::from(LETTERS[fastrand::usize(..LETTERS.len())])).collect()
+}
+
+fn token(given: Option<Secret>, file: Option<PathBuf>) -> Result<Secret, ConfigError> {
+    let token = match (given, file) {
+        (Some(_), Some(_)) => {
+            let why = "token and token-file are both set; one is needed";
+            return Err(ConfigError(why.to_owned()));
+        }
+        (None, None) => {
+            return Err(ConfigError(
+                "no token: set SEMAPHORE_AGENT_TOKEN, or name a file with --token-file".to_owned(),
+            ));
+        }
+        (Some(token), None) => token,
+        (None, Some(path)) => Secret::read(&path)
+            .map_err(|error| ConfigError(format!("token-file: {}: {error}", path.display())))?,
+    };
+    if token.reveal().is_empty() {
+        return Err(ConfigError("token: is empty".to_owned()));
+    }
+    if !token.reveal().bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err(ConfigError("token: has characters that no token has".to_owned()));
+    }
+    Ok(token)
+}
+
+/// The value may hold what no flag, and no variable, could hold otherwise.
+fn env_vars(pairs: &[String]) -> Result<Vec<EnvVar>, ConfigError> {
+    let mut variables: Vec<EnvVar> = Vec::new();
+    for (index, pair) in pairs.iter().enumerate() {
+        let (name, value) = pair.split_once('=').ok_or_else(|| {
+            ConfigError(format!("env-vars: entry {} is not NAME=VALUE", index + 1))
+        })?;
+        let name = VariableName::new(name).ok_or_else(|| {
+            ConfigError(format!(
+                "env-vars: `{name}` is no name of a variable: letters, digits and _ only, and no \
+                 digit first"
+            ))
+        })?;
+        variables.retain(|variable| variable.name != name);
+        variables.push(EnvVar { name, value: Bytes::copy_from_slice(value.as_bytes()) });
+    }
+    Ok(variables)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_has_a_field_and_every_default_a_key() {
+        let keys = known_keys();
+        assert!(keys.len() > 30 && keys.contains(&"log-delivery-timeout"), "{keys:?}");
+        for (key, _) in DEFAULTS {
+            assert!(keys.contains(&key), "{key}");
+        }
+    }
+
+    #[test]
+    fn names_are_random_and_fit() {
+        let [one, two] = [random_name(), random_name()];
+        assert_ne!(one, two);
+        assert!(name(Some(one), None).is_ok());
+    }
+}

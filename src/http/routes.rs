@@ -1,0 +1,389 @@
+//! The routes, and the answers of the protocol.
+
+use std::fs::File;
+use std::io;
+use std::rc::Rc;
+use std::time::Duration;
+
+use actix_server::GracefulShutdownSignal;
+use actix_service::ServiceFactory;
+use actix_web::body::{BoxBody, MessageBody};
+use actix_web::dev::{ServiceRequest, ServiceResponse};
+use actix_web::http::{Method, StatusCode, header};
+use actix_web::middleware::{Next, from_fn};
+use actix_web::web::{self, Bytes, BytesMut, Data, Payload};
+use actix_web::{App, Error, HttpRequest, HttpResponse};
+use actors::http_intake::{
+    GetState, ReadJobLog, ReadRefused, RequestStop, Submission, SubmitJob, SubmitRefused,
+};
+use actors::job::{Job, JobId};
+use actors::job_request::{OnlyMap, WireRequest};
+use futures_util::StreamExt as _;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::time::{Instant, timeout, timeout_at};
+
+use crate::agent_log::open_to_read;
+use crate::http::Api;
+use crate::http::connection::Handover;
+use crate::http::transfer::{FileBody, TransferReport};
+use crate::serde_words::without_value;
+
+/// Every request that has an answer: its method and its path.
+pub const ROUTES: [(&str, &str); 7] = [
+    ("get", "/is_alive"),
+    ("get", "/status"),
+    ("post", "/jobs"),
+    ("get", "/jobs/{id}/log"),
+    ("post", "/stop"),
+    ("post", "/jobs/terminate"),
+    ("get", "/agent_logs"),
+];
+
+/// How long a client may send nothing of a body, and how long the whole of it may take.
+const BODY_IDLE: Duration = Duration::from_secs(20);
+const BODY_WHOLE: Duration = Duration::from_mins(10);
+
+/// Bodies of less are not worth compressing, in bytes.
+const WORTH_COMPRESSING: u64 = 1024;
+
+/// The application for one worker.
+pub(super) fn app(
+    api: Data<Api>,
+    ending: GracefulShutdownSignal,
+) -> App<
+    impl ServiceFactory<
+        ServiceRequest,
+        Config = (),
+        Response = ServiceResponse<BoxBody>,
+        Error = Error,
+        InitError = (),
+    >,
+> {
+    let mut app = App::new().app_data(api).app_data(ending).wrap(from_fn(guarded));
+    for (method, path) in ROUTES {
+        let route = web::method(if method == "get" { Method::GET } else { Method::POST });
+        let route = match path {
+            "/is_alive" => route.to(is_alive),
+            "/status" => route.to(status),
+            "/jobs" => route.to(submit),
+            "/jobs/{id}/log" => route.to(log),
+            "/agent_logs" => route.to(agent_logs),
+            _ => route.to(stop),
+        };
+        let with_slash = format!("{path}/");
+        let resource = web::resource([path, with_slash.as_str()]).route(route);
+        app = app.service(resource.default_service(web::to(method_not_allowed)));
+    }
+    app.default_service(web::to(not_found))
+}
+
+/// Checks who asks, and notes the request in the agent's log.
+async fn guarded(
+    request: ServiceRequest,
+    next: Next<impl MessageBody + 'static>,
+) -> Result<ServiceResponse<BoxBody>, Error> {
+    let began = Instant::now();
+    let (method, path) = (request.method().clone(), request.path().to_owned());
+    let peer = request.peer_addr().map_or_else(String::new, |peer| peer.to_string());
+    let answer = match unauthorized(&request) {
+        Some(refusal) => request.into_response(refusal),
+        None => next.call(request).await?.map_into_boxed_body(),
+    };
+    let status = answer.status().as_u16();
+    let us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+    // A platform asks for these all the time.
+    let level = if path.starts_with("/is_alive") { log::Level::Debug } else { log::Level::Info };
+    log::log!(level, method:%, path, status, us, peer; "request");
+    Ok(answer)
+}
+
+fn unauthorized(request: &ServiceRequest) -> Option<HttpResponse> {
+    if matches!(request.path(), "/is_alive" | "/is_alive/") {
+        return None;
+    }
+    let Some(api) = request.app_data::<Data<Api>>() else {
+        return Some(broken());
+    };
+    let header = request.headers().get(header::AUTHORIZATION).map(header::HeaderValue::as_bytes);
+    let why = api.auth.check(header).err()?;
+    let mut refusal = HttpResponse::Unauthorized();
+    Some(refusal.insert_header((header::WWW_AUTHENTICATE, "Bearer")).json(why))
+}
+
+fn message(status: StatusCode, text: impl std::fmt::Display) -> HttpResponse {
+    HttpResponse::build(status).json(json!({"message": text.to_string()}))
+}
+
+async fn not_found() -> HttpResponse {
+    message(StatusCode::NOT_FOUND, "there is nothing at this path")
+}
+
+async fn method_not_allowed(request: HttpRequest) -> HttpResponse {
+    let found = ROUTES.iter().find(|(_, path)| Some(*path) == pattern(&request));
+    let allowed = found.map_or("GET", |(method, _)| if *method == "get" { "GET" } else { "POST" });
+    let mut answer = message(
+        StatusCode::METHOD_NOT_ALLOWED,
+        format_args!("{} is not possible here; {allowed} is", request.method()),
+    );
+    answer.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static(allowed));
+    answer
+}
+
+/// The path that the request's route has in [`ROUTES`].
+fn pattern(request: &HttpRequest) -> Option<&'static str> {
+    let pattern = request.match_pattern()?;
+    let pattern = pattern.strip_suffix('/').unwrap_or(&pattern);
+    ROUTES.iter().map(|(_, path)| *path).find(|path| *path == pattern)
+}
+
+/// The intake is gone: the agent is about to end.
+fn broken() -> HttpResponse {
+    message(StatusCode::INTERNAL_SERVER_ERROR, "the agent had an internal error")
+}
+
+async fn is_alive() -> HttpResponse {
+    HttpResponse::Ok().content_type("text/plain; charset=utf-8").body("yes")
+}
+
+async fn status(api: Data<Api>) -> HttpResponse {
+    match api.intake.send(GetState).await {
+        Ok(state) => {
+            let version = env!("CARGO_PKG_VERSION");
+            HttpResponse::Ok().json(json!({"state": state.as_str(), "version": version}))
+        }
+        Err(_) => broken(),
+    }
+}
+
+async fn submit(request: HttpRequest, payload: Payload, api: Data<Api>) -> HttpResponse {
+    let body = match read_body(&request, payload, api.max_body_size).await {
+        Ok(body) => body,
+        Err(refusal) => return refusal.into(),
+    };
+    let job = match parse(&body) {
+        Ok(job) => job,
+        Err(why) => return message(StatusCode::UNPROCESSABLE_ENTITY, why),
+    };
+    drop(body);
+    match api.intake.send(SubmitJob { job }).await {
+        Ok(Ok(Submission::Started)) => message(StatusCode::OK, "ok"),
+        Ok(Ok(Submission::AlreadyRunning)) => message(StatusCode::OK, "job is already running"),
+        Ok(Err(refused)) => {
+            let status = match refused {
+                SubmitRefused::Unfit(_) | SubmitRefused::Busy => StatusCode::UNPROCESSABLE_ENTITY,
+                SubmitRefused::Closed => StatusCode::SERVICE_UNAVAILABLE,
+                SubmitRefused::Broken(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            };
+            message(status, refused)
+        }
+        Err(_) => broken(),
+    }
+}
+
+/// Why a body was not read.
+enum BodyRefused {
+    TooLarge(usize),
+    TooSlow,
+    /// The agent is about to end, and waits for nobody who still sends.
+    Ending,
+    Broken(String),
+}
+
+impl From<BodyRefused> for HttpResponse {
+    fn from(refused: BodyRefused) -> Self {
+        match refused {
+            BodyRefused::TooLarge(most) => message(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                format_args!("the body is larger than {most} bytes, the most that is taken"),
+            ),
+            BodyRefused::TooSlow => {
+                message(StatusCode::REQUEST_TIMEOUT, "the body did not come in time")
+            }
+            BodyRefused::Ending => message(StatusCode::SERVICE_UNAVAILABLE, SubmitRefused::Closed),
+            BodyRefused::Broken(why) => {
+                message(StatusCode::BAD_REQUEST, format_args!("the body can't be read: {why}"))
+            }
+        }
+    }
+}
+
+async fn read_body(
+    request: &HttpRequest,
+    payload: Payload,
+    most: usize,
+) -> Result<Bytes, BodyRefused> {
+    let ending = async {
+        match request.app_data::<GracefulShutdownSignal>() {
+            Some(ending) => ending.notified().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        read = read_whole_body(request, payload, most) => read,
+        () = ending => Err(BodyRefused::Ending),
+    }
+}
+
+async fn read_whole_body(
+    request: &HttpRequest,
+    mut payload: Payload,
+    most: usize,
+) -> Result<Bytes, BodyRefused> {
+    let announced = request.headers().get(header::CONTENT_LENGTH);
+    let announced = announced.and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    if announced.is_some_and(|length| length > most as u64) {
+        return Err(BodyRefused::TooLarge(most));
+    }
+    let deadline = Instant::now() + BODY_WHOLE;
+    let mut body = BytesMut::new();
+    loop {
+        let next = timeout_at(deadline, timeout(BODY_IDLE, payload.next())).await;
+        match next {
+            Ok(Ok(None)) => return Ok(body.freeze()),
+            Ok(Ok(Some(Ok(chunk)))) if body.len() + chunk.len() > most => {
+                return Err(BodyRefused::TooLarge(most));
+            }
+            Ok(Ok(Some(Ok(chunk)))) => body.extend_from_slice(&chunk),
+            Ok(Ok(Some(Err(error)))) => return Err(BodyRefused::Broken(error.to_string())),
+            Ok(Err(_)) | Err(_) => return Err(BodyRefused::TooSlow),
+        }
+    }
+}
+
+/// Reads a job request; says what is wrong and where, but no value: it may be a secret.
+fn parse(body: &[u8]) -> Result<Job, String> {
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let request = serde_path_to_error::deserialize::<_, OnlyMap<WireRequest>>(&mut json);
+    let OnlyMap(request) = request.map_err(|error| {
+        let path = error.path().to_string();
+        let what = without_value(&error.inner().to_string());
+        if path == "." { what } else { format!("{path}: {what}") }
+    })?;
+    json.end().map_err(|error| error.to_string())?;
+    request.decode().map_err(|error| error.to_string())
+}
+
+async fn log(id: Option<web::Path<String>>, request: HttpRequest, api: Data<Api>) -> HttpResponse {
+    let mut parameters = request.query_string().split('&');
+    let line = parameters.find_map(|parameter| parameter.strip_prefix("start_from="));
+    let line = line.map_or(0, line_number);
+    let Some(id) = id.and_then(|id| JobId::new(id.into_inner())) else {
+        return not_found().await;
+    };
+    let range = match api.intake.send(ReadJobLog { id: id.clone(), line }).await {
+        Ok(Ok(range)) => range,
+        Ok(Err(refused)) => {
+            let status = match refused {
+                ReadRefused::NoJob => StatusCode::NOT_FOUND,
+                ReadRefused::OtherJob => StatusCode::FORBIDDEN,
+                ReadRefused::Broken(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            };
+            return message(status, refused);
+        }
+        Err(_) => return broken(),
+    };
+    let file = match File::open(&range.path) {
+        Ok(file) => file,
+        // The next job has just started, and this log is gone.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return message(StatusCode::FORBIDDEN, ReadRefused::OtherJob);
+        }
+        Err(error) => return unreadable(&error),
+    };
+    let mut body = FileBody::new(file, range.start, range.end);
+    let compress = accepts_gzip(&request) && range.end - range.start >= WORTH_COMPRESSING;
+    if compress {
+        body = body.compressed();
+    }
+    // Who asks for what is beyond the end has another log in mind.
+    if range.sealed && line <= range.next_line && is_archivator(&request) {
+        let handover = request.conn_data::<Rc<Handover>>().map(Rc::clone);
+        let report = TransferReport::begin(api.intake.clone(), id);
+        body = body.reported(report, handover.unwrap_or_default());
+    }
+    text(body, compress)
+}
+
+/// What is no number is 0, and one that is too large is beyond every log.
+fn line_number(text: &str) -> u64 {
+    if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return 0;
+    }
+    text.parse().unwrap_or(u64::MAX)
+}
+
+fn is_archivator(request: &HttpRequest) -> bool {
+    request.headers().get("X-Client-Name").is_some_and(|name| name == "archivator")
+}
+
+fn text(body: FileBody, compressed: bool) -> HttpResponse {
+    let mut answer = HttpResponse::Ok();
+    answer.content_type("text/plain; charset=utf-8");
+    answer.insert_header((header::VARY, "Accept-Encoding"));
+    if compressed {
+        answer.insert_header((header::CONTENT_ENCODING, "gzip"));
+    }
+    answer.body(body)
+}
+
+fn unreadable(error: &io::Error) -> HttpResponse {
+    message(StatusCode::INTERNAL_SERVER_ERROR, format_args!("the log can't be read: {error}"))
+}
+
+/// Whether gzip is among the accepted codings, and not with a weight of 0.
+fn accepts_gzip(request: &HttpRequest) -> bool {
+    let values = request.headers().get_all(header::ACCEPT_ENCODING);
+    values.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',')).any(
+        |coding| {
+            let mut parts = coding.split(';').map(str::trim);
+            let named = parts.next().is_some_and(|name| name.eq_ignore_ascii_case("gzip"));
+            let weight = parts.find_map(|part| part.strip_prefix("q="));
+            named
+                && weight
+                    .and_then(|weight| weight.parse::<f32>().ok())
+                    .is_none_or(|weight| weight > 0.0)
+        },
+    )
+}
+
+#[derive(Default, Deserialize)]
+struct StopBody {
+    job_hash_id: Option<Value>,
+}
+
+async fn stop(request: HttpRequest, payload: Payload, api: Data<Api>) -> HttpResponse {
+    let body = match read_body(&request, payload, api.max_body_size).await {
+        Ok(body) => body,
+        Err(refusal) => return refusal.into(),
+    };
+    // A body that names no job means the one that runs, whatever else it is.
+    let named = serde_json::from_slice::<StopBody>(&body).unwrap_or_default().job_hash_id;
+    let id = named.and_then(|id| match id {
+        Value::String(id) => JobId::new(id),
+        // Whatever it is, it means a certain job.
+        other => JobId::new(other.to_string()),
+    });
+    match api.intake.send(RequestStop { id }).await {
+        Ok(()) => message(StatusCode::OK, "ok"),
+        Err(_) => broken(),
+    }
+}
+
+async fn agent_logs(request: HttpRequest, api: Data<Api>) -> HttpResponse {
+    let Some(path) = &api.agent_log else {
+        return message(StatusCode::NOT_FOUND, "the agent writes no log file");
+    };
+    let opened = open_to_read(path).and_then(|file| Ok((file.metadata()?.len(), file)));
+    match opened {
+        Ok((length, file)) => {
+            let body = FileBody::new(file, 0, length);
+            let compress = accepts_gzip(&request) && length >= WORTH_COMPRESSING;
+            text(if compress { body.compressed() } else { body }, compress)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            message(StatusCode::NOT_FOUND, "the agent's log file is gone")
+        }
+        Err(error) => unreadable(&error),
+    }
+}

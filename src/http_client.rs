@@ -1,0 +1,245 @@
+//! How the agent makes HTTP requests: trust, proxies, time limits. HTTP/1.1 only.
+
+use std::cell::OnceCell;
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use actix_rt::net::TcpStream;
+use actix_service::Service;
+use actix_tls::connect::{ConnectError, ConnectInfo, Connection, Connector as TcpConnector};
+use awc::http::{Uri, Version};
+use awc::{Client, Connector};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
+use openssl::ssl::{SslConnector, SslFiletype, SslMethod};
+use openssl::x509::store::X509Lookup;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+/// What a proxy may answer before the connection is through, in bytes.
+const LONGEST_PROXY_ANSWER: usize = 8 << 10;
+
+/// Makes clients for one kind of requests.
+#[derive(Default)]
+pub struct HttpClients {
+    /// How long one request may take, connecting included.
+    pub patience: Duration,
+    /// Certificate authorities besides those of this machine.
+    pub ca_file: Option<PathBuf>,
+    /// For HTTPS only.
+    pub proxy: Option<Rc<Proxy>>,
+    plain: OnceCell<Client>,
+    /// Made when it is needed: reading the machine's certificate authorities takes a while.
+    secure: OnceCell<Client>,
+}
+
+impl HttpClients {
+    /// Direct connections, and this machine's authorities.
+    pub fn new(patience: Duration) -> Self {
+        Self { patience, ..Self::default() }
+    }
+
+    /// The client for `url`, which must be one of http or https.
+    pub fn for_url(&self, url: &Uri) -> io::Result<&Client> {
+        if url.scheme_str() != Some("https") {
+            return Ok(self.plain.get_or_init(|| self.client(None)));
+        }
+        if self.secure.get().is_none() {
+            let tls = trusting(self.ca_file.as_deref())?;
+            return Ok(self.secure.get_or_init(|| self.client(Some(tls))));
+        }
+        self.secure.get().ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    /// HTTP/2 stays off: awc's implementation of it has a known weakness.
+    fn client(&self, tls: Option<SslConnector>) -> Client {
+        let dialer = Dialer { proxy: self.proxy.clone().filter(|_| tls.is_some()) };
+        let connector = Connector::new().connector(dialer);
+        let connector = connector.timeout(self.patience).handshake_timeout(self.patience);
+        let connector = match tls {
+            // It offers no protocol, so HTTP/1.1 it is.
+            Some(tls) => connector.openssl(tls),
+            None => connector.max_http_version(Version::HTTP_11),
+        };
+        Client::builder().connector(connector).timeout(self.patience).disable_redirects().finish()
+    }
+}
+
+/// An URL of http or https, or why `text` is none.
+pub fn parse_url(text: &str) -> Result<Uri, &'static str> {
+    let url: Uri = text.parse().map_err(|_| "its URL is none")?;
+    if matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some() {
+        Ok(url)
+    } else {
+        Err("its URL is not one of http or https")
+    }
+}
+
+/// A connector that trusts the certificate authorities of this machine, and those in `ca_file`.
+pub fn trusting(ca_file: Option<&Path>) -> io::Result<SslConnector> {
+    let mut tls = SslConnector::builder(SslMethod::tls_client())?;
+    let authorities = openssl_probe::probe();
+    if let Some(bundle) = authorities.cert_file {
+        tls.set_ca_file(bundle)?;
+    }
+    let lookup = tls.cert_store_mut().add_lookup(X509Lookup::hash_dir())?;
+    for directory in authorities.cert_dir.iter().filter_map(|path| path.to_str()) {
+        lookup.add_dir(directory, SslFiletype::PEM)?;
+    }
+    if let Some(ca_file) = ca_file {
+        tls.set_ca_file(ca_file)?;
+    }
+    Ok(tls.build())
+}
+
+/// A proxy for HTTPS, and the hosts that are reached without it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Proxy {
+    host: String,
+    port: u16,
+    authorization: Option<String>,
+    direct: Vec<String>,
+}
+
+/// Without what it is told about who asks.
+impl fmt::Debug for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.host, self.port)
+    }
+}
+
+impl Proxy {
+    /// What `HTTPS_PROXY` and `NO_PROXY` say, in capitals or not.
+    pub fn from_env() -> Result<Option<Self>, String> {
+        let variable = |name: &str| {
+            let names = [name.to_owned(), name.to_lowercase()];
+            names.iter().find_map(|name| std::env::var(name).ok().filter(|text| !text.is_empty()))
+        };
+        let direct = variable("NO_PROXY").unwrap_or_default();
+        let Some(proxy) = variable("HTTPS_PROXY") else {
+            return Ok(None);
+        };
+        // It may hold a password.
+        Self::new(&proxy, &direct).map(Some).map_err(|why| format!("HTTPS_PROXY: {why}"))
+    }
+
+    fn new(url: &str, direct: &str) -> Result<Self, &'static str> {
+        let with_scheme =
+            if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
+        let url: Uri = with_scheme.parse().map_err(|_| "is no URL")?;
+        if url.scheme_str() != Some("http") {
+            return Err("only proxies that are reached by http: are known");
+        }
+        let authority = url.authority().ok_or("names no host")?;
+        let login = authority.as_str().rsplit_once('@').map(|(login, _)| login);
+        Ok(Self {
+            host: authority.host().trim_matches(['[', ']']).to_owned(),
+            port: authority.port_u16().unwrap_or(80),
+            authorization: login.map(|login| format!("Basic {}", BASE64_STANDARD.encode(login))),
+            direct: direct.split(',').map(|host| host.trim().to_lowercase()).collect(),
+        })
+    }
+
+    /// Whether `host` is reached without it.
+    fn spares(&self, host: &str) -> bool {
+        let host = host.to_lowercase();
+        self.direct.iter().filter(|name| !name.is_empty()).any(|name| {
+            let name = name.trim_start_matches("*.").trim_start_matches('.');
+            let below = host.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'));
+            name == "*" || host == name || below
+        })
+    }
+
+    /// A connection through it.
+    async fn tunnel(&self, host: &str, port: u16) -> io::Result<TcpStream> {
+        let failed = |why: String| io::Error::other(format!("the proxy {self:?} {why}"));
+        let mut stream = TcpStream::connect((self.host.as_str(), self.port))
+            .await
+            .map_err(|error| failed(format!("can't be reached: {error}")))?;
+        stream.set_nodelay(true)?;
+        let authorization = self.authorization.as_ref();
+        let authorization =
+            authorization.map_or_else(String::new, |it| format!("Proxy-Authorization: {it}\r\n"));
+        let head =
+            format!("CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n{authorization}\r\n");
+        stream.write_all(head.as_bytes()).await?;
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\n") {
+            // One byte at a time: what follows is not for us.
+            let byte = stream.read_u8().await?;
+            answer.push(byte);
+            if answer.len() > LONGEST_PROXY_ANSWER {
+                return Err(failed("answers too much".into()));
+            }
+        }
+        let answer = String::from_utf8_lossy(&answer);
+        let status = answer.split_whitespace().nth(1).unwrap_or_default();
+        if answer.starts_with("HTTP/1.") && status.starts_with('2') {
+            Ok(stream)
+        } else {
+            Err(failed(format!("answers {}", answer.lines().next().unwrap_or_default())))
+        }
+    }
+}
+
+/// Opens connections, through a proxy where that is wanted.
+#[derive(Clone)]
+struct Dialer {
+    proxy: Option<Rc<Proxy>>,
+}
+
+impl Service<ConnectInfo<Uri>> for Dialer {
+    type Response = Connection<Uri, TcpStream>;
+    type Error = ConnectError;
+    type Future = LocalBoxFuture<'static, Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&self, info: ConnectInfo<Uri>) -> Self::Future {
+        let proxy = self.proxy.clone().filter(|proxy| !proxy.spares(info.hostname()));
+        let Some(proxy) = proxy else {
+            return TcpConnector::default().service().call(info).boxed_local();
+        };
+        async move {
+            let stream = proxy.tunnel(info.hostname(), info.port()).await;
+            let stream = stream.map_err(ConnectError::Io)?;
+            Ok(Connection::new(info.request().clone(), stream))
+        }
+        .boxed_local()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_proxy_is_read_with_its_login() {
+        let proxy = Proxy::new("http://me:secret@proxy.example:3128/", "").unwrap();
+        assert_eq!((proxy.host.as_str(), proxy.port), ("proxy.example", 3128));
+        assert_eq!(proxy.authorization.as_deref(), Some("Basic bWU6c2VjcmV0"));
+        assert_eq!(format!("{proxy:?}"), "proxy.example:3128");
+        assert_eq!(Proxy::new("proxy", "").unwrap().port, 80);
+        assert!(Proxy::new("https://proxy", "").is_err());
+        assert!(Proxy::new("http://", "").is_err());
+    }
+
+    #[test]
+    fn some_hosts_are_reached_without_it() {
+        let proxy = Proxy::new("proxy", "localhost, .example.com,10.0.0.1,*.corp").unwrap();
+        for host in ["localhost", "a.example.com", "example.com", "10.0.0.1", "x.corp", "X.Corp"] {
+            assert!(proxy.spares(host), "{host}");
+        }
+        for host in ["example.org", "notexample.com", "10.0.0.10", "localhost.org"] {
+            assert!(!proxy.spares(host), "{host}");
+        }
+        assert!(Proxy::new("proxy", "*").unwrap().spares("anything"));
+    }
+}

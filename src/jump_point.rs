@@ -1,0 +1,557 @@
+//! The files that let people log in to where a job runs: keys, the script that they start, and a line
+//! in the login profile that shows them the job's environment.
+//!
+//! What is added to files of the user is marked line by line with the job's directory, so that
+//! exactly that goes away again: at the job's teardown, by the job's first process if the agent is
+//! killed, or at the agent's next start if both are. Nothing here follows a symbolic link.
+
+use std::ffi::OsStr;
+use std::fs::{self, DirBuilder, File, Permissions, TryLockError};
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{
+    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use actors::ports::JumpPointFiles;
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
+use memchr::memmem;
+use nix::libc::{ELOOP, O_DIRECTORY, O_NOFOLLOW, O_NONBLOCK};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+use crate::session::{Mark, quoted};
+
+/// Where people and tools expect the script (PROTOCOL: "SSH jump point").
+pub const DEFAULT_SCRIPT: &str = "/tmp/ssh_jump_point";
+
+/// What every line ends with that the agent adds to a file of the user; the job's directory follows.
+const MARK: &str = "semaphore-agent:";
+
+/// At the very end of the first added line: the newline before it is the agent's too.
+const AFTER_OPEN_LINE: u8 = b'+';
+
+/// At the very end of the first added line: there was no such file before.
+const IN_NEW_FILE: u8 = b'!';
+
+/// Set for everything that runs in an SSH session of the job.
+const SESSION_VARIABLE: &str = "SEMAPHORE_AGENT_SSH_SESSION";
+
+/// How often, and how far apart, to ask for the lock before going on without it: whoever holds it for
+/// so long is no agent, and must not keep a key where it is.
+const LOCK_TRIES: u32 = 100;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
+
+/// A file of the user that is larger is not touched, in bytes.
+const LARGEST_FILE: u64 = 4 << 20;
+
+/// How often to look for sessions, as each of their processes may just make another.
+const SESSION_SWEEPS: u32 = 10;
+
+/// The way in to one job.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct SshAccess {
+    /// Of the user who runs the agent.
+    pub home: PathBuf,
+    /// Where the script is put.
+    pub script: PathBuf,
+    /// The job's own directory; absolute, and unique to the job.
+    pub job_directory: PathBuf,
+    /// The job's environment, once it is there; nothing if who logs in is not to see it.
+    pub environment: Option<PathBuf>,
+}
+
+impl SshAccess {
+    /// Takes back what jobs added whose agents died with all that could have cleaned up.
+    pub fn remove_dead(home: &Path, script: &Path) -> io::Result<()> {
+        remove_marked(home, script, &|job_directory| !job_directory.exists())
+    }
+
+    /// Sourced by everything that logs in.
+    fn session_file(&self) -> PathBuf {
+        self.job_directory.join("ssh-session")
+    }
+
+    /// There as soon as somebody has logged in.
+    fn used_file(&self) -> PathBuf {
+        self.job_directory.join("ssh-used")
+    }
+
+    fn add_keys(&self, keys: &[Bytes]) -> io::Result<()> {
+        let lines: Vec<&[u8]> = keys
+            .iter()
+            .flat_map(|key| key.split(|byte| matches!(byte, b'\n' | b'\r')))
+            .filter(|line| !line.trim_ascii().is_empty())
+            .collect();
+        if lines.is_empty() {
+            return Ok(());
+        }
+        let ssh = self.home.join(".ssh");
+        match DirBuilder::new().mode(0o700).create(&ssh) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        let keys = UserFile::of_keys(&self.home)?;
+        keys.directory.set_permissions(Permissions::from_mode(0o700))?;
+        keys.add(&lines, " ", &self.job_directory, 0o600)
+    }
+
+    /// Without keys of the job, who logs in has come on their own, and stays.
+    fn show_environment(&self, with_keys: bool) -> io::Result<()> {
+        let mark = if with_keys {
+            format!(
+                "[ -z \"${{SSH_CONNECTION-}}\" ] || {{ export {SESSION_VARIABLE}={job}; : > {used}; }}\n",
+                job = quoted(&self.job_directory),
+                used = quoted(&self.used_file()),
+            )
+        } else {
+            String::new()
+        };
+        let shown = self.environment.as_deref().map_or_else(String::new, |environment| {
+            let environment = quoted(environment);
+            format!("[ ! -r {environment} ] || . {environment}\n")
+        });
+        let session = mark + &shown;
+        let mut options = File::options();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        options.open(self.session_file())?.write_all(session.as_bytes())?;
+        if self.environment.is_none() {
+            return Ok(());
+        }
+        let profile = UserFile::at(&self.home, ".bash_profile")?;
+        // As soon as there is this file, a login shell no longer looks for these.
+        let others = "if [ -r ~/.bash_login ]; then . ~/.bash_login; \
+                      elif [ -r ~/.profile ]; then . ~/.profile; fi";
+        let ours = format!("[ ! -r {0} ] || . {0}", quoted(&self.session_file()));
+        let lines = [others.as_bytes(), ours.as_bytes()];
+        let lines = if profile.exists()? { &lines[1..] } else { &lines[..] };
+        profile.add(lines, " # ", &self.job_directory, 0o644)
+    }
+
+    fn write_script(&self) -> io::Result<()> {
+        let script = format!(
+            "#!/usr/bin/env bash\n# {MARK}{job}\n\
+             [ ! -r {session} ] || . {session}\n\
+             if [ $# -eq 0 ]; then\n  exec bash --login\nfi\nexec \"$@\"\n",
+            job = self.job_directory.display(),
+            session = quoted(&self.session_file()),
+        );
+        let (directory, name) = split(&self.script)?;
+        UserFile::at(directory, name)?.replace(script.as_bytes(), 0o600)
+    }
+
+    /// Ends what people who logged in still run.
+    fn end_sessions(&self) -> io::Result<()> {
+        if !self.used_file().exists() {
+            return Ok(());
+        }
+        let job = self.job_directory.as_os_str().as_bytes();
+        let marker = [SESSION_VARIABLE.as_bytes(), b"=", job, b"\0"].concat();
+        for _ in 0..SESSION_SWEEPS {
+            let mut found = false;
+            for entry in fs::read_dir("/proc")? {
+                let entry = entry?;
+                let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+                // Processes of others, and those that have just ended, can't be read.
+                if let Some(pid) = pid
+                    && let Ok(environment) = fs::read(entry.path().join("environ"))
+                    && memmem::find(&environment, &marker).is_some()
+                {
+                    found |= kill(Pid::from_raw(pid), Signal::SIGKILL).is_ok();
+                }
+            }
+            if !found {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn open_now(&self, keys: &[Bytes]) -> io::Result<()> {
+        if keys.is_empty() && self.environment.is_none() {
+            return Ok(());
+        }
+        let _others_wait = lock(&self.home)?;
+        // What can be offered is, whatever can't.
+        let added = [
+            ("the keys", self.add_keys(keys)),
+            ("the login profile", self.show_environment(!keys.is_empty())),
+            ("the script", self.write_script()),
+        ];
+        first_error(added)
+    }
+
+    /// What [`JumpPointFiles::close`] does, for a process that has nothing else to do.
+    pub fn close_now(&self) -> io::Result<()> {
+        let removed =
+            remove_marked(&self.home, &self.script, &|job| job == self.job_directory.as_path());
+        first_error([("the files", removed), ("sessions", self.end_sessions())])
+    }
+}
+
+impl JumpPointFiles for SshAccess {
+    fn open(&self, keys: Vec<Bytes>) -> LocalBoxFuture<'static, io::Result<()>> {
+        let access = self.clone();
+        on_a_thread(move || access.open_now(&keys))
+    }
+
+    fn close(&self) -> LocalBoxFuture<'static, io::Result<()>> {
+        let access = self.clone();
+        on_a_thread(move || access.close_now())
+    }
+}
+
+/// Files of the user may be far away, and somebody may hold their lock.
+fn on_a_thread(
+    work: impl FnOnce() -> io::Result<()> + Send + 'static,
+) -> LocalBoxFuture<'static, io::Result<()>> {
+    let done = actix_rt::task::spawn_blocking(work);
+    async { done.await.map_err(io::Error::other)? }.boxed_local()
+}
+
+fn first_error<const N: usize>(results: [(&str, io::Result<()>); N]) -> io::Result<()> {
+    for (what, result) in results {
+        result.map_err(|error| io::Error::new(error.kind(), format!("{what}: {error}")))?;
+    }
+    Ok(())
+}
+
+/// Keeps other agents of the same user from changing the same files meanwhile.
+fn lock(home: &Path) -> io::Result<File> {
+    let directory = File::open(home)?;
+    for _ in 0..LOCK_TRIES {
+        match directory.try_lock() {
+            Ok(()) => return Ok(directory),
+            Err(TryLockError::WouldBlock) => pause(),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
+    log::warn!(home:?; "somebody holds a lock on the home directory; going on without it");
+    Ok(directory)
+}
+
+#[expect(clippy::disallowed_methods, reason = "on a thread that has nothing else to do")]
+fn pause() {
+    std::thread::sleep(LOCK_PAUSE);
+}
+
+/// Removes all lines of the jobs for which `gone` holds, and the script if it is one of theirs.
+fn remove_marked(home: &Path, script: &Path, gone: &dyn Fn(&Path) -> bool) -> io::Result<()> {
+    let _others_wait = lock(home)?;
+    let keys = match UserFile::of_keys(home) {
+        Err(error) if is_not_ours(&error) => Ok(()),
+        keys => keys.and_then(|keys| keys.remove(gone)),
+    };
+    let profile = UserFile::at(home, ".bash_profile").and_then(|profile| profile.remove(gone));
+    let (directory, name) = split(script)?;
+    let script = UserFile::at(directory, name).and_then(|script| script.remove_if_marked(gone));
+    first_error([("the keys", keys), ("the login profile", profile), ("the script", script)])
+}
+
+/// Nothing is there, or a link, or no directory: the agent puts nothing into these.
+fn is_not_ours(error: &io::Error) -> bool {
+    use io::ErrorKind::{NotADirectory, NotFound};
+    matches!(error.kind(), NotFound | NotADirectory) || error.raw_os_error() == Some(ELOOP)
+}
+
+fn split(path: &Path) -> io::Result<(&Path, &str)> {
+    let name = path.file_name().and_then(|name| name.to_str());
+    path.parent()
+        .zip(name)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "is not the path of a file"))
+}
+
+/// A file in a directory that is held open, so that nobody can put another in its place.
+struct UserFile {
+    directory: File,
+    path: PathBuf,
+}
+
+impl UserFile {
+    fn at(directory: &Path, name: &str) -> io::Result<Self> {
+        Ok(Self::below(File::options().read(true).custom_flags(O_DIRECTORY).open(directory)?, name))
+    }
+
+    /// `~/.ssh` itself must be no link: a job could have made it.
+    fn of_keys(home: &Path) -> io::Result<Self> {
+        let mut options = File::options();
+        let ssh = options.read(true).custom_flags(O_DIRECTORY | O_NOFOLLOW);
+        Ok(Self::below(ssh.open(home.join(".ssh"))?, "authorized_keys"))
+    }
+
+    fn below(directory: File, name: &str) -> Self {
+        let path = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name);
+        Self { directory, path }
+    }
+
+    fn exists(&self) -> io::Result<bool> {
+        Ok(self.read()?.is_some())
+    }
+
+    /// Content and mode, if there is such a file.
+    fn read(&self) -> io::Result<Option<(Vec<u8>, u32)>> {
+        let opened =
+            File::options().read(true).custom_flags(O_NOFOLLOW | O_NONBLOCK).open(&self.path);
+        let mut file = match opened {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened?,
+        };
+        let found = file.metadata()?;
+        if !found.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "is not a regular file"));
+        }
+        if found.len() > LARGEST_FILE {
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, "is too large"));
+        }
+        let mut content = Vec::new();
+        (&mut file).take(LARGEST_FILE).read_to_end(&mut content)?;
+        Ok(Some((content, found.mode() & 0o7777)))
+    }
+
+    /// The same, for what is to be taken back.
+    fn read_ours(&self) -> io::Result<Option<(Vec<u8>, u32)>> {
+        match self.read() {
+            Err(error) if is_not_ours(&error) => Ok(None),
+            read => read,
+        }
+    }
+
+    /// Puts another file in its place as a whole; what was there, even a link, is not touched.
+    fn replace(&self, content: &[u8], mode: u32) -> io::Result<()> {
+        let name = self.path.file_name().unwrap_or_default().to_string_lossy();
+        let random = Mark::random().map_err(io::Error::other)?;
+        let new = self.path.with_file_name(format!(".{name}.{}", &random.as_str()[..12]));
+        let written = File::options()
+            .write(true)
+            .create_new(true)
+            .mode(mode)
+            .open(&new)
+            .and_then(|mut file| {
+                file.write_all(content)?;
+                file.set_permissions(Permissions::from_mode(mode))
+            })
+            .and_then(|()| fs::rename(&new, &self.path));
+        if written.is_err() {
+            // The first error counts.
+            let _ = fs::remove_file(&new);
+        }
+        written
+    }
+
+    /// Adds `lines` at the end, each with the job's mark after `before_mark`.
+    fn add(&self, lines: &[&[u8]], before_mark: &str, job: &Path, mode: u32) -> io::Result<()> {
+        let found = self.read()?;
+        let is_new = found.is_none();
+        let (mut content, found_mode) = found.unwrap_or((Vec::new(), mode));
+        let open_line = content.last().is_some_and(|last| *last != b'\n');
+        if open_line {
+            content.push(b'\n');
+        }
+        let job = job.as_os_str().as_bytes();
+        let mark = [before_mark.as_bytes(), MARK.as_bytes(), job].concat();
+        for (i, line) in lines.iter().enumerate() {
+            content.extend_from_slice(line);
+            content.extend_from_slice(&mark);
+            match i {
+                0 if open_line => content.push(AFTER_OPEN_LINE),
+                0 if is_new => content.push(IN_NEW_FILE),
+                _ => {}
+            }
+            content.push(b'\n');
+        }
+        // Keys that others can write are keys that sshd refuses.
+        self.replace(&content, if mode == 0o600 { mode } else { found_mode })
+    }
+
+    /// Removes the lines of the jobs for which `gone` holds.
+    fn remove(&self, gone: &dyn Fn(&Path) -> bool) -> io::Result<()> {
+        let Some((content, mode)) = self.read_ours()? else {
+            return Ok(());
+        };
+        let mut kept = Vec::with_capacity(content.len());
+        // What was noted about the first line, if that one is gone and nothing else follows.
+        let mut noted = None;
+        for line in content.split_inclusive(|byte| *byte == b'\n') {
+            match mark_of(line) {
+                Some((job, note)) if gone(&job) => noted = note.or(noted),
+                // Another job's line is the first one now.
+                Some((_, None)) => {
+                    kept.extend_from_slice(line.strip_suffix(b"\n").unwrap_or(line));
+                    kept.extend(noted.take());
+                    kept.push(b'\n');
+                }
+                _ => {
+                    noted = None;
+                    kept.extend_from_slice(line);
+                }
+            }
+        }
+        if noted == Some(AFTER_OPEN_LINE) {
+            kept.pop_if(|last| *last == b'\n');
+        }
+        if kept == content {
+            Ok(())
+        } else if kept.is_empty() && noted == Some(IN_NEW_FILE) {
+            fs::remove_file(&self.path)
+        } else {
+            self.replace(&kept, mode)
+        }
+    }
+
+    fn remove_if_marked(&self, gone: &dyn Fn(&Path) -> bool) -> io::Result<()> {
+        let Some((content, _)) = self.read_ours()? else {
+            return Ok(());
+        };
+        let mut marks = content.split_inclusive(|byte| *byte == b'\n').filter_map(mark_of);
+        if marks.any(|(job, _)| gone(&job)) { fs::remove_file(&self.path) } else { Ok(()) }
+    }
+}
+
+/// The job whose mark is at the end of `line`, and what is noted about the first of its lines.
+fn mark_of(line: &[u8]) -> Option<(PathBuf, Option<u8>)> {
+    let line = line.strip_suffix(b"\n").unwrap_or(line);
+    let mark = &line[memmem::rfind(line, MARK.as_bytes())? + MARK.len()..];
+    let (job, first) = match mark.split_last() {
+        Some((last, job)) if [AFTER_OPEN_LINE, IN_NEW_FILE].contains(last) => (job, Some(*last)),
+        _ => (mark, None),
+    };
+    job.starts_with(b"/").then(|| (PathBuf::from(OsStr::from_bytes(job)), first))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Place {
+        directory: tempfile::TempDir,
+    }
+
+    impl Place {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            fs::create_dir(directory.path().join("job-1")).unwrap();
+            fs::create_dir(directory.path().join("job-2")).unwrap();
+            Self { directory }
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.directory.path().join(name)
+        }
+
+        fn access(&self, job: &str) -> SshAccess {
+            SshAccess {
+                home: self.directory.path().to_owned(),
+                script: self.path("jump"),
+                job_directory: self.path(job),
+                environment: Some(self.path(job).join("environment")),
+            }
+        }
+
+        fn read(&self, name: &str) -> Option<String> {
+            fs::read_to_string(self.path(name)).ok()
+        }
+    }
+
+    const KEY: Bytes = Bytes::from_static(b"ssh-ed25519 AAAA me@home\n");
+
+    #[test]
+    fn a_key_goes_away_whatever_bytes_it_has() {
+        let place = Place::new();
+        let access = place.access("job-1");
+        access.open_now(&[Bytes::from_static(b"ssh-ed25519 AAAA J\xfcrgen\n")]).unwrap();
+        assert!(fs::read(place.path(".ssh/authorized_keys")).unwrap().contains(&0xfc));
+        access.close_now().unwrap();
+        assert_eq!(place.read(".ssh/authorized_keys"), None);
+    }
+
+    #[test]
+    fn who_holds_the_lock_does_not_keep_a_key_where_it_is() {
+        let place = Place::new();
+        let access = place.access("job-1");
+        access.open_now(&[KEY]).unwrap();
+        let home = File::open(place.path("")).unwrap();
+        home.lock().unwrap();
+        access.close_now().unwrap();
+        assert_eq!(place.read(".ssh/authorized_keys"), None);
+    }
+
+    #[test]
+    fn a_huge_file_is_not_read() {
+        let place = Place::new();
+        let huge = File::create(place.path("jump")).unwrap();
+        huge.set_len(1 << 40).unwrap();
+        let access = place.access("job-1");
+        assert!(access.close_now().unwrap_err().to_string().contains("too large"));
+        access.open_now(&[KEY]).unwrap();
+        access.close_now().unwrap();
+        assert_eq!(place.read("jump"), None);
+    }
+
+    #[test]
+    fn exactly_what_was_added_goes_away() {
+        for before in [None, Some(""), Some("ssh-rsa BBBB"), Some("ssh-rsa BBBB\n# x\n")] {
+            let place = Place::new();
+            if let Some(before) = before {
+                fs::create_dir(place.path(".ssh")).unwrap();
+                fs::write(place.path(".ssh/authorized_keys"), before).unwrap();
+                fs::write(place.path(".bash_profile"), before).unwrap();
+            }
+            let [one, two] = ["job-1", "job-2"].map(|job| place.access(job));
+            one.open_now(&[KEY]).unwrap();
+            two.open_now(&[KEY]).unwrap();
+            let keys = place.read(".ssh/authorized_keys").unwrap();
+            assert_eq!(keys.matches("ssh-ed25519 AAAA me@home semaphore-agent:/").count(), 2);
+            one.close_now().unwrap();
+            assert!(place.read("jump").unwrap().contains("job-2"), "the other job's script stays");
+            two.close_now().unwrap();
+            two.close_now().unwrap();
+            assert_eq!(place.read(".ssh/authorized_keys").as_deref(), before);
+            assert_eq!(place.read(".bash_profile").as_deref(), before);
+            assert_eq!(place.read("jump"), None);
+        }
+    }
+
+    #[test]
+    fn links_are_not_followed() {
+        let place = Place::new();
+        fs::write(place.path("victim"), "mine").unwrap();
+        fs::create_dir(place.path(".ssh")).unwrap();
+        for link in [".ssh/authorized_keys", ".bash_profile", "jump"] {
+            std::os::unix::fs::symlink(place.path("victim"), place.path(link)).unwrap();
+        }
+        let access = place.access("job-1");
+        assert!(access.open_now(&[KEY]).unwrap_err().to_string().starts_with("the keys: "));
+        assert!(place.read("jump").unwrap().contains("exec"), "the link was replaced");
+        // The other links are still there, and still not followed.
+        access.close_now().unwrap();
+        assert_eq!(place.read("jump"), None);
+        assert_eq!(place.read("victim").as_deref(), Some("mine"));
+    }
+
+    #[test]
+    fn a_linked_directory_of_keys_is_not_entered() {
+        let place = Place::new();
+        fs::create_dir(place.path("elsewhere")).unwrap();
+        std::os::unix::fs::symlink(place.path("elsewhere"), place.path(".ssh")).unwrap();
+        assert!(place.access("job-1").open_now(&[KEY]).is_err());
+        assert_eq!(fs::read_dir(place.path("elsewhere")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_dead_jobs_left_is_removed() {
+        let place = Place::new();
+        let [dead, alive] = ["job-1", "job-2"].map(|job| place.access(job));
+        dead.open_now(&[KEY]).unwrap();
+        alive.open_now(&[KEY]).unwrap();
+        fs::remove_dir_all(place.path("job-1")).unwrap();
+        SshAccess::remove_dead(&dead.home, &dead.script).unwrap();
+        let keys = place.read(".ssh/authorized_keys").unwrap();
+        assert!(keys.contains("job-2") && !keys.contains("job-1"), "{keys}");
+    }
+}

@@ -1,0 +1,39 @@
+//! Signals that this process waits for.
+
+use std::io;
+use std::task::Poll;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// Some kinds of signals.
+#[derive(Debug)]
+pub struct Signals(Vec<Signal>);
+
+impl Signals {
+    /// Listens to `kinds`. Signals that are ignored from the start, as under `nohup`, stay ignored.
+    pub fn heeded(kinds: &[SignalKind]) -> io::Result<Self> {
+        let status = std::fs::read_to_string("/proc/self/status")?;
+        let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+        let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+        let is_heeded = |kind: &&SignalKind| {
+            ignored.is_none_or(|mask| mask >> (kind.as_raw_value() - 1) & 1 == 0)
+        };
+        let heeded = kinds.iter().filter(is_heeded);
+        Ok(Self(heeded.copied().map(signal).collect::<io::Result<_>>()?))
+    }
+
+    /// Listens to one kind, even if it was ignored so far.
+    pub fn always(kind: SignalKind) -> io::Result<Self> {
+        Ok(Self(vec![signal(kind)?]))
+    }
+
+    /// Waits for the next one.
+    pub async fn next(&mut self) {
+        std::future::poll_fn(|cx| {
+            let mut signals = self.0.iter_mut();
+            let came = signals.any(|signal| signal.poll_recv(cx).is_ready());
+            if came { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+}

@@ -1,0 +1,129 @@
+//! A real OpenSSH server of a test's own.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::net::TcpListener;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use nix::unistd::{User, geteuid};
+
+const SSHD: &str = "/usr/sbin/sshd";
+
+/// How many ports to try: between finding a free one and listening on it, it can be taken.
+const PORTS: usize = 5;
+
+/// An SSH server on the loopback interface that lets in who runs the tests. Ends with this value.
+pub struct SshServer {
+    process: Child,
+    port: u16,
+}
+
+impl SshServer {
+    /// Its sessions have `environment` besides their usual variables, or instead of these.
+    pub fn start(directory: &Path, authorized_keys: &Path, environment: &[(&str, &str)]) -> Self {
+        if geteuid().is_root() {
+            // Where it locks up its unprivileged part; packages make it when the service starts.
+            let mut builder = fs::DirBuilder::new();
+            builder.recursive(true).mode(0o755).create("/run/sshd").unwrap();
+        }
+        let host_key = key(directory, "host_key", &["-t", "ed25519"]);
+        let environment: String =
+            environment.iter().map(|(name, value)| format!(" {name}={value}")).collect();
+        for _ in 0..PORTS {
+            // Free again at the end of this line.
+            let free = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr());
+            let port = free.unwrap().port();
+            // Directories for temporary files are open to all, which strict modes do not stand.
+            let config = format!(
+                "ListenAddress 127.0.0.1:{port}\nHostKey {}\nAuthorizedKeysFile {}\n\
+                 AllowUsers {}\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n\
+                 UsePAM no\nStrictModes no\nPidFile none\nPrintMotd no\nSetEnv{environment}\n",
+                host_key.display(),
+                authorized_keys.display(),
+                user(),
+            );
+            let path = directory.join("sshd_config");
+            fs::write(&path, config).unwrap();
+            if let Some(server) = Self::listening(&path, port) {
+                return server;
+            }
+        }
+        panic!("{SSHD} found no port to listen on");
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Nothing if it ends instead.
+    fn listening(config: &Path, port: u16) -> Option<Self> {
+        let mut command = Command::new(SSHD);
+        command.args(["-D", "-e", "-f"]).arg(config);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut process = command.spawn().unwrap();
+        let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
+        let server = Self { process, port };
+        let is_ready = |line: &String| {
+            println!("sshd: {line}");
+            line.starts_with("Server listening on ")
+        };
+        lines.by_ref().map_while(Result::ok).find(is_ready)?;
+        // Read to the end: a full pipe would hold it up. Shown if the test fails.
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                println!("sshd: {line}");
+            }
+        });
+        Some(server)
+    }
+}
+
+impl Drop for SshServer {
+    fn drop(&mut self) {
+        // It has ended if that fails; a panic on the way out of a failed test would hide it.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Who runs the tests.
+pub fn user() -> String {
+    User::from_uid(geteuid()).unwrap().unwrap().name
+}
+
+/// Makes a key pair; answers the private key's path.
+pub fn key(directory: &Path, name: &str, kind: &[&str]) -> PathBuf {
+    let arguments = [&["-q", "-N", "", "-C", "test", "-f", name], kind].concat();
+    run(directory, "ssh-keygen", &arguments);
+    directory.join(name)
+}
+
+/// A client that is told everything, and asks nobody.
+pub fn client(port: u16, private_key: &Path) -> Command {
+    let mut command = Command::new("ssh");
+    command.args(["-F", "none", "-p", &port.to_string(), "-i"]).arg(private_key);
+    for option in [
+        "IdentitiesOnly=yes",
+        "BatchMode=yes",
+        "StrictHostKeyChecking=no",
+        "UserKnownHostsFile=/dev/null",
+        "LogLevel=ERROR",
+    ] {
+        command.args(["-o", option]);
+    }
+    command.env_clear().env("PATH", std::env::var_os("PATH").unwrap()).env("TERM", "dumb");
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// Runs a program that must succeed, away from the configuration of who runs the tests.
+pub fn run(home: &Path, program: &str, arguments: &[&str]) {
+    let mut command = Command::new(program);
+    command.args(arguments).current_dir(home).env_clear();
+    command.env("PATH", std::env::var_os("PATH").unwrap());
+    command.env("HOME", home).env("GIT_CONFIG_NOSYSTEM", "1");
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
+}
