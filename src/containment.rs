@@ -124,6 +124,33 @@ impl ShellContainment {
             let _ = first.pid.map(|pid| kill(pid, Signal::SIGCONT));
         }
     }
+
+    /// Has the first process bring the job to its end in the way that `command` names.
+    fn end(
+        &self,
+        command: &str,
+        grace: Duration,
+    ) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
+        self.shared.closed.set(true);
+        self.tell(&format!("{command} {}", grace.as_millis()));
+        let shared = Rc::clone(&self.shared);
+        let first = shared.first.borrow();
+        let Some(first) = first.as_ref() else {
+            shared.directory.remove_scratch();
+            return std::future::ready(Ok(())).boxed_local();
+        };
+        let (mut ended, overdue) = (first.ended.clone(), Rc::clone(&first.overdue));
+        async move {
+            let patience = grace + KILL_PATIENCE + MARGIN;
+            if timeout(patience, ended.wait_for(Option::is_some)).await.is_err() {
+                overdue.notify_one();
+            }
+            let nobody = || LeftBehind { what: "nobody watched over it to its end".into() };
+            let ended = ended.wait_for(Option::is_some).await.map_err(|_| nobody())?;
+            ended.clone().unwrap_or(Ok(()))
+        }
+        .boxed_local()
+    }
 }
 
 /// Follows the first process to its end, and sees to it that nothing is left then.
@@ -157,6 +184,8 @@ async fn watch_over(
     let result = match reported.strip_prefix("left ") {
         Some(what) => Err(LeftBehind { what: what.to_owned() }),
         None if reported == "empty" => Ok(()),
+        // It lives on as the parent of what it has released, and is waited for in the background.
+        None if reported == "released" => return Ok(()),
         None => {
             // It may be dead, or so confused that it must not go on.
             let _ = child.start_kill();
@@ -204,24 +233,10 @@ impl Containment for ShellContainment {
     }
 
     fn end_everything(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
-        self.shared.closed.set(true);
-        self.tell(&format!("end {}", grace.as_millis()));
-        let shared = Rc::clone(&self.shared);
-        let first = shared.first.borrow();
-        let Some(first) = first.as_ref() else {
-            shared.directory.remove_scratch();
-            return std::future::ready(Ok(())).boxed_local();
-        };
-        let (mut ended, overdue) = (first.ended.clone(), Rc::clone(&first.overdue));
-        async move {
-            let patience = grace + KILL_PATIENCE + MARGIN;
-            if timeout(patience, ended.wait_for(Option::is_some)).await.is_err() {
-                overdue.notify_one();
-            }
-            let nobody = || LeftBehind { what: "nobody watched over it to its end".into() };
-            let ended = ended.wait_for(Option::is_some).await.map_err(|_| nobody())?;
-            ended.clone().unwrap_or(Ok(()))
-        }
-        .boxed_local()
+        self.end("end", grace)
+    }
+
+    fn release(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
+        self.end("release", grace)
     }
 }

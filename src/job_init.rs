@@ -15,8 +15,12 @@
 //! ```
 //!
 //! Descriptors: 0 is the control socket, 1 the shell's end of the terminal. The first line on the
-//! socket is a [`Spec`] in JSON; then come `kill-shell` and `end MILLISECONDS`. It answers `started`
-//! or `failed WHY`, and at the end `empty` or `left WHAT`.
+//! socket is a [`Spec`] in JSON; then come `kill-shell`, `end MILLISECONDS` and
+//! `release MILLISECONDS`. It answers `started` or `failed WHY`, and at the end `empty`, `left WHAT` or
+//! `released`.
+//!
+//! A release ends the shell only. What is left then is no part of the job any more: this process stays
+//! as its parent, and neither the agent's end nor anything else ends it.
 
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
@@ -34,7 +38,7 @@ use nix::sys::prctl;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{Pid, getpid, setsid};
+use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, getpid, setsid};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::JobCgroup;
@@ -119,6 +123,8 @@ struct Ending {
     kill_at: Instant,
     give_up_at: Instant,
     shell_ended: bool,
+    /// Only the shell is to end.
+    spares_the_rest: bool,
 }
 
 #[expect(clippy::disallowed_methods, reason = "a process without tokio has no other clock")]
@@ -187,11 +193,20 @@ impl JobInit {
                 if childless && self.group.as_ref().is_none_or(JobCgroup::is_empty) {
                     return self.leave(&mut control, agent_lives, "empty");
                 }
+                // An agent that is just going has the job killed, as ever.
+                if ending.spares_the_rest
+                    && self.shell.is_none()
+                    && writeln!(control, "released").is_ok()
+                {
+                    return self.stay_as_parent(control);
+                }
                 if now() >= give_up_at {
                     let left = names_of(&descendants(getpid()).unwrap_or_default());
                     return self.leave(&mut control, agent_lives, &format!("left {left}"));
                 }
-                if now() >= kill_at {
+                if now() >= kill_at && ending.spares_the_rest {
+                    self.signal_shell(Signal::SIGKILL);
+                } else if now() >= kill_at {
                     self.kill_everything();
                 } else {
                     self.end_lonely_shell();
@@ -234,14 +249,14 @@ impl JobInit {
     }
 
     fn obey(&mut self, command: &str) {
+        let grace = |text: &str| Duration::from_millis(text.parse().unwrap_or(0));
         match command.split_once(' ') {
             None if command == "kill-shell" => {
                 self.shell_condemned = true;
                 self.signal_shell(Signal::SIGSTOP);
             }
-            Some(("end", grace)) => {
-                self.end_within(Duration::from_millis(grace.parse().unwrap_or(0)));
-            }
+            Some(("end", text)) => self.end_within(grace(text)),
+            Some(("release", text)) => self.release_within(grace(text)),
             _ => {}
         }
     }
@@ -260,13 +275,46 @@ impl JobInit {
         if let Some(ending) = &mut self.ending {
             ending.kill_at = ending.kill_at.min(kill_at);
             ending.give_up_at = ending.give_up_at.min(give_up_at);
+            ending.spares_the_rest = false;
             return;
         }
-        self.ending = Some(Ending { kill_at, give_up_at, shell_ended: false });
+        let ending = Ending { kill_at, give_up_at, shell_ended: false, spares_the_rest: false };
+        self.ending = Some(ending);
         let others = self.all_but_the_shell().unwrap_or_default();
         signal_all(&others, Signal::SIGTERM);
         // What is stopped can't heed it otherwise.
         signal_all(&others, Signal::SIGCONT);
+    }
+
+    /// Ends the shell, whatever else there is.
+    fn release_within(&mut self, grace: Duration) {
+        if self.ending.is_some() {
+            return;
+        }
+        self.signal_shell(Signal::SIGHUP);
+        self.signal_shell(Signal::SIGCONT);
+        let kill_at = now() + grace;
+        let give_up_at = kill_at + KILL_PATIENCE;
+        let ending = Ending { kill_at, give_up_at, shell_ended: true, spares_the_rest: true };
+        self.ending = Some(ending);
+    }
+
+    /// Waits for what was released, without end.
+    fn stay_as_parent(mut self, control: UnixStream) -> io::Result<()> {
+        drop(control);
+        // The other copy of the control socket, the terminal, and whatever the agent prints to.
+        let nothing = File::options().read(true).write(true).open("/dev/null")?;
+        dup2_stdin(&nothing)?;
+        dup2_stdout(&nothing)?;
+        dup2_stderr(&nothing)?;
+        self.ending = None;
+        while !self.reap() {
+            self.wait(None)?;
+        }
+        if let Some(group) = &self.group {
+            group.remove();
+        }
+        Ok(())
     }
 
     /// An interactive bash ignores SIGTERM but heeds a hangup, and runs its EXIT trap. It passes the

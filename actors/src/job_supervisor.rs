@@ -19,6 +19,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use actix::prelude::*;
+use futures_util::future::LocalBoxFuture;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -125,6 +126,8 @@ struct JobTornDown {
 pub struct Config {
     /// What a job leaves running has so long to end when asked to.
     pub grace: Duration,
+    /// What has detached itself from the shell of a job that was not stopped stays.
+    pub keep_daemons: bool,
     /// What its operator adds to every job.
     pub hooks: JobHooks,
     /// How the platform comes to know a job's log and its end.
@@ -240,6 +243,7 @@ impl JobSupervisor {
                 access,
                 finished,
                 grace: self.config.grace,
+                keep_daemons: self.config.keep_daemons,
                 delivery,
             },
         })
@@ -289,13 +293,13 @@ impl JobTask {
         let started = Instant::now();
 
         // A task of its own, so that its panic is a failed reply here.
-        let outcome = match actix::spawn(steps.run()).await {
-            Ok(_) if stop.is_cancelled() => Outcome::Stopped,
-            Ok(outcome) => outcome,
+        let (outcome, ended_by_itself) = match actix::spawn(steps.run()).await {
+            Ok(_) if stop.is_cancelled() => (Outcome::Stopped, false),
+            Ok(outcome) => (outcome, true),
             Err(_) => {
                 containment.kill_shell();
                 log.tell_crash("the job's steps have crashed").await;
-                Outcome::Failed
+                (Outcome::Failed, false)
             }
         };
 
@@ -306,8 +310,12 @@ impl JobTask {
             }
             end.tell_outcome(outcome).await;
         };
-        let ((), cleaned) =
-            tokio::join!(told, end_everything(&**containment, end.grace, &executor));
+        let cleaning = if ended_by_itself && end.keep_daemons {
+            containment.release(end.grace)
+        } else {
+            containment.end_everything(end.grace)
+        };
+        let ((), cleaned) = tokio::join!(told, discarding(&executor, cleaning));
         end.report_left(cleaned);
         let tag = format!("result:{outcome}");
         metrics.do_send(Time { name: "job.duration", duration: started.elapsed(), tag });
@@ -353,7 +361,7 @@ impl AfterStop {
         if actix::spawn(steps.run_post_job_hook_afresh()).await.is_err() {
             log::error!(job:% = job.id; "the post-job hook's steps have crashed");
         }
-        end.report_left(end_everything(&*containment, *grace, &executor).await);
+        end.report_left(discarding(&executor, containment.end_everything(*grace)).await);
     }
 }
 
@@ -366,6 +374,7 @@ struct JobEnd {
     access: Option<Access>,
     finished: Recipient<JobFinished>,
     grace: Duration,
+    keep_daemons: bool,
     delivery: JobDelivery,
 }
 
@@ -407,15 +416,13 @@ impl JobEnd {
     }
 }
 
-/// Ends everything while the executor still holds the terminal and takes what is printed there:
-/// closing it would hang up on processes that are about to be asked to end, and a full one would
-/// keep them from ending.
-async fn end_everything(
-    containment: &dyn Containment,
-    grace: Duration,
+/// Waits for the end of the job's processes while the executor still holds the terminal and takes what
+/// is printed there: closing it would hang up on processes that are about to be asked to end, and a full
+/// one would keep them from ending.
+async fn discarding(
     executor: &Addr<Executor>,
+    mut ended: LocalBoxFuture<'static, Result<(), LeftBehind>>,
 ) -> Result<(), LeftBehind> {
-    let mut ended = containment.end_everything(grace);
     tokio::select! {
         ended = &mut ended => ended,
         _ = executor.send(Discard) => ended.await,

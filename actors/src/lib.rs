@@ -1,8 +1,10 @@
 //! The job supervisor: messages, decisions, actors, and the ports they need.
 //!
 //! ```text
-//! HTTP routes ──▶ SubmitJob · ReadJobLog · RequestStop ──▶ HttpIntake
-//!                                                              ▼
+//! HTTP routes ──▶ SubmitJob · ReadJobLog · RequestStop ──▶ HttpIntake ─┐
+//! signals ──▶ Interrupt · LeaveSoon ──▶ SyncPoller ◀── HubApi          │
+//!                                           └──────────────┬───────────┘
+//!                                                          ▼
 //! a job's source ──▶ StartJob · StopJob · GetStatus · GetLog · ReportTransfer ──▶ JobSupervisor
 //!        ▲                                                         │  spawns, afresh for every job:
 //!        └── JobFinished{id, outcome} (a Recipient) ◀──────────────┤
@@ -11,13 +13,14 @@
 //!                               Abort · Discard ──▶ Executor ◀─────┤
 //!        Append(event), awaited = back-pressure ──▶ LogBuffer ◀────┤ Seal before JobFinished
 //! ReadFrom{line} → file and range; Follow waits for more ─▶ │      │
+//!       AwaitShipped ──▶ LogShipper ── Follow ─────────────▶┘      │
 //!                OpenAccess · CloseAccess ──▶ JumpPoint ◀──────────┤
 //!                     Count · Time (lossy) ──▶ Metrics ◀───────────┘
 //! ```
 //!
 //! This crate does no I/O of its own: its [`ports`] are implemented by the binary. Decisions
-//! ([`job_lifecycle`], [`log_index`], [`terminal_text`]) are plain synchronous types with property
-//! tests; actors perform the effects.
+//! ([`job_lifecycle`], [`sync_protocol`], [`log_index`], [`terminal_text`]) are plain synchronous
+//! types with property tests; actors perform the effects.
 
 pub mod delivery;
 pub mod executor;

@@ -123,6 +123,10 @@ pub trait Containment {
     /// Asks everything to end, waits `grace` at most, kills what is left. Resolves when nothing is
     /// left, or with what could not be ended. Another call while one is at work shortens its grace.
     fn end_everything(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>>;
+
+    /// Ends the shell, within `grace`, and leaves alone what a hangup does not end. Resolves when the
+    /// shell is gone; from then on the rest is no part of the job any more.
+    fn release(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>>;
 }
 
 /// An append-only file of lines that outlives a crash of the actor that writes it.

@@ -336,6 +336,11 @@ impl Containment for ScriptedJob {
         }
         std::future::ready(Ok(())).boxed_local()
     }
+
+    fn release(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
+        self.call(format!("release within {grace:?}"));
+        std::future::ready(Ok(())).boxed_local()
+    }
 }
 
 /// A sink that keeps what it gets.

@@ -118,6 +118,31 @@ async fn a_failure_skips_to_the_epilogues_which_change_nothing() {
 }
 
 #[actix::test]
+async fn daemons_of_a_job_that_ended_by_itself_may_stay() {
+    for end in [Reaction::End("", 7), Reaction::StopFromInside("", "failed")] {
+        let world = ScriptedJob::new([end]);
+        start(&daemon_keeper(&world), job(FULL_JOB)).await.await.unwrap();
+        assert!(world.calls().contains(&"release within 2s".to_owned()));
+        assert!(!world.calls().contains(&"end everything within 2s".to_owned()));
+    }
+    let world = ScriptedJob::new([Reaction::Hang("")]);
+    let supervisor = daemon_keeper(&world);
+    let finished = start(&supervisor, job(FULL_JOB)).await;
+    world.until_called("run one").await;
+    supervisor.send(StopJob { id: None, manner: StopManner::Grace }).await.unwrap();
+    finished.await.unwrap();
+    assert!(!world.calls().contains(&"release within 2s".to_owned()));
+    assert!(world.calls().contains(&"end everything within 2s".to_owned()));
+}
+
+/// A supervisor that is told to leave daemons alone.
+fn daemon_keeper(world: &ScriptedJob) -> Addr<JobSupervisor> {
+    let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
+    let config = Config { keep_daemons: true, ..config(Delivery::None) };
+    JobSupervisor::new(Box::new(world.clone()), metrics, config).start()
+}
+
+#[actix::test]
 async fn a_job_without_anything_passes() {
     let world = ScriptedJob::default();
     assert_eq!(run(&world, r#"{"job_id":"1"}"#).await, Outcome::Passed);

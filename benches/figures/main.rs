@@ -6,6 +6,9 @@
 //! Jobs run in this process where the moments of their log events matter, else in the agent's
 //! binary.
 
+#[path = "../../examples/hub/control_plane.rs"]
+#[expect(dead_code, unreachable_pub, reason = "what the example and the tests need")]
+mod control_plane;
 mod hosted;
 #[path = "../../tests/it/support/http.rs"]
 #[expect(
@@ -17,6 +20,7 @@ mod hosted;
 )]
 mod http;
 mod place;
+mod self_hosted;
 mod table;
 
 use std::error::Error;
@@ -75,7 +79,7 @@ fn main() -> Result<()> {
 async fn measure_all(part: &str) -> Result<()> {
     let place = &Place::make()?;
     // Nothing is measured before it is waited for.
-    let figures: [(&str, LocalBoxFuture<'_, Result<Figure>>); 18] = [
+    let figures: [(&str, LocalBoxFuture<'_, Result<Figure>>); 24] = [
         ("50 MB of 80-byte lines by cat, MB/s", Box::pin(large_output(place))),
         ("200 x `echo hi`, ms per command", Box::pin(short_commands(place, "echo hi", 1.0))),
         ("200 x `true`, ms per command", Box::pin(short_commands(place, "true", 0.7))),
@@ -106,6 +110,24 @@ async fn measure_all(part: &str) -> Result<()> {
         ("serve: a whole log of 79 MB, MB/s", Box::pin(async { hosted::whole_log(place) })),
         ("serve: memory, idle, MB", Box::pin(async { hosted::memory(place, 0, 14.0) })),
         ("serve: memory after 100 jobs, MB", Box::pin(async { hosted::memory(place, 100, 14.0) })),
+        (
+            "start: `run-job` to first command, ms",
+            Box::pin(async { self_hosted::first_command(place) }),
+        ),
+        (
+            "start: last command to result known, ms",
+            Box::pin(async { self_hosted::result_known(place) }),
+        ),
+        (
+            "start: job's end to next job's command, ms",
+            Box::pin(async { self_hosted::next_job(place) }),
+        ),
+        ("start: 50 MB at the control plane, s", Box::pin(async { self_hosted::large_log(place) })),
+        ("start: memory, idle, MB", Box::pin(async { self_hosted::memory(place, false, 12.0) })),
+        (
+            "start: memory after the 50 MB job, MB",
+            Box::pin(async { self_hosted::memory(place, true, 24.0) }),
+        ),
     ];
     println!(
         "{:<41} {:>25} {:>25} {:>5}  target",

@@ -89,6 +89,12 @@ impl HubJob {
     pub fn log_bytes(&self) -> Vec<u8> {
         self.log.concat()
     }
+
+    /// What its steps printed.
+    pub fn output(&self) -> String {
+        let events = self.log.iter().filter_map(|line| serde_json::from_slice::<Value>(line).ok());
+        events.filter_map(|event| event["output"].as_str().map(str::to_owned)).collect()
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -107,6 +113,8 @@ pub struct Known {
     pub registrations: Vec<Value>,
     /// The bodies of reports.
     pub reports: Vec<Value>,
+    /// When each of them was answered.
+    pub answered: Vec<SystemTime>,
     /// How many agents have disconnected.
     pub disconnected: usize,
     /// How many requests there were.
@@ -488,6 +496,7 @@ fn register(state: &State, token: &str, body: Value) -> (u16, Value) {
 
 fn sync(state: &State, known: &mut Known, index: usize, report: &Value) -> Value {
     known.reports.push(report.clone());
+    known.answered.push(SystemTime::now());
     let mut answer = match known.answers.pop_front() {
         Some(answer) => answer,
         None => decide(known, index, report),

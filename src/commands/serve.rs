@@ -160,6 +160,7 @@ impl Agent {
         };
         let job_config = Config {
             grace: GRACE,
+            keep_daemons: false,
             hooks: JobHooks { pre_job: config.pre_job_hook.map(sourced), post_job: None },
             delivery: Delivery::Pull(Rc::new(delivery)),
         };

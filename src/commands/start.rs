@@ -171,6 +171,7 @@ impl Agent {
         };
         let job_config = Config {
             grace: GRACE,
+            keep_daemons: config.keep_daemons,
             hooks: config.hooks.clone(),
             delivery: Delivery::Push(Rc::new(delivery)),
         };

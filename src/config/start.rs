@@ -51,7 +51,7 @@ const DEFAULT_HOOK_TIMEOUT: u64 = 600;
 const DEFAULT_LOG_DELIVERY_TIMEOUT: u64 = 900;
 
 /// What is so if nothing is set, for [`StartConfig::printed`].
-const DEFAULTS: [(&str, &str); 12] = [
+const DEFAULTS: [(&str, &str); 13] = [
     ("no-https", "false"),
     ("hook-timeout", "600"),
     ("fail-on-pre-job-hook-error", "false"),
@@ -61,6 +61,7 @@ const DEFAULTS: [(&str, &str); 12] = [
     ("interruption-grace-period", "0"),
     ("fail-on-missing-files", "false"),
     ("upload-job-logs", "never"),
+    ("keep-daemons", "false"),
     ("log-delivery-timeout", "900"),
     ("ssh-jump-point-path", jump_point::DEFAULT_SCRIPT),
     ("kubernetes-executor", "false"),
@@ -187,6 +188,12 @@ pub struct StartOptions {
     #[arg(long, value_enum, value_name = "WHEN")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub upload_job_logs: Option<UploadCondition>,
+
+    /// Leave alone what a job that was not stopped has detached from its shell, such as build daemons
+    /// [default: false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
+    pub keep_daemons: Option<bool>,
 
     /// How long the delivery of a log may take after its job's end, in seconds [default: 900]
     #[arg(long, value_name = "SECONDS")]
@@ -460,6 +467,8 @@ pub struct StartConfig {
     pub fail_on_missing_files: bool,
     /// When a job's log is kept as an artifact.
     pub upload_job_logs: UploadCondition,
+    /// Whether what a job detached from its shell outlives it.
+    pub keep_daemons: bool,
     /// How long the delivery of a log may take after its job's end.
     pub log_delivery_timeout: Duration,
     /// The agent's private directory.
@@ -504,7 +513,7 @@ impl StartConfig {
                 shutdown_hook_path, pre_job_hook_path, post_job_hook_path, hook_timeout,
                 fail_on_pre_job_hook_error, source_pre_job_hook, disconnect_after_job, job_id,
                 disconnect_after_idle_timeout, interruption_grace_period, env_vars, files,
-                fail_on_missing_files, upload_job_logs, log_delivery_timeout, state_dir,
+                fail_on_missing_files, upload_job_logs, keep_daemons, log_delivery_timeout, state_dir,
                 ssh_jump_point_path, kubernetes_executor, kubernetes_pod_spec,
                 kubernetes_allowed_images, kubernetes_pod_start_timeout, kubernetes_labels,
                 kubernetes_default_image,
@@ -593,6 +602,7 @@ impl StartConfig {
             files: files.map_err(ConfigError)?,
             fail_on_missing_files: options.fail_on_missing_files.unwrap_or(false),
             upload_job_logs: options.upload_job_logs.unwrap_or_default(),
+            keep_daemons: options.keep_daemons.unwrap_or(false),
             log_delivery_timeout: seconds(
                 options.log_delivery_timeout,
                 DEFAULT_LOG_DELIVERY_TIMEOUT,
