@@ -46,6 +46,12 @@ impl Delivery {
 }
 
 impl JobDelivery {
+    /// What pushes the log, for tests that make it crash.
+    #[cfg(feature = "testing")]
+    pub(crate) fn shipper(&self) -> Option<crate::push_delivery::CurrentShipper> {
+        self.shipping.as_ref().map(|shipping| Rc::clone(&shipping.shipper))
+    }
+
     /// Tells the result before the log does.
     pub(crate) async fn tell_outcome(&self, job: &Job, outcome: Outcome) {
         if let Delivery::Pull(delivery) = &self.delivery {

@@ -19,7 +19,9 @@ const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// The current [`LogBuffer`] of a job, and what it takes to replace it.
 pub(crate) struct JobLog {
     buffer: RefCell<Addr<LogBuffer>>,
-    arbiter: Arbiter,
+    arbiter: ArbiterHandle,
+    /// Ends with the log.
+    thread: Option<Arbiter>,
     spare: Box<dyn LogSpool>,
     published: Published,
     crash_told: Cell<bool>,
@@ -27,18 +29,20 @@ pub(crate) struct JobLog {
 }
 
 impl JobLog {
-    /// Starts a log buffer on a thread of its own.
+    /// Starts a log buffer, on a thread of its own unless nothing there can block.
     pub(crate) fn start(spool: Box<dyn LogSpool>) -> Result<Self, LogError> {
         let spare = spool.reopen()?;
         let published = Published::default();
-        let arbiter = Arbiter::new();
+        let thread = spool.may_block().then(Arbiter::new);
+        let arbiter = thread.as_ref().map_or_else(Arbiter::current, Arbiter::handle);
         let buffer = LogBuffer::new(spool, published.clone());
-        let buffer = LogBuffer::start_in_arbiter(&arbiter.handle(), |_| buffer);
+        let buffer = LogBuffer::start_in_arbiter(&arbiter, |_| buffer);
         let crashed = CancellationToken::new();
         actix::spawn(watch(buffer.clone(), crashed.clone()));
         Ok(Self {
             buffer: RefCell::new(buffer),
             arbiter,
+            thread,
             spare,
             published,
             crash_told: Cell::new(false),
@@ -137,8 +141,7 @@ impl JobLog {
             return Ok(());
         }
         let recovered = LogBuffer::recover(self.spare.reopen()?, self.published.clone())?;
-        *self.buffer.borrow_mut() =
-            LogBuffer::start_in_arbiter(&self.arbiter.handle(), |_| recovered);
+        *self.buffer.borrow_mut() = LogBuffer::start_in_arbiter(&self.arbiter, |_| recovered);
         Ok(())
     }
 }
@@ -152,6 +155,8 @@ async fn watch(buffer: Addr<LogBuffer>, crashed: CancellationToken) {
 
 impl Drop for JobLog {
     fn drop(&mut self) {
-        self.arbiter.stop();
+        if let Some(thread) = &self.thread {
+            thread.stop();
+        }
     }
 }

@@ -149,6 +149,8 @@ struct Current {
     log: Rc<JobLog>,
     #[cfg(feature = "testing")]
     executor: Addr<Executor>,
+    #[cfg(feature = "testing")]
+    shipper: Option<crate::push_delivery::CurrentShipper>,
     containment: Rc<dyn Containment>,
     access: Option<Access>,
     archive: watch::Sender<Archive>,
@@ -204,11 +206,15 @@ impl JobSupervisor {
         let access = jump_point.map(Access::new);
         let archive = watch::Sender::default();
         let archived = archive.subscribe();
+        let job = Rc::new(job);
+        let delivery = self.config.delivery.begin(&job, &log, archived);
         self.current = Some(Current {
             id: job.id.clone(),
             log: Rc::clone(&log),
             #[cfg(feature = "testing")]
             executor: executor.clone(),
+            #[cfg(feature = "testing")]
+            shipper: delivery.shipper(),
             containment: Rc::clone(&containment),
             access: access.clone(),
             archive,
@@ -216,8 +222,6 @@ impl JobSupervisor {
             cut_short: cut_short.clone(),
             _alive: interrupts.orphaned.clone().drop_guard(),
         });
-        let job = Rc::new(job);
-        let delivery = self.config.delivery.begin(&job, &log, archived);
         Ok(JobTask {
             steps: JobSteps {
                 job: Rc::clone(&job),
@@ -483,10 +487,11 @@ impl Handler<ReportTransfer> for JobSupervisor {
 }
 
 impl Handler<AwaitDeath> for JobSupervisor {
-    type Result = ResponseFuture<()>;
+    // In this actor, so that the reply fails with it.
+    type Result = ResponseActFuture<Self, ()>;
 
     fn handle(&mut self, _: AwaitDeath, _: &mut Self::Context) -> Self::Result {
-        Box::pin(std::future::pending())
+        Box::pin(std::future::pending().into_actor(self))
     }
 }
 
@@ -531,6 +536,8 @@ pub enum PanicIn {
     LogBuffer,
     /// The running job's jump point.
     JumpPoint,
+    /// What pushes the running job's log.
+    LogShipper,
     /// The metrics.
     Metrics,
 }
@@ -550,7 +557,12 @@ impl Handler<PanicIn> for JobSupervisor {
             (PanicIn::JumpPoint, Some(Current { access: Some(access), .. })) => {
                 access.jump_point.do_send(PanicNow);
             }
-            (PanicIn::Executor | PanicIn::LogBuffer | PanicIn::JumpPoint, _) => {}
+            (PanicIn::LogShipper, Some(Current { shipper: Some(shipper), .. })) => {
+                if let Some(shipper) = &*shipper.borrow() {
+                    shipper.do_send(PanicNow);
+                }
+            }
+            _ => {}
         }
     }
 }

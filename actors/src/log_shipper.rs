@@ -179,14 +179,23 @@ impl Actor for LogShipper {
 }
 
 impl Handler<AwaitShipped> for LogShipper {
-    type Result = ResponseFuture<Option<Shipped>>;
+    // In this actor, so that the reply fails with it.
+    type Result = ResponseActFuture<Self, Option<Shipped>>;
 
     fn handle(&mut self, _: AwaitShipped, _: &mut Self::Context) -> Self::Result {
         let this = self.clone();
-        Box::pin(async move {
-            let unwanted = this.unwanted.clone();
-            unwanted.run_until_cancelled_owned(this.ship()).await
-        })
+        let unwanted = this.unwanted.clone();
+        Box::pin(unwanted.run_until_cancelled_owned(this.ship()).into_actor(self))
+    }
+}
+
+/// Makes the actor panic as a bug would.
+#[cfg(feature = "testing")]
+impl Handler<crate::testing::PanicNow> for LogShipper {
+    type Result = ();
+
+    fn handle(&mut self, _: crate::testing::PanicNow, _: &mut Self::Context) {
+        crate::testing::panic_as_asked();
     }
 }
 

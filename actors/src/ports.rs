@@ -145,6 +145,11 @@ pub trait LogSpool: Send + fmt::Debug {
 
     /// Another handle on the same file.
     fn reopen(&self) -> io::Result<Box<dyn LogSpool>>;
+
+    /// Whether who writes may have to wait, and so needs a thread of its own.
+    fn may_block(&self) -> bool {
+        true
+    }
 }
 
 /// What lets people log in to where a job runs (PROTOCOL: "SSH jump point").

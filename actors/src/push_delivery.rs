@@ -22,6 +22,9 @@ const WITHOUT_PROGRESS: Duration = Duration::from_mins(2);
 /// How long it may take when somebody waits for the agent's end: service managers kill after 90 s.
 const INTERRUPTED: Duration = Duration::from_mins(1);
 
+/// What an agent that leaves needs after the delivery, to end the job, tell its result and disconnect.
+const LAST_WORDS: Duration = Duration::from_secs(15);
+
 /// A shipper that crashes so often is not started again.
 const MOST_CRASHES: u32 = 10;
 
@@ -53,9 +56,16 @@ pub struct Urgency {
 pub(crate) struct Shipping {
     acknowledged: Acknowledged,
     shipped: watch::Receiver<Option<Shipped>>,
+    /// The one at work.
+    #[cfg(feature = "testing")]
+    pub(crate) shipper: CurrentShipper,
     /// Ends it when nobody waits any more.
     _wanted: DropGuard,
 }
+
+/// The shipper that is at work, for tests that make it crash.
+#[cfg(feature = "testing")]
+pub(crate) type CurrentShipper = Rc<std::cell::RefCell<Option<actix::Addr<LogShipper>>>>;
 
 /// Where a job's log is pushed, if it is.
 pub(crate) fn target_of(job: &Job) -> Option<&PushTarget> {
@@ -73,6 +83,11 @@ impl PushDelivery {
         let acknowledged: Acknowledged = Rc::default();
         let (end, ended) = watch::channel(None);
         let progress = Rc::clone(&acknowledged);
+        #[cfg(feature = "testing")]
+        let (shipper_at_work, current) = {
+            let current = CurrentShipper::default();
+            (Rc::clone(&current), current)
+        };
         let unwanted = CancellationToken::new();
         let wanted = unwanted.clone().drop_guard();
         actix::spawn(async move {
@@ -84,7 +99,10 @@ impl PushDelivery {
                     acknowledged: Rc::clone(&progress),
                     unwanted: unwanted.clone(),
                 };
-                if let Ok(shipped) = shipper.start().send(AwaitShipped).await {
+                let shipper = shipper.start();
+                #[cfg(feature = "testing")]
+                current.replace(Some(shipper.clone()));
+                if let Ok(shipped) = shipper.send(AwaitShipped).await {
                     end.send_replace(shipped);
                     return;
                 }
@@ -92,7 +110,13 @@ impl PushDelivery {
                 sleep(AFTER_CRASH).await;
             }
         });
-        Some(Shipping { acknowledged, shipped: ended, _wanted: wanted })
+        Some(Shipping {
+            acknowledged,
+            shipped: ended,
+            #[cfg(feature = "testing")]
+            shipper: shipper_at_work,
+            _wanted: wanted,
+        })
     }
 
     /// Waits until the platform has the whole log, then keeps it as an artifact if that is wanted.
@@ -130,7 +154,8 @@ impl PushDelivery {
             let interrupted = now.interrupted_at.map(|at| at.max(job_ended) + INTERRUPTED);
             let in_all = Some(job_ended + self.patience);
             let without_progress = Some(last_progress + WITHOUT_PROGRESS);
-            let reasons = [in_all, without_progress, interrupted, now.leave_by];
+            let leaving = now.leave_by.map(|by| by - LAST_WORDS);
+            let reasons = [in_all, without_progress, interrupted, leaving];
             let Some(first) = reasons.into_iter().flatten().min() else {
                 return;
             };

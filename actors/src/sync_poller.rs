@@ -42,6 +42,12 @@ const UNABLE_TO_SYNC: Duration = Duration::from_mins(10);
 /// How long leaving may take, from the first word of it.
 const LEAVING: Duration = Duration::from_mins(1);
 
+/// What of that is left for disconnecting and for all that comes after, whatever the job does...
+const FOR_DISCONNECTING: Duration = Duration::from_secs(10);
+
+/// ...and for what comes after, as the shutdown hook.
+const FOR_THE_REST: Duration = Duration::from_secs(5);
+
 #[derive(Clone, Copy)]
 struct Tries {
     most: u32,
@@ -139,10 +145,11 @@ impl SyncPoller {
                 this.last_taken = Instant::now();
                 this.report(ctx);
             }
-            Ok(()) => {}
-            Err(error) => {
+            Err(error) if this.registration == Registration::Pending => {
                 this.left.send_replace(Some(Left::NotRegistered(error.to_string())));
             }
+            // Who has left meanwhile has no use for it.
+            Ok(()) | Err(_) => {}
         }));
     }
 
@@ -211,7 +218,8 @@ impl SyncPoller {
             && self.urgency.borrow().leave_by.is_none()
         {
             self.urgency.send_modify(|urgency| urgency.leave_by = Some(Instant::now() + LEAVING));
-            ctx.run_later(LEAVING, move |this, ctx| this.leave(reason, ctx));
+            let latest = LEAVING.saturating_sub(FOR_DISCONNECTING);
+            ctx.run_later(latest, move |this, ctx| this.leave(reason, ctx));
         }
         match decision.effect {
             Some(Effect::Fetch(id)) => self.fetch(id, ctx),
@@ -303,7 +311,7 @@ impl SyncPoller {
         };
         let hub = Rc::clone(&self.hub);
         let disconnected = async move {
-            match timeout_at(by, tries.of("disconnect", || hub.disconnect())).await {
+            match timeout_at(by - FOR_THE_REST, tries.of("disconnect", || hub.disconnect())).await {
                 Ok(Ok(())) => log::info!("disconnected"),
                 Ok(Err(error)) => log::error!(error:%; "not disconnected"),
                 Err(_) => log::error!("not disconnected in time"),
@@ -379,16 +387,28 @@ impl Handler<LeaveSoon> for SyncPoller {
 }
 
 impl Handler<AwaitLeave> for SyncPoller {
-    type Result = ResponseFuture<Left>;
+    // In this actor, so that the reply fails with it.
+    type Result = ResponseActFuture<Self, Left>;
 
     fn handle(&mut self, _: AwaitLeave, _: &mut Self::Context) -> Self::Result {
         let mut left = self.left.subscribe();
-        Box::pin(async move {
+        let left = async move {
             match left.wait_for(Option::is_some).await.ok().and_then(|left| left.clone()) {
                 Some(left) => left,
                 // Fails only with this actor, and then nobody gets the reply.
                 None => std::future::pending().await,
             }
-        })
+        };
+        Box::pin(left.into_actor(self))
+    }
+}
+
+/// Makes the actor panic as a bug would.
+#[cfg(feature = "testing")]
+impl Handler<crate::testing::PanicNow> for SyncPoller {
+    type Result = ();
+
+    fn handle(&mut self, _: crate::testing::PanicNow, _: &mut Self::Context) {
+        crate::testing::panic_as_asked();
     }
 }

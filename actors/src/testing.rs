@@ -13,6 +13,7 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 use tokio::sync::{Notify, mpsc};
+use tokio::time::{Instant, sleep_until};
 
 use crate::job::{EnvVar, InjectedFile, Job};
 use crate::log_buffer::LogRange;
@@ -21,6 +22,12 @@ use crate::ports::{
     JobPartsFactory, JumpPointFiles, LeftBehind, LogSpool, LogUploads, MetricsSink, Script,
     ScriptEnd, SessionEvent, ShellSession, SparePlace, StepError,
 };
+
+mod hub;
+mod uplink;
+
+pub use hub::ScriptedHub;
+pub use uplink::{Push, Reply, ScriptedUplink};
 
 /// Makes the actor that receives it panic.
 #[derive(Clone, Copy, Debug, Message)]
@@ -98,6 +105,10 @@ impl LogSpool for MemorySpool {
     fn reopen(&self) -> io::Result<Box<dyn LogSpool>> {
         Ok(Box::new(self.clone()))
     }
+
+    fn may_block(&self) -> bool {
+        false
+    }
 }
 
 /// What a scripted shell does with the next script.
@@ -105,6 +116,8 @@ impl LogSpool for MemorySpool {
 pub enum Reaction {
     /// It prints and ends with an exit code.
     End(&'static str, i32),
+    /// It prints, and ends so much later with an exit code.
+    EndAfter(Duration, &'static str, i32),
     /// It prints and ends with 130, `SEMAPHORE_JOB_RESULT` being the third.
     StopFromInside(&'static str, &'static str),
     /// It prints and ends the shell.
@@ -120,13 +133,15 @@ pub struct ScriptedJob(Rc<ScriptedState>);
 #[derive(Default)]
 struct ScriptedState {
     reactions: RefCell<VecDeque<Reaction>>,
-    calls: RefCell<Vec<String>>,
+    calls: RefCell<Vec<(Instant, String)>>,
     called: Notify,
     hang_in_prepare: Cell<bool>,
     fail_prepare: Cell<bool>,
     panic_at_the_end: Cell<bool>,
+    hang_at_the_end: Cell<bool>,
     refused_callbacks: Cell<u32>,
-    spool: MemorySpool,
+    /// The last job's.
+    spool: RefCell<MemorySpool>,
 }
 
 impl ScriptedJob {
@@ -158,6 +173,13 @@ impl ScriptedJob {
         self
     }
 
+    /// The clean-up never ends.
+    #[must_use]
+    pub fn hanging_at_the_end(self) -> Self {
+        self.0.hang_at_the_end.set(true);
+        self
+    }
+
     /// The next so many callbacks are not taken.
     #[must_use]
     pub fn refusing_callbacks(self, number: u32) -> Self {
@@ -167,14 +189,20 @@ impl ScriptedJob {
 
     /// Everything that the actors asked of the ports so far.
     pub fn calls(&self) -> Vec<String> {
-        self.0.calls.borrow().clone()
+        self.0.calls.borrow().iter().map(|(_, call)| call.clone()).collect()
+    }
+
+    /// When `call` was made.
+    pub fn times_of(&self, call: &str) -> Vec<Instant> {
+        let calls = self.0.calls.borrow();
+        calls.iter().filter(|(_, made)| made == call).map(|(at, _)| *at).collect()
     }
 
     /// Waits until `call` was made.
     pub async fn until_called(&self, call: &str) {
         loop {
             let called = self.0.called.notified();
-            if self.0.calls.borrow().iter().any(|made| made == call) {
+            if self.0.calls.borrow().iter().any(|(_, made)| made == call) {
                 return;
             }
             called.await;
@@ -183,21 +211,23 @@ impl ScriptedJob {
 
     /// The job's log, as text.
     pub fn log(&self) -> String {
-        String::from_utf8_lossy(&self.0.spool.contents()).into_owned()
+        String::from_utf8_lossy(&self.0.spool.borrow().contents()).into_owned()
     }
 
     fn call(&self, call: impl Into<String>) {
-        self.0.calls.borrow_mut().push(call.into());
+        self.0.calls.borrow_mut().push((Instant::now(), call.into()));
         self.0.called.notify_waiters();
     }
 }
 
 impl JobPartsFactory for ScriptedJob {
     fn make(&self, _: &Job) -> io::Result<JobParts> {
+        let spool = MemorySpool::default();
+        self.0.spool.replace(spool.clone());
         Ok(JobParts {
             backend: Box::new(self.clone()),
             containment: Box::new(self.clone()),
-            spool: Box::new(self.0.spool.clone()),
+            spool: Box::new(spool),
             jump_point: Some(Rc::new(self.clone())),
         })
     }
@@ -238,9 +268,9 @@ impl LogUploads for ScriptedJob {
         &'a self,
         _: &'a Job,
         _: &'a LogRange,
-        _: bool,
+        trimmed: bool,
     ) -> LocalBoxFuture<'a, Result<(), String>> {
-        self.call("upload");
+        self.call(if trimmed { "upload trimmed" } else { "upload" });
         std::future::ready(Ok(())).boxed_local()
     }
 }
@@ -291,7 +321,8 @@ impl ExecutorBackend for ScriptedJob {
 
 struct ScriptedSession {
     job: ScriptedJob,
-    events: VecDeque<SessionEvent>,
+    /// Each with the moment when it comes.
+    events: VecDeque<(Instant, SessionEvent)>,
 }
 
 impl ShellSession for ScriptedSession {
@@ -302,14 +333,19 @@ impl ShellSession for ScriptedSession {
         let end = |exit_code, job_result: &str| {
             SessionEvent::ScriptEnded(ScriptEnd { exit_code, job_result: job_result.into() })
         };
+        let now = Instant::now();
         let (text, last) = match reaction.unwrap_or(Reaction::End("", 0)) {
-            Reaction::End(text, exit_code) => (text, Some(end(exit_code, ""))),
-            Reaction::StopFromInside(text, result) => (text, Some(end(130, result))),
-            Reaction::EndShell(text) => (text, Some(SessionEvent::ShellEnded)),
+            Reaction::End(text, exit_code) => (text, Some((now, end(exit_code, "")))),
+            Reaction::EndAfter(time, text, exit_code) => {
+                (text, Some((now + time, end(exit_code, ""))))
+            }
+            Reaction::StopFromInside(text, result) => (text, Some((now, end(130, result)))),
+            Reaction::EndShell(text) => (text, Some((now, SessionEvent::ShellEnded))),
             Reaction::Hang(text) => (text, None),
         };
         if !text.is_empty() {
-            self.events.push_back(SessionEvent::Output(Bytes::from_static(text.as_bytes())));
+            let output = SessionEvent::Output(Bytes::from_static(text.as_bytes()));
+            self.events.push_back((now, output));
         }
         self.events.extend(last);
         self.job.call(format!("run {}", script.text));
@@ -317,10 +353,19 @@ impl ShellSession for ScriptedSession {
     }
 
     fn next_event(&mut self) -> LocalBoxFuture<'_, SessionEvent> {
-        match self.events.pop_front() {
-            Some(event) => std::future::ready(event).boxed_local(),
-            None => std::future::pending().boxed_local(),
+        async {
+            // Even a sleep of no time is one.
+            if let Some((at, _)) = self.events.front()
+                && *at > Instant::now()
+            {
+                sleep_until(*at).await;
+            }
+            match self.events.pop_front() {
+                Some((_, event)) => event,
+                None => std::future::pending().await,
+            }
         }
+        .boxed_local()
     }
 }
 
@@ -333,6 +378,9 @@ impl Containment for ScriptedJob {
         self.call(format!("end everything within {grace:?}"));
         if self.0.panic_at_the_end.replace(false) {
             panic_as_asked();
+        }
+        if self.0.hang_at_the_end.get() {
+            return std::future::pending().boxed_local();
         }
         std::future::ready(Ok(())).boxed_local()
     }

@@ -1,0 +1,151 @@
+//! A scripted control plane.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use futures_util::future::LocalBoxFuture;
+use tokio::time::sleep;
+
+use super::ScriptedJob;
+use crate::job::{Job, JobId};
+use crate::ports::{HubApi, HubError};
+use crate::sync_protocol::{AgentState, Answer, Report};
+
+/// A control plane that hands out its jobs one after another, unless it is told what to answer. What
+/// it is asked for is in the world's calls: `register`, `report STATE [ID [RESULT]] [interrupted]`,
+/// `fetch ID`, `disconnect`. Clones share it.
+#[derive(Clone)]
+pub struct ScriptedHub(Rc<HubState>);
+
+struct HubState {
+    world: ScriptedJob,
+    jobs: RefCell<VecDeque<(String, Job)>>,
+    answers: RefCell<VecDeque<Answer>>,
+    refusals: RefCell<BTreeMap<&'static str, u32>>,
+    latency: Cell<Duration>,
+}
+
+impl ScriptedHub {
+    /// A control plane without jobs.
+    pub fn new(world: &ScriptedJob) -> Self {
+        Self(Rc::new(HubState {
+            world: world.clone(),
+            jobs: RefCell::default(),
+            answers: RefCell::default(),
+            refusals: RefCell::default(),
+            latency: Cell::default(),
+        }))
+    }
+
+    /// There is one more job; who fetches `id` gets it.
+    pub fn queue(&self, id: &str, job: Job) {
+        self.0.jobs.borrow_mut().push_back((id.to_owned(), job));
+    }
+
+    /// The next report that has no answer yet gets this one.
+    pub fn answer(&self, answer: Answer) {
+        self.0.answers.borrow_mut().push_back(answer);
+    }
+
+    /// The same, with an action and a job.
+    pub fn say(&self, action: &str, job_id: &str) {
+        let (action, job_id) = (action.to_owned(), job_id.to_owned());
+        self.answer(Answer { action, job_id, ..Answer::default() });
+    }
+
+    /// The next so many calls of this kind (`register`, `report`, `fetch`, `disconnect`) fail.
+    pub fn refuse(&self, kind: &'static str, times: u32) {
+        self.0.refusals.borrow_mut().insert(kind, times);
+    }
+
+    /// Every answer takes so long.
+    pub fn take(&self, latency: Duration) {
+        self.0.latency.set(latency);
+    }
+
+    /// Notes a call, and answers it when its time has come.
+    fn called<T: 'static>(
+        &self,
+        kind: &'static str,
+        call: String,
+        answer: impl FnOnce() -> Result<T, HubError>,
+    ) -> LocalBoxFuture<'static, Result<T, HubError>> {
+        self.0.world.call(call);
+        let answer = match self.0.refusals.borrow_mut().get_mut(kind) {
+            Some(left) if *left > 0 => {
+                *left -= 1;
+                Err(HubError::Failed("503".to_owned()))
+            }
+            _ => answer(),
+        };
+        let latency = self.0.latency.get();
+        async move {
+            if latency > Duration::ZERO {
+                sleep(latency).await;
+            }
+            answer
+        }
+        .boxed_local()
+    }
+
+    fn answer_to(&self, report: &Report) -> Answer {
+        if let Some(answer) = self.0.answers.borrow_mut().pop_front() {
+            return answer;
+        }
+        let mut jobs = self.0.jobs.borrow_mut();
+        let (action, job_id) = match report.state {
+            AgentState::WaitingForJobs => match jobs.front() {
+                Some((id, _)) => ("run-job", id.clone()),
+                None => ("continue", String::new()),
+            },
+            AgentState::FinishedJob => {
+                jobs.retain(|(id, _)| *id != report.job_id);
+                ("wait-for-jobs", String::new())
+            }
+            _ => ("continue", String::new()),
+        };
+        Answer { action: action.to_owned(), job_id, ..Answer::default() }
+    }
+}
+
+/// The report in the words of a call.
+fn words(report: &Report) -> String {
+    let state = serde_json::to_value(report.state).unwrap_or_default();
+    let interrupted = if report.interrupted_at == 0 { "" } else { "interrupted" };
+    let words = [
+        "report",
+        state.as_str().unwrap_or_default(),
+        &report.job_id,
+        report.job_result,
+        interrupted,
+    ];
+    words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+impl HubApi for ScriptedHub {
+    fn register(&self) -> LocalBoxFuture<'static, Result<(), HubError>> {
+        self.called("register", "register".to_owned(), || Ok(()))
+    }
+
+    fn sync(&self, report: &Report) -> LocalBoxFuture<'static, Result<Answer, HubError>> {
+        self.called("report", words(report), || Ok(self.answer_to(report)))
+    }
+
+    fn fetch_job(&self, id: &JobId) -> LocalBoxFuture<'static, Result<Job, HubError>> {
+        self.called("fetch", format!("fetch {id}"), || {
+            let jobs = self.0.jobs.borrow();
+            let wanted = jobs.iter().find(|(queued, _)| queued == id.as_str());
+            match wanted {
+                Some((_, job)) => Ok(job.clone()),
+                None => Err(HubError::Failed("404".to_owned())),
+            }
+        })
+    }
+
+    fn disconnect(&self) -> LocalBoxFuture<'static, Result<(), HubError>> {
+        self.called("disconnect", "disconnect".to_owned(), || Ok(()))
+    }
+}

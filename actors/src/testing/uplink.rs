@@ -1,0 +1,201 @@
+//! A scripted log server.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::LocalBoxFuture;
+use tokio::time::{Instant, sleep};
+
+use super::ScriptedJob;
+use crate::job::{JobId, PushTarget};
+use crate::log_buffer::LogRange;
+use crate::ports::{HubError, LogBatch, LogUplink, PushError};
+
+/// What a log server does with a [`Push`].
+#[derive(Clone, Debug)]
+pub enum Reply {
+    /// It takes it.
+    Taken,
+    /// It takes it, and the answer is lost.
+    Lost,
+    /// It does not take it.
+    Refused(PushError),
+}
+
+/// One batch on its way to the log server.
+#[derive(Clone, Debug)]
+pub struct Push {
+    /// The how many-th it is, from 1 on.
+    pub number: usize,
+    /// When it came.
+    pub at: Instant,
+    /// The number of its first line.
+    pub first_line: u64,
+    /// How many lines it has.
+    pub lines: u64,
+    /// How many bytes.
+    pub bytes: usize,
+    /// What it proves itself with.
+    pub token: String,
+}
+
+/// A log server, which takes everything unless it is told otherwise. The world's calls have `log is
+/// whole` when it has a job's last line and every byte before (`log is garbled` if they are others),
+/// `refresh`, and `keep ID`. Clones share it.
+#[derive(Clone)]
+pub struct ScriptedUplink(Rc<UplinkState>);
+
+type Decide = Box<dyn FnMut(&Push) -> Reply>;
+
+struct UplinkState {
+    world: ScriptedJob,
+    reply: RefCell<Decide>,
+    latency: Cell<Duration>,
+    refused_refreshes: Cell<u32>,
+    pushes: RefCell<Vec<Push>>,
+    lines: RefCell<Vec<Bytes>>,
+    kept: RefCell<Option<String>>,
+}
+
+impl ScriptedUplink {
+    /// A log server that reads the logs of `world`.
+    pub fn new(world: &ScriptedJob) -> Self {
+        Self(Rc::new(UplinkState {
+            world: world.clone(),
+            reply: RefCell::new(Box::new(|_| Reply::Taken)),
+            latency: Cell::default(),
+            refused_refreshes: Cell::default(),
+            pushes: RefCell::default(),
+            lines: RefCell::default(),
+            kept: RefCell::default(),
+        }))
+    }
+
+    /// From now on it replies like this.
+    pub fn reply(&self, reply: impl FnMut(&Push) -> Reply + 'static) {
+        *self.0.reply.borrow_mut() = Box::new(reply);
+    }
+
+    /// Every reply takes so long.
+    pub fn take(&self, latency: Duration) {
+        self.0.latency.set(latency);
+    }
+
+    /// The next so many tokens are not given out; the others are called `fresh`.
+    pub fn refuse_refreshes(&self, times: u32) {
+        self.0.refused_refreshes.set(times);
+    }
+
+    /// Everything that was sent, taken or not.
+    pub fn pushes(&self) -> Vec<Push> {
+        self.0.pushes.borrow().clone()
+    }
+
+    /// The log as it is there.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&self.0.lines.borrow().concat()).into_owned()
+    }
+
+    /// The log that was put aside because it was not delivered.
+    pub fn kept(&self) -> Option<String> {
+        self.0.kept.borrow().clone()
+    }
+}
+
+impl UplinkState {
+    /// Puts the lines where they belong, and drops what was there and after.
+    fn store(&self, first_line: u64, batch: &[u8]) {
+        let mut lines = self.lines.borrow_mut();
+        lines.resize(usize::try_from(first_line).unwrap_or(usize::MAX), Bytes::new());
+        lines.extend(batch.split_inclusive(|byte| *byte == b'\n').map(Bytes::copy_from_slice));
+        if lines.last().is_some_and(|line| line.starts_with(br#"{"event":"job_finished""#)) {
+            let whole = lines.concat() == self.world.0.spool.borrow().contents();
+            self.world.call(if whole { "log is whole" } else { "log is garbled" });
+        }
+    }
+
+    fn spooled(&self, range: &LogRange) -> Vec<u8> {
+        let at = |offset: u64| usize::try_from(offset).unwrap_or(usize::MAX);
+        self.world.0.spool.borrow().contents()[at(range.start)..at(range.end)].to_vec()
+    }
+}
+
+impl LogUplink for ScriptedUplink {
+    fn read(
+        &self,
+        range: &LogRange,
+        most_lines: u64,
+        most_bytes: u64,
+    ) -> LocalBoxFuture<'static, io::Result<LogBatch>> {
+        let mut batch = LogBatch { lines: 0, bytes: Bytes::new() };
+        let mut bytes = Vec::new();
+        for line in self.0.spooled(range).split_inclusive(|byte| *byte == b'\n') {
+            let fits = (bytes.len() + line.len()) as u64 <= most_bytes;
+            if batch.lines > 0 && (batch.lines == most_lines || !fits) {
+                break;
+            }
+            bytes.extend_from_slice(line);
+            batch.lines += 1;
+        }
+        batch.bytes = bytes.into();
+        std::future::ready(Ok(batch)).boxed_local()
+    }
+
+    fn push(
+        &self,
+        target: &PushTarget,
+        first_line: u64,
+        batch: LogBatch,
+    ) -> LocalBoxFuture<'static, Result<(), PushError>> {
+        let this = Rc::clone(&self.0);
+        let push = Push {
+            number: this.pushes.borrow().len() + 1,
+            at: Instant::now(),
+            first_line,
+            lines: batch.lines,
+            bytes: batch.bytes.len(),
+            token: target.token.clone(),
+        };
+        this.pushes.borrow_mut().push(push.clone());
+        let reply = (this.reply.borrow_mut())(&push);
+        async move {
+            let latency = this.latency.get();
+            if latency > Duration::ZERO {
+                sleep(latency).await;
+            }
+            if !matches!(reply, Reply::Refused(_)) {
+                this.store(first_line, &batch.bytes);
+            }
+            match reply {
+                Reply::Taken => Ok(()),
+                Reply::Lost => Err(PushError::Failed("connection reset".to_owned())),
+                Reply::Refused(error) => Err(error),
+            }
+        }
+        .boxed_local()
+    }
+
+    fn refresh_token(&self) -> LocalBoxFuture<'static, Result<String, HubError>> {
+        self.0.world.call("refresh");
+        let token = match self.0.refused_refreshes.get() {
+            0 => Ok("fresh".to_owned()),
+            left => {
+                self.0.refused_refreshes.set(left - 1);
+                Err(HubError::Failed("503".to_owned()))
+            }
+        };
+        std::future::ready(token).boxed_local()
+    }
+
+    fn keep(&self, job: &JobId, log: &LogRange) -> io::Result<PathBuf> {
+        self.0.world.call(format!("keep {job}"));
+        let kept = String::from_utf8_lossy(&self.0.spooled(log)).into_owned();
+        self.0.kept.replace(Some(kept));
+        Ok(PathBuf::from("kept"))
+    }
+}
