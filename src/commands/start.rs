@@ -21,12 +21,12 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
 use crate::agent_log::AgentLogConfig;
-use crate::commands::run::{GRACE, refuse};
+use crate::commands::run::{GRACE, refuse, tell};
 use crate::commands::serve::{fail, leave_at_once};
 use crate::config::start::{StartConfig, StartOptions};
 use crate::executors::shell::ShellConfig;
 use crate::exit_code::Exit;
-use crate::http_client::{HttpClients, trusting};
+use crate::http_client::HttpClients;
 use crate::hub::{Hub, PATIENCE, Registration};
 use crate::jump_point::SshAccess;
 use crate::log_artifact::ArtifactUploads;
@@ -55,6 +55,9 @@ pub fn start(options: StartOptions) -> Exit {
         Err(error) => return refuse(error),
     };
     if print {
+        for warning in &needs.config.warnings {
+            tell(&format!("warning: {warning}"));
+        }
         // Nobody is left to be told if that fails.
         let _ = io::stdout().write_all(needs.config.printed.as_bytes());
         return Exit::Success;
@@ -96,14 +99,6 @@ struct Needs {
 
 impl Needs {
     fn from_config(config: StartConfig) -> Result<Self, String> {
-        if let Some(ca_file) = &config.ca_file {
-            trusting(Some(ca_file)).map_err(|_| {
-                format!(
-                    "ca-file: {}: is no readable file of certificates in PEM",
-                    ca_file.display()
-                )
-            })?;
-        }
         let mut clients = HttpClients::new(PATIENCE);
         clients.ca_file.clone_from(&config.ca_file);
         clients.proxy = config.proxy.clone().map(Rc::new);

@@ -9,6 +9,8 @@ macro_rules! fill {
     }};
 }
 
+mod fields;
+mod origins;
 pub mod serve;
 pub mod start;
 
@@ -81,10 +83,13 @@ impl FromStr for FileMount {
 
     fn from_str(pair: &str) -> Result<Self, Self::Err> {
         match pair.split_once(':') {
-            Some((host, container)) if !host.is_empty() && !container.is_empty() => {
+            // A third part would be for the container's engine, which knows more than there is here.
+            Some((host, container))
+                if !host.is_empty() && !container.is_empty() && !container.contains(':') =>
+            {
                 Ok(Self { host: host.into(), container: container.into() })
             }
-            _ => Err(format!("files: `{pair}` is not HOST:CONTAINER, two paths")),
+            _ => Err(format!("`{pair}` is not HOST:CONTAINER, two paths")),
         }
     }
 }
@@ -95,17 +100,17 @@ trait FileOptions: Default + DeserializeOwned {
     const SECRETS: &'static [&'static str];
 }
 
-/// Reads the options that a file sets.
-fn read_file<O: FileOptions>(path: &Path) -> Result<O, ConfigError> {
+/// Reads the options that a file sets; answers them and all of its text.
+fn read_file<O: FileOptions>(path: &Path) -> Result<(O, String), ConfigError> {
     let refuse = |why: String| ConfigError(format!("{}: {why}", path.display()));
     let text = std::fs::read_to_string(path).map_err(|error| refuse(error.to_string()))?;
     if text.trim().is_empty() {
-        return Ok(O::default());
+        return Ok((O::default(), text));
     }
     let options = serde_path_to_error::deserialize(serde_yaml::Deserializer::from_str(&text));
-    options.map_err(|error| {
+    options.map(|options| (options, text.clone())).map_err(|error| {
         let key = error.path().to_string();
-        let what = with_nearest_key(error.inner().to_string());
+        let what = with_nearest_key(error.inner().to_string(), &text);
         // A line without its space or colon makes what is around it one value.
         let secret =
             key == "." || O::SECRETS.iter().any(|secret| error.to_string().contains(secret));
@@ -113,18 +118,28 @@ fn read_file<O: FileOptions>(path: &Path) -> Result<O, ConfigError> {
     })
 }
 
+/// The number of the line of `text` that sets `key`.
+fn line_of(text: &str, key: &str) -> Option<usize> {
+    let quotes = ['"', '\''];
+    let sets = |line: &str| {
+        let rest = line.trim_start().trim_start_matches(quotes).strip_prefix(key);
+        rest.is_some_and(|rest| rest.trim_start_matches(quotes).trim_start().starts_with(':'))
+    };
+    text.lines().position(sets).map(|index| index + 1)
+}
+
 /// Instead of all the keys that there are, the one that was probably meant.
-fn with_nearest_key(message: String) -> String {
+fn with_nearest_key(message: String, text: &str) -> String {
     let parts = message.split_once("unknown field `").and_then(|(before, rest)| {
         let (unknown, rest) = rest.split_once('`')?;
-        // The known ones, and then where it is.
-        let (known, place) = rest.rsplit_once('`')?;
-        let known = known.split('`').skip(1).step_by(2);
-        Some((before, unknown, nearest(unknown, known)?, place))
+        let known = rest.split('`').skip(1).step_by(2);
+        let line = line_of(text, unknown);
+        let line = line.map_or_else(String::new, |line| format!(" at line {line}"));
+        Some((before, unknown, nearest(unknown, known)?, line))
     });
     match parts {
-        Some((before, unknown, meant, place)) => {
-            format!("{before}unknown key `{unknown}`; `{meant}` is the nearest known one{place}")
+        Some((before, unknown, meant, line)) => {
+            format!("{before}unknown key `{unknown}`; `{meant}` is the nearest known one{line}")
         }
         None => message,
     }

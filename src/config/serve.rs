@@ -161,7 +161,7 @@ impl ServeConfig {
         let secret_is_set =
             options.auth_token_secret.is_some() || options.auth_token_secret_file.is_some();
         if let Some(path) = &options.config_file {
-            let mut file: ServeOptions = read_file(path)?;
+            let (mut file, _) = read_file::<ServeOptions>(path)?;
             if secret_is_set {
                 (file.auth_token_secret, file.auth_token_secret_file) = (None, None);
             }
@@ -223,7 +223,7 @@ impl ServeConfig {
             statsd,
             callback_attempts: options.callback_retry_attempts.unwrap_or(DEFAULT_CALLBACK_ATTEMPTS),
             pre_job_hook: pre_job_hook.transpose()?,
-            files: files.map_err(ConfigError)?,
+            files: files.map_err(|why| ConfigError(format!("files: {why}")))?,
             expose_kvm: options.expose_kvm_device.unwrap_or(true),
             max_body_size: options.max_body_size.unwrap_or(DEFAULT_MAX_BODY_SIZE),
             single_job: options.single_job.unwrap_or(false),

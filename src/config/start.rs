@@ -1,24 +1,24 @@
 //! The options of `agent start`.
 
-use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::fmt::{Display, Write as _};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use actors::job::{EnvVar, VariableName};
 use actors::job_supervisor::{HookFailure, JobHooks, PostJobHook, PreJobHook};
+use awc::http::uri::Authority;
 use bytes::Bytes;
-use serde::de::{IntoDeserializer as _, SeqAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::de::IntoDeserializer as _;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::fields::{flag, flexible, known_keys};
+use super::origins::{OptionsFile, Origins, PREFIX, variable_of};
 use super::{ConfigError, FileMount, FileOptions, MASKED, Secret, nearest, read_file};
-use crate::http_client::Proxy;
+use crate::http_client::{Proxy, trusting};
 use crate::jump_point;
 use crate::log_artifact::UploadCondition;
 use crate::state_dir::StateDir;
-
-/// What variables of options begin with.
-const PREFIX: &str = "SEMAPHORE_AGENT_";
 
 /// Variables with this prefix that are no options.
 const OTHER_VARIABLES: [&str; 4] = [
@@ -110,6 +110,7 @@ pub struct StartOptions {
 
     /// Speaks plain HTTP to the control plane [default: false]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(value_parser = flag::<bool>)]
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
     pub no_https: Option<bool>,
 
@@ -136,21 +137,25 @@ pub struct StartOptions {
 
     /// How long each hook may take, in seconds [default: 600]
     #[arg(long, value_name = "SECONDS")]
+    #[arg(value_parser = flag::<u64>, allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
     pub hook_timeout: Option<u64>,
 
     /// Whether a pre-job hook that fails fails its job [default: false]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(value_parser = flag::<bool>)]
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
     pub fail_on_pre_job_hook_error: Option<bool>,
 
     /// Whether the job's own shell runs the pre-job hook [default: false]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(value_parser = flag::<bool>)]
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
     pub source_pre_job_hook: Option<bool>,
 
     /// Take one job only, and end after it [default: false]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(value_parser = flag::<bool>)]
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
     pub disconnect_after_job: Option<bool>,
 
@@ -161,11 +166,13 @@ pub struct StartOptions {
 
     /// End after so many seconds without a job; 0 for never [default: 0]
     #[arg(long, value_name = "SECONDS")]
+    #[arg(value_parser = flag::<u64>, allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
     pub disconnect_after_idle_timeout: Option<u64>,
 
     /// How long a job may go on after SIGTERM or SIGINT, in seconds [default: 0]
     #[arg(long, value_name = "SECONDS")]
+    #[arg(value_parser = flag::<u64>, allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
     pub interruption_grace_period: Option<u64>,
 
@@ -181,22 +188,26 @@ pub struct StartOptions {
 
     /// Whether a job in containers fails if one of these files is missing [default: false]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(value_parser = flag::<bool>)]
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
     pub fail_on_missing_files: Option<bool>,
 
-    /// When a job's log is kept as an artifact [default: never]
-    #[arg(long, value_enum, value_name = "WHEN")]
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// When a job's log is kept as an artifact: never, always or when-trimmed, which is when the control
+    /// plane has not kept all of it [default: never]
+    #[arg(long, value_name = "WHEN", value_parser = flag::<UploadCondition>)]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
     pub upload_job_logs: Option<UploadCondition>,
 
     /// Leave alone what a job that was not stopped has detached from its shell, such as build daemons
     /// [default: false]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(value_parser = flag::<bool>)]
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
     pub keep_daemons: Option<bool>,
 
     /// How long the delivery of a log may take after its job's end, in seconds [default: 900]
     #[arg(long, value_name = "SECONDS")]
+    #[arg(value_parser = flag::<u64>, allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
     pub log_delivery_timeout: Option<u64>,
 
@@ -213,6 +224,7 @@ pub struct StartOptions {
 
     /// Run jobs in Kubernetes; not in this build yet
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(value_parser = flag::<bool>)]
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
     pub kubernetes_executor: Option<bool>,
 
@@ -225,6 +237,7 @@ pub struct StartOptions {
     kubernetes_allowed_images: Option<Vec<String>>,
 
     #[arg(long, value_name = "SECONDS", hide = true)]
+    #[arg(value_parser = flag::<u64>, allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
     kubernetes_pod_start_timeout: Option<u64>,
 
@@ -237,136 +250,14 @@ pub struct StartOptions {
     kubernetes_default_image: Option<String>,
 }
 
-/// A number or a truth value as such or as text, as variables have them.
-fn flexible<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
-where
-    D: Deserializer<'de>,
-    T: FromText,
-{
-    struct Flexible<T>(std::marker::PhantomData<T>);
-
-    impl<T: FromText> Visitor<'_> for Flexible<T> {
-        type Value = Option<T>;
-
-        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-            f.write_str(T::EXPECTED)
-        }
-
-        fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Self::Value, E> {
-            let value = T::from_text(text);
-            value.map(Some).ok_or_else(|| E::custom(format!("`{text}` is not {}", T::EXPECTED)))
-        }
-
-        fn visit_bool<E: serde::de::Error>(self, value: bool) -> Result<Self::Value, E> {
-            self.visit_str(if value { "true" } else { "false" })
-        }
-
-        fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<Self::Value, E> {
-            self.visit_str(&value.to_string())
-        }
-
-        fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<Self::Value, E> {
-            self.visit_str(&value.to_string())
-        }
-
-        fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Self::Value, E> {
-            self.visit_str(&value.to_string())
-        }
-
-        fn visit_unit<E: serde::de::Error>(self) -> Result<Self::Value, E> {
-            Ok(None)
-        }
-    }
-
-    deserializer.deserialize_any(Flexible(std::marker::PhantomData))
-}
-
-trait FromText: Sized {
-    const EXPECTED: &'static str;
-
-    fn from_text(text: &str) -> Option<Self>;
-}
-
-impl FromText for bool {
-    const EXPECTED: &'static str = "true or false";
-
-    fn from_text(text: &str) -> Option<Self> {
-        match text.to_ascii_lowercase().as_str() {
-            "true" | "t" | "1" => Some(true),
-            "false" | "f" | "0" => Some(false),
-            _ => None,
-        }
-    }
-}
-
-impl FromText for u64 {
-    const EXPECTED: &'static str = "a number of seconds";
-
-    fn from_text(text: &str) -> Option<Self> {
-        text.parse().ok()
-    }
-}
-
 impl FileOptions for StartOptions {
     const SECRETS: &'static [&'static str] = &["token", "env-vars"];
-}
-
-/// The variable of an option.
-fn variable_of(key: &str) -> String {
-    format!("{PREFIX}{}", key.to_ascii_uppercase().replace('-', "_"))
-}
-
-/// The keys that there are.
-fn known_keys() -> Vec<&'static str> {
-    /// Takes nothing but the names of the fields.
-    struct Fields<'a>(&'a mut Vec<&'static str>);
-
-    impl<'de> Deserializer<'de> for Fields<'_> {
-        type Error = serde::de::value::Error;
-
-        fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
-            visitor.visit_seq(NoElements)
-        }
-
-        fn deserialize_struct<V: Visitor<'de>>(
-            self,
-            _: &'static str,
-            fields: &'static [&'static str],
-            visitor: V,
-        ) -> Result<V::Value, Self::Error> {
-            self.0.extend(fields);
-            self.deserialize_any(visitor)
-        }
-
-        serde::forward_to_deserialize_any! {
-            bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf
-            option unit unit_struct newtype_struct seq tuple tuple_struct map enum identifier
-            ignored_any
-        }
-    }
-
-    struct NoElements;
-
-    impl<'de> SeqAccess<'de> for NoElements {
-        type Error = serde::de::value::Error;
-
-        fn next_element_seed<T: serde::de::DeserializeSeed<'de>>(
-            &mut self,
-            _: T,
-        ) -> Result<Option<T::Value>, Self::Error> {
-            Ok(None)
-        }
-    }
-
-    let mut keys = Vec::new();
-    let _ = StartOptions::deserialize(Fields(&mut keys));
-    keys
 }
 
 impl StartOptions {
     /// What variables say, and what of them says nothing.
     fn from_env() -> Result<(Self, Vec<String>), ConfigError> {
-        let keys = known_keys();
+        let keys = known_keys::<StartOptions>();
         let mut options = Map::new();
         let mut warnings = Vec::new();
         let mut names: Vec<_> = std::env::vars_os()
@@ -399,6 +290,36 @@ impl StartOptions {
         let options = Self::deserialize(Value::Object(options).into_deserializer());
         let options = options.map_err(|error: serde_json::Error| ConfigError(error.to_string()))?;
         Ok((options, warnings))
+    }
+
+    /// What is empty in a file is not set: templates of such files name options without a value.
+    fn drop_empty(&mut self) {
+        for text in [
+            &mut self.name,
+            &mut self.name_from_env,
+            &mut self.endpoint,
+            &mut self.job_id,
+            &mut self.kubernetes_pod_spec,
+            &mut self.kubernetes_default_image,
+        ] {
+            text.take_if(|text| text.is_empty());
+        }
+        self.token.take_if(|token| token.reveal().is_empty());
+        for path in [
+            &mut self.config_file,
+            &mut self.token_file,
+            &mut self.ca_file,
+            &mut self.shutdown_hook_path,
+            &mut self.pre_job_hook_path,
+            &mut self.post_job_hook_path,
+            &mut self.state_dir,
+            &mut self.ssh_jump_point_path,
+        ] {
+            path.take_if(|path| path.as_os_str().is_empty());
+        }
+        for list in [&mut self.kubernetes_allowed_images, &mut self.kubernetes_labels] {
+            list.take_if(|list| list.is_empty());
+        }
     }
 
     /// Its set options, fit to be shown.
@@ -483,22 +404,32 @@ pub struct StartConfig {
 
 impl StartConfig {
     /// Merges flags, variables, and the file that one of them names.
-    pub fn load(flags: StartOptions) -> Result<Self, ConfigError> {
+    pub fn load(mut flags: StartOptions) -> Result<Self, ConfigError> {
+        // An empty flag is a list of one empty text.
+        for list in [&mut flags.env_vars, &mut flags.files].into_iter().flatten() {
+            if *list == [""] {
+                list.clear();
+            }
+        }
         let (variables, warnings) = StartOptions::from_env()?;
         let path = flags.config_file.clone().or_else(|| variables.config_file.clone());
-        let mut file = match &path {
+        let (mut file, text) = match &path {
             Some(path) => read_file::<StartOptions>(path)?,
-            None => StartOptions::default(),
+            None => Default::default(),
         };
-        if file.config_file.take().is_some() {
-            return Err(ConfigError("config-file: can't be set in the file itself".into()));
+        let place = OptionsFile { path: path.unwrap_or_default(), text };
+        file.drop_empty();
+        let origins = Origins {
+            flags: flags.shown(),
+            variables: variables.shown(),
+            file: file.shown(),
+            place,
+        };
+        if file.config_file.is_some() {
+            let mut origins = origins;
+            (origins.flags, origins.variables) = Default::default();
+            return Err(origins.refuse("config-file", "can't be set in the file itself"));
         }
-        let shown_path = path.as_ref().map_or_else(String::new, |path| path.display().to_string());
-        let origins = [
-            (flags.shown(), "flag".to_owned()),
-            (variables.shown(), "environment".to_owned()),
-            (file.shown(), shown_path),
-        ];
         // A token given in one way is not to be mixed with one given in another, nor a name.
         let mut options = flags;
         for mut layer in [variables, file] {
@@ -519,54 +450,50 @@ impl StartConfig {
                 kubernetes_default_image,
             );
         }
-        let printed = printed(&options.shown(), &origins);
-        Self::validate(options, warnings, printed)
+        Self::validate(options, warnings, &origins)
     }
 
     fn validate(
         options: StartOptions,
         warnings: Vec<String>,
-        printed: String,
+        origins: &Origins,
     ) -> Result<Self, ConfigError> {
-        let refuse = |why: &str| Err(ConfigError(why.to_owned()));
         let shown = options.shown();
-        if options.kubernetes_executor == Some(true)
-            || KUBERNETES.iter().any(|key| shown.contains_key(*key))
-        {
-            let key = KUBERNETES.iter().find(|key| shown.contains_key(**key));
-            let key = key.unwrap_or(&"kubernetes-executor");
-            return Err(ConfigError(format!(
-                "{key}: this build of the agent can't run jobs in Kubernetes yet"
-            )));
+        let kubernetes = KUBERNETES.iter().find(|key| shown.contains_key(**key));
+        let executor = Some("kubernetes-executor");
+        let executor = executor.filter(|_| options.kubernetes_executor == Some(true));
+        if let Some(key) = kubernetes.copied().or(executor) {
+            let why = "this build of the agent can't run jobs in Kubernetes yet";
+            return Err(origins.refuse(key, why));
         }
         let Some(endpoint) = options.endpoint.filter(|endpoint| !endpoint.is_empty()) else {
-            return refuse("endpoint: the host of the control plane is needed");
+            return Err(origins.refuse("endpoint", "the host of the control plane is needed"));
         };
-        if endpoint.contains('/') || endpoint.contains(char::is_whitespace) {
-            return Err(ConfigError(format!(
-                "endpoint: `{endpoint}` is not HOST or HOST:PORT, without a scheme and a path"
-            )));
+        if !is_endpoint(&endpoint) {
+            let why = format!("`{endpoint}` is not HOST or HOST:PORT, without a scheme and a path");
+            return Err(origins.refuse("endpoint", why));
         }
         let job_id = options.job_id.unwrap_or_default();
         let disconnect_after_job = options.disconnect_after_job.unwrap_or(false);
         if !job_id.is_empty() && !disconnect_after_job {
-            return refuse("job-id: needs disconnect-after-job");
+            return Err(origins.refuse("job-id", "needs disconnect-after-job"));
         }
         let jump_point =
             options.ssh_jump_point_path.unwrap_or_else(|| jump_point::DEFAULT_SCRIPT.into());
         if !jump_point.is_absolute() {
-            let path = jump_point.display();
-            return Err(ConfigError(format!(
-                "ssh-jump-point-path: {path} is not an absolute path"
-            )));
+            let why = format!("`{}` is not an absolute path", jump_point.display());
+            return Err(origins.refuse("ssh-jump-point-path", why));
         }
         let files = options.files.unwrap_or_default();
         let files: Result<_, String> = files.iter().map(|pair| pair.trim().parse()).collect();
+        if options.hook_timeout == Some(0) {
+            return Err(origins.refuse("hook-timeout", "`0` leaves no time for a hook"));
+        }
         let seconds = |given: Option<u64>, default| Duration::from_secs(given.unwrap_or(default));
         let hook_timeout = seconds(options.hook_timeout, DEFAULT_HOOK_TIMEOUT);
         let pre_job = match options.pre_job_hook_path {
             Some(path) => Some(PreJobHook {
-                path: for_shell("pre-job-hook-path", path)?,
+                path: for_shell(origins, "pre-job-hook-path", path)?,
                 sourced: options.source_pre_job_hook.unwrap_or(false),
                 failure: match options.fail_on_pre_job_hook_error {
                     Some(true) => HookFailure::FailsJobAsAnnounced,
@@ -578,16 +505,24 @@ impl StartConfig {
         };
         let post_job = match options.post_job_hook_path {
             Some(path) => Some(PostJobHook {
-                path: for_shell("post-job-hook-path", path)?,
+                path: for_shell(origins, "post-job-hook-path", path)?,
                 patience: Some(hook_timeout),
             }),
             None => None,
         };
+        if let Some(ca_file) = &options.ca_file {
+            trusting(Some(ca_file)).map_err(|_| {
+                let ca_file = ca_file.display();
+                let why = format!("`{ca_file}` is no readable file of certificates in PEM");
+                origins.refuse("ca-file", why)
+            })?;
+        }
         let home = std::env::home_dir().unwrap_or_default();
+        let state_dir = options.state_dir.unwrap_or_else(|| StateDir::default_path(&home));
         Ok(Self {
-            name: name(options.name, options.name_from_env)?,
+            name: name(options.name, options.name_from_env, origins)?,
             endpoint,
-            token: token(options.token, options.token_file)?,
+            token: token(options.token, options.token_file, origins)?,
             scheme: if options.no_https.unwrap_or(false) { "http" } else { "https" },
             ca_file: options.ca_file,
             proxy: Proxy::from_env().map_err(ConfigError)?,
@@ -598,8 +533,9 @@ impl StartConfig {
             job_id,
             idle_timeout: options.disconnect_after_idle_timeout.unwrap_or(0),
             interruption_grace_period: options.interruption_grace_period.unwrap_or(0),
-            variables: env_vars(&options.env_vars.unwrap_or_default())?,
-            files: files.map_err(ConfigError)?,
+            variables: env_vars(&options.env_vars.unwrap_or_default())
+                .map_err(|why| origins.refuse("env-vars", why))?,
+            files: files.map_err(|why| origins.refuse("files", why))?,
             fail_on_missing_files: options.fail_on_missing_files.unwrap_or(false),
             upload_job_logs: options.upload_job_logs.unwrap_or_default(),
             keep_daemons: options.keep_daemons.unwrap_or(false),
@@ -607,52 +543,59 @@ impl StartConfig {
                 options.log_delivery_timeout,
                 DEFAULT_LOG_DELIVERY_TIMEOUT,
             ),
-            state_dir: options.state_dir.unwrap_or_else(|| StateDir::default_path(&home)),
+            printed: printed(shown, origins, &state_dir),
+            state_dir,
             jump_point,
             warnings,
-            printed,
         })
     }
 }
 
 /// In the words of a configuration file, with origins as comments.
-fn printed(merged: &Map<String, Value>, origins: &[(Map<String, Value>, String); 3]) -> String {
+fn printed(mut merged: Map<String, Value>, origins: &Origins, state_dir: &Path) -> String {
+    merged.entry("state-dir").or_insert_with(|| state_dir.to_string_lossy().into());
     let mut text = String::new();
-    for key in known_keys() {
+    for key in known_keys::<StartOptions>() {
         let default = DEFAULTS.iter().find(|(name, _)| *name == key);
-        let (value, origin) = if let Some(value) = merged.get(key) {
-            let origin = origins.iter().find(|(layer, _)| layer.contains_key(key));
-            let origin = origin.map_or("default", |(_, origin)| origin.as_str());
-            let origin = if origin == "environment" { variable_of(key) } else { origin.to_owned() };
-            (value.to_string(), origin)
-        } else if let Some((_, default)) = default {
-            ((*default).to_owned(), "default".to_owned())
-        } else {
-            continue;
+        let value = match (merged.get(key), default) {
+            (Some(value), _) => value.to_string(),
+            (None, Some((_, default))) => (*default).to_owned(),
+            (None, None) => continue,
         };
         // Fails only if writing to a string does.
-        let _ = writeln!(text, "{key}: {value} # {origin}");
+        let _ = writeln!(text, "{key}: {value} # {}", origins.of(key));
     }
     text
 }
 
-/// As the job's shell, which is in another directory, finds it.
-fn for_shell(key: &str, path: PathBuf) -> Result<String, ConfigError> {
-    let path = std::path::absolute(&path).unwrap_or(path);
-    path.into_os_string()
-        .into_string()
-        .map_err(|path| ConfigError(format!("{key}: {} is not UTF-8", path.display())))
+fn is_endpoint(text: &str) -> bool {
+    let Ok(authority) = text.parse::<Authority>() else { return false };
+    let port = text.strip_prefix(authority.host());
+    let is_port = |port: u16| port != 0;
+    port == Some("")
+        || port.is_some_and(|port| port.starts_with(':'))
+            && authority.port_u16().is_some_and(is_port)
 }
 
-fn name(given: Option<String>, variable: Option<String>) -> Result<String, ConfigError> {
+/// As the job's shell, which is in another directory, finds it.
+fn for_shell(origins: &Origins, key: &str, path: PathBuf) -> Result<String, ConfigError> {
+    let path = std::path::absolute(&path).unwrap_or(path);
+    let path = path.into_os_string().into_string();
+    path.map_err(|path| origins.refuse(key, format!("`{}` is not UTF-8", path.display())))
+}
+
+fn name(
+    given: Option<String>,
+    variable: Option<String>,
+    origins: &Origins,
+) -> Result<String, ConfigError> {
     let (key, name) = match (given, variable) {
         (Some(name), _) => ("name", name),
         (None, Some(variable)) => match std::env::var(&variable) {
             Ok(name) if !name.is_empty() => ("name-from-env", name),
             _ => {
-                return Err(ConfigError(format!(
-                    "name-from-env: there is no name in the variable `{variable}`"
-                )));
+                let why = format!("there is no name in the variable `{variable}`");
+                return Err(origins.refuse("name-from-env", why));
             }
         },
         (None, None) => return Ok(random_name()),
@@ -662,9 +605,8 @@ fn name(given: Option<String>, variable: Option<String>) -> Result<String, Confi
         return Ok(name);
     }
     let (least, most) = (NAME_LENGTH.start(), NAME_LENGTH.end());
-    Err(ConfigError(format!(
-        "{key}: `{name}` has {length} characters; {least} to {most}, or a URL, are needed"
-    )))
+    let why = format!("`{name}` has {length} characters; {least} to {most}, or a URL, are needed");
+    Err(origins.refuse(key, why))
 }
 
 fn random_name() -> String {
@@ -672,42 +614,54 @@ fn random_name() -> String {
     (0..RANDOM_NAME).map(|_| char::from(LETTERS[fastrand::usize(..LETTERS.len())])).collect()
 }
 
-fn token(given: Option<Secret>, file: Option<PathBuf>) -> Result<Secret, ConfigError> {
-    let token = match (given, file) {
+fn token(
+    given: Option<Secret>,
+    file: Option<PathBuf>,
+    origins: &Origins,
+) -> Result<Secret, ConfigError> {
+    let (key, token) = match (given, file) {
         (Some(_), Some(_)) => {
-            let why = "token and token-file are both set; one is needed";
-            return Err(ConfigError(why.to_owned()));
+            let why = "token is set too; one of these two is needed";
+            return Err(origins.refuse("token-file", why));
         }
         (None, None) => {
             return Err(ConfigError(
                 "no token: set SEMAPHORE_AGENT_TOKEN, or name a file with --token-file".to_owned(),
             ));
         }
-        (Some(token), None) => token,
-        (None, Some(path)) => Secret::read(&path)
-            .map_err(|error| ConfigError(format!("token-file: {}: {error}", path.display())))?,
+        (Some(token), None) => ("token", token),
+        (None, Some(path)) => {
+            let refuse = |why: &dyn Display| {
+                origins.refuse("token-file", format!("`{}`: {why}", path.display()))
+            };
+            let token = Secret::read(&path).map_err(|error| refuse(&error))?;
+            if token.reveal().is_empty() {
+                return Err(refuse(&"there is no token in it"));
+            }
+            ("token-file", token)
+        }
     };
     if token.reveal().is_empty() {
-        return Err(ConfigError("token: is empty".to_owned()));
+        return Err(origins.refuse(key, "is empty"));
     }
     if !token.reveal().bytes().all(|byte| byte.is_ascii_graphic()) {
-        return Err(ConfigError("token: has characters that no token has".to_owned()));
+        return Err(origins.refuse(key, "has characters that no token has"));
     }
     Ok(token)
 }
 
 /// The value may hold what no flag, and no variable, could hold otherwise.
-fn env_vars(pairs: &[String]) -> Result<Vec<EnvVar>, ConfigError> {
+fn env_vars(pairs: &[String]) -> Result<Vec<EnvVar>, String> {
     let mut variables: Vec<EnvVar> = Vec::new();
     for (index, pair) in pairs.iter().enumerate() {
-        let (name, value) = pair.split_once('=').ok_or_else(|| {
-            ConfigError(format!("env-vars: entry {} is not NAME=VALUE", index + 1))
-        })?;
+        // Not shown: a part of a value may have got here.
+        let (name, value) =
+            pair.split_once('=').ok_or_else(|| format!("entry {} is not NAME=VALUE", index + 1))?;
         let name = VariableName::new(name).ok_or_else(|| {
-            ConfigError(format!(
-                "env-vars: `{name}` is no name of a variable: letters, digits and _ only, and no \
-                 digit first"
-            ))
+            let entry = index + 1;
+            format!(
+                "entry {entry} has no name of a variable: letters, digits and _ only, no digit first"
+            )
         })?;
         variables.retain(|variable| variable.name != name);
         variables.push(EnvVar { name, value: Bytes::copy_from_slice(value.as_bytes()) });
@@ -721,7 +675,7 @@ mod tests {
 
     #[test]
     fn every_key_has_a_field_and_every_default_a_key() {
-        let keys = known_keys();
+        let keys = known_keys::<StartOptions>();
         assert!(keys.len() > 30 && keys.contains(&"log-delivery-timeout"), "{keys:?}");
         for (key, _) in DEFAULTS {
             assert!(keys.contains(&key), "{key}");
@@ -732,6 +686,6 @@ mod tests {
     fn names_are_random_and_fit() {
         let [one, two] = [random_name(), random_name()];
         assert_ne!(one, two);
-        assert!(name(Some(one), None).is_ok());
+        assert!(NAME_LENGTH.contains(&one.chars().count()));
     }
 }

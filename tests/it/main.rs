@@ -27,5 +27,6 @@ mod hosted_tls;
 mod job_bytes;
 mod output;
 mod shell_session;
+mod start_config;
 mod stopping;
 mod support;

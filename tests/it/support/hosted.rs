@@ -309,13 +309,13 @@ fn base64_url(bytes: &[u8]) -> String {
 
 /// The standard output of an agent, as it comes.
 #[derive(Default)]
-struct OwnLog {
+pub(super) struct OwnLog {
     text: Mutex<(Vec<u8>, bool)>,
     grown: Condvar,
 }
 
 impl OwnLog {
-    fn collect(mut stdout: impl io::Read + Send + 'static) -> Arc<Self> {
+    pub(super) fn collect(mut stdout: impl io::Read + Send + 'static) -> Arc<Self> {
         let log = Arc::new(Self::default());
         let collected = Arc::clone(&log);
         std::thread::spawn(move || {
@@ -334,12 +334,21 @@ impl OwnLog {
         log
     }
 
-    fn so_far(&self) -> String {
+    pub(super) fn so_far(&self) -> String {
         String::from_utf8_lossy(&self.text.lock().unwrap().0).into_owned()
     }
 
+    /// Waits until nothing more can come.
+    pub(super) fn wait_for_end(&self) {
+        let guard = self.text.lock().unwrap();
+        let (guard, waited) =
+            self.grown.wait_timeout_while(guard, PATIENCE, |(_, ended)| !*ended).unwrap();
+        drop(guard);
+        assert!(!waited.timed_out(), "the agent's own log does not end");
+    }
+
     /// Whole lines, of which one holds `text`.
-    fn wait_for(&self, text: &str) -> String {
+    pub(super) fn wait_for(&self, text: &str) -> String {
         let guard = self.text.lock().unwrap();
         let held = |log: &[u8]| {
             let log = String::from_utf8_lossy(log);

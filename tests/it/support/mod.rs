@@ -3,6 +3,7 @@
 pub mod hosted;
 mod http;
 pub mod ssh;
+pub mod start_agent;
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};

@@ -1,0 +1,142 @@
+//! A running `agent start`, and a control plane for it.
+
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+
+use actors::log_event::LogEvent;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tempfile::TempDir;
+
+#[expect(dead_code, reason = "not all of it is for these tests")]
+#[path = "../../../examples/hub/control_plane.rs"]
+pub mod control_plane;
+
+use self::control_plane::{ControlPlane, HubJob, Settings};
+use super::hosted::OwnLog;
+use super::{Finished, PATIENCE, Watchdog, World, wait_for_end};
+
+/// What agents register with; no output may ever show it.
+pub const TOKEN: &str = "canary-registration-token";
+
+/// `agent start` with private places for all that it writes, and nothing else that it needs.
+pub fn command(world: &World) -> Command {
+    let directory = world.directory.path();
+    let working = directory.join("working");
+    std::fs::create_dir_all(&working).unwrap();
+    let mut command = world.agent();
+    command.arg("start").current_dir(working);
+    command.env("SEMAPHORE_AGENT_SSH_JUMP_POINT_PATH", directory.join("ssh_jump_point"));
+    command.env("SEMAPHORE_AGENT_LOG_FILE_PATH", directory.join("agent_log"));
+    command
+}
+
+/// What an agent prints that soon ends by itself.
+pub fn run(command: &mut Command) -> Output {
+    wait_for_end(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
+}
+
+/// What an agent says that is set up in a wrong way and does not start.
+pub fn refusal(command: &mut Command) -> String {
+    let output = run(command);
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{command:?}: {message}");
+    assert!(output.stdout.is_empty(), "{command:?}: {message}");
+    assert!(!message.contains("canary"), "{command:?}: {message}");
+    message
+}
+
+/// A control plane on a free port that wants reports often.
+pub fn hub() -> ControlPlane {
+    let settings = Settings { next_sync_after: 100, token: TOKEN.into(), ..Settings::default() };
+    ControlPlane::start("127.0.0.1:0", settings, Box::new(|_| {})).unwrap()
+}
+
+/// Waits for what the control plane must get to know.
+pub fn wait_for<T>(
+    hub: &ControlPlane,
+    look: impl FnMut(&control_plane::Known) -> Option<T>,
+) -> Option<T> {
+    hub.wait_for(PATIENCE, look)
+}
+
+/// What the control plane has of a job that it was told the result of.
+pub fn finished(hub: &ControlPlane, id: &str) -> (String, Finished) {
+    let job = wait_for(hub, |known| known.jobs.get(id).filter(|job| job.result.is_some()).cloned());
+    let job: HubJob = job.unwrap_or_else(|| panic!("{id} is not finished"));
+    let events = job.log.iter().map(|line| LogEvent::decode(line).unwrap()).collect();
+    (job.result.unwrap(), Finished { exit_code: None, events, stderr: String::new() })
+}
+
+/// Waits until the log of a job, as far as it was delivered, has `text`.
+pub fn wait_for_log(hub: &ControlPlane, id: &str, text: &str) {
+    let found = wait_for(hub, |known| {
+        let log = known.jobs[id].log_bytes();
+        String::from_utf8_lossy(&log).contains(text).then_some(())
+    });
+    assert!(found.is_some(), "{text:?} is not in the log of {id}");
+}
+
+/// An agent of a control plane.
+pub struct StartAgent {
+    child: Child,
+    own_log: Arc<OwnLog>,
+    _watchdog: Watchdog,
+    _world: Arc<TempDir>,
+}
+
+impl StartAgent {
+    /// An agent of a control plane that speaks plain HTTP; `adapt` adds arguments and variables.
+    pub fn start(world: &World, hub: &ControlPlane, adapt: impl FnOnce(&mut Command)) -> Self {
+        let mut command = command(world);
+        command.args(["--no-https", "--endpoint", &hub.endpoint()]);
+        command.env("SEMAPHORE_AGENT_TOKEN", TOKEN);
+        adapt(&mut command);
+        Self::spawn(world, command)
+    }
+
+    pub fn spawn(world: &World, mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let watchdog = Watchdog::over(&child);
+        let own_log = OwnLog::collect(child.stdout.take().unwrap());
+        let world = Arc::clone(&world.directory);
+        Self { child, own_log, _watchdog: watchdog, _world: world }
+    }
+
+    pub fn interrupt(&self) {
+        kill(Pid::from_raw(self.child.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
+    }
+
+    /// Its exit code, and all of its own log.
+    pub fn wait_for_exit(&mut self) -> (Option<i32>, String) {
+        let status = self.child.wait().unwrap();
+        self.own_log.wait_for_end();
+        let own_log = self.own_log.so_far();
+        assert_ne!(status.signal(), Some(9), "killed, perhaps because it hung: {own_log}");
+        assert!(!own_log.contains("canary"), "{own_log}");
+        (status.code(), own_log)
+    }
+
+    pub fn wait_for_own_log(&self, text: &str) -> String {
+        self.own_log.wait_for(text)
+    }
+}
+
+impl Drop for StartAgent {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!("the agent's own log:\n{}", self.own_log.so_far());
+        }
+    }
+}
+
+/// A job of these commands and nothing else.
+pub fn job(id: &str, commands: &[&str]) -> Value {
+    super::hosted::job(id, commands)
+}
