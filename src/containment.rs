@@ -232,6 +232,14 @@ impl Containment for ShellContainment {
         self.tell("kill-shell");
     }
 
+    fn kill_foreground(&self) {
+        self.tell("kill-foreground");
+    }
+
+    fn kill_all(&self) {
+        self.tell("kill-all");
+    }
+
     fn end_everything(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
         self.end("end", grace)
     }

@@ -15,8 +15,8 @@
 //! ```
 //!
 //! Descriptors: 0 is the control socket, 1 the shell's end of the terminal. The first line on the
-//! socket is a [`Spec`] in JSON; then come `kill-shell`, `end MILLISECONDS` and
-//! `release MILLISECONDS`. It answers `started` or `failed WHY`, and at the end `empty`, `left WHAT` or
+//! socket is a [`Spec`] in JSON; then come `kill-shell`, `kill-foreground`, `kill-all`,
+//! `end MILLISECONDS` and `release MILLISECONDS`. It answers `started` or `failed WHY`, and at the end `empty`, `left WHAT` or
 //! `released`.
 //!
 //! A release ends the shell only. What is left then is no part of the job any more: this process stays
@@ -35,7 +35,7 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
-use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, killpg, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, getpid, setsid};
@@ -44,7 +44,7 @@ use serde::{Deserialize, Serialize};
 use crate::cgroup::JobCgroup;
 use crate::jump_point::SshAccess;
 use crate::open_files;
-use crate::process_tree::{Descendant, descendants, names_of, signal_all};
+use crate::process_tree::{Descendant, descendants, foreground_beside, names_of, signal_all};
 use crate::state_dir;
 use crate::sys;
 
@@ -255,6 +255,8 @@ impl JobInit {
                 self.shell_condemned = true;
                 self.signal_shell(Signal::SIGSTOP);
             }
+            None if command == "kill-foreground" => self.kill_foreground(),
+            None if command == "kill-all" => self.kill_everything(),
             Some(("end", text)) => self.end_within(grace(text)),
             Some(("release", text)) => self.release_within(grace(text)),
             _ => {}
@@ -339,6 +341,14 @@ impl JobInit {
         let mut others = descendants(getpid())?;
         others.retain(|process| Some(process.pid) != self.shell && !process.zombie);
         Ok(others)
+    }
+
+    /// Kills what the shell waits for; nothing if it runs something itself.
+    fn kill_foreground(&self) {
+        if let Some(group) = self.shell.and_then(foreground_beside) {
+            // It may have ended by itself.
+            let _ = killpg(group, Signal::SIGKILL);
+        }
     }
 
     fn kill_everything(&self) {

@@ -60,6 +60,21 @@ fn parse_stat(pid: Pid, stat: &str) -> Option<Descendant> {
     Some(Descendant { pid, parent, name: name.to_owned(), zombie })
 }
 
+/// The process group in the foreground of the terminal of `shell`, unless that is the shell's own.
+pub fn foreground_beside(shell: Pid) -> Option<Pid> {
+    let stat = fs::read(format!("/proc/{shell}/stat")).ok()?;
+    parse_foreground(&String::from_utf8_lossy(&stat))
+}
+
+/// `PID (NAME) STATE PARENT GROUP SESSION TERMINAL FOREGROUND ...`
+fn parse_foreground(stat: &str) -> Option<Pid> {
+    let (_, fields) = stat.rsplit_once(')')?;
+    let fields: Vec<_> = fields.split_ascii_whitespace().collect();
+    let number = |index: usize| fields.get(index)?.parse::<i32>().ok();
+    let (own, foreground) = (number(2)?, number(5)?);
+    (foreground > 1 && foreground != own).then(|| Pid::from_raw(foreground))
+}
+
 /// Sends `signal` to all of `processes` that live.
 pub fn signal_all(processes: &[Descendant], signal: Signal) {
     for process in processes.iter().filter(|process| !process.zombie) {
@@ -93,5 +108,17 @@ mod tests {
             ("a) S 1 (b", 42, true)
         );
         assert_eq!(parse_stat(Pid::from_raw(7), "7"), None);
+    }
+
+    #[test]
+    fn a_group_in_the_foreground_is_another_than_the_shells() {
+        for (stat, found) in [
+            ("7 (a) b) S 1 7 7 34816 42 0", Some(42)),
+            ("7 (bash) S 1 7 7 34816 7 0", None),
+            ("7 (bash) S 1 7 7 0 -1 0", None),
+            ("7 (bash) S 1 7", None),
+        ] {
+            assert_eq!(parse_foreground(stat).map(Pid::as_raw), found, "{stat}");
+        }
     }
 }

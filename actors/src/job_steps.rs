@@ -10,13 +10,14 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use bytes::Bytes;
-use tokio::time::sleep;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::executor::{
     Abort, Executor, ExecutorError, Export, Inject, Prepare, RunCommand, ShownPath,
 };
 use crate::job::{Command, EnvVar, ExecutorKind, Job, Outcome, Problem, VariableName};
+use crate::job_hooks::{HookFailure, HookPlace, HookRun, JobHooks};
 use crate::job_log::JobLog;
 use crate::jump_point::{JumpPoint, OpenAccess};
 use crate::log_buffer::LogError;
@@ -25,6 +26,9 @@ use crate::ports::{Containment, Script, ScriptEnd};
 
 /// A main command that exits with this code stops the job from inside.
 const STOP_FROM_INSIDE: i32 = 130;
+
+/// How long the shell may take to notice that the hook it waits for was killed.
+const HOOK_KILL_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long an executor may take to give up its work after an abort.
 const ABORT_PATIENCE: Duration = Duration::from_secs(5);
@@ -36,63 +40,6 @@ pub(crate) struct Interrupts {
     pub(crate) stop: CancellationToken,
     /// The supervisor is gone.
     pub(crate) orphaned: CancellationToken,
-}
-
-/// A script of the agent's operator that runs before the commands of every job, in their shell.
-#[derive(Clone, Debug)]
-pub struct PreJobHook {
-    /// Where it is for the shell.
-    pub path: String,
-    /// Part of the shell, or a process of its own.
-    pub sourced: bool,
-    /// Whether a job goes on without it.
-    pub failure: HookFailure,
-    /// How long it may take; longer costs the job its shell.
-    pub patience: Option<Duration>,
-}
-
-/// What becomes of a job whose pre-job hook fails.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HookFailure {
-    /// It fails, as the protocol of the hosted mode has it.
-    FailsJob,
-    /// It fails, and its log has said so before.
-    FailsJobAsAnnounced,
-    /// It goes on, and its log has said so before.
-    IsIgnoredAsAnnounced,
-}
-
-impl HookFailure {
-    const fn announcement(self) -> &'static str {
-        match self {
-            Self::FailsJob => "",
-            Self::FailsJobAsAnnounced => {
-                "Warning: The agent is configured to fail the job if the pre-job hook fails.\n"
-            }
-            Self::IsIgnoredAsAnnounced => {
-                "Warning: The agent is configured to proceed with the job even if the pre-job hook \
-                 fails.\n"
-            }
-        }
-    }
-}
-
-/// A script of the agent's operator that runs after everything else of every job.
-#[derive(Clone, Debug)]
-pub struct PostJobHook {
-    /// Where it is for the shell.
-    pub path: String,
-    /// How long it may take.
-    pub patience: Option<Duration>,
-}
-
-/// What the agent's operator adds to every job.
-#[derive(Clone, Debug, Default)]
-pub struct JobHooks {
-    /// Before its commands.
-    pub pre_job: Option<PreJobHook>,
-    /// After them, and after a stop.
-    pub post_job: Option<PostJobHook>,
 }
 
 /// Why the steps can't go on.
@@ -186,17 +133,13 @@ impl JobSteps {
 
     async fn run_post_job_hook(&self) -> Result<(), Interrupted> {
         if let Some(hook) = &self.hooks.post_job {
-            self.hook(&hook.command(), "", hook.patience).await?;
+            self.hook(hook.run()).await?;
         }
         Ok(())
     }
 
-    async fn hook(
-        &self,
-        command: &Command,
-        announcement: &str,
-        patience: Option<Duration>,
-    ) -> StepEnd {
+    async fn hook(&self, hook: HookRun) -> StepEnd {
+        let HookRun { command, announcement, patience, place } = hook;
         self.step(command.title(), async {
             let first = format!("Running: {}\n{announcement}", command.directive);
             self.log.append_output(first).await?;
@@ -205,17 +148,21 @@ impl JobSteps {
             let Some(patience) = patience else {
                 return ended.await;
             };
-            tokio::select! {
-                ended = &mut ended => ended,
-                () = sleep(patience) => {
-                    let seconds = patience.as_secs();
-                    log::error!(job:% = self.job.id, hook = command.title(), seconds; "a hook hangs");
-                    let line = format!("The hook took longer than {seconds} s, and is ended.\n");
-                    self.log.append_output(line).await?;
-                    self.containment.kill_shell();
-                    ended.await
+            if let Ok(ended) = timeout(patience, &mut ended).await {
+                return ended;
+            }
+            let seconds = patience.as_secs();
+            log::error!(job:% = self.job.id, hook = command.title(), seconds; "a hook hangs");
+            let line = format!("The hook took longer than {seconds} s, and is ended.\n");
+            self.log.append_output(line).await?;
+            if place == HookPlace::Process {
+                self.containment.kill_foreground();
+                if let Ok(ended) = timeout(HOOK_KILL_PATIENCE, &mut ended).await {
+                    return ended.map(|_| failed());
                 }
             }
+            self.containment.kill_all();
+            ended.await.map(|_| failed())
         })
         .await
     }
@@ -265,8 +212,7 @@ impl JobSteps {
             return Ok(MainEnd::Failed);
         }
         if let Some(hook) = &self.hooks.pre_job {
-            let announcement = hook.failure.announcement();
-            let end = self.hook(&hook.command(), announcement, hook.patience).await?;
+            let end = self.hook(hook.run()).await?;
             if !succeeded(&end) && hook.failure != HookFailure::IsIgnoredAsAnnounced {
                 return Ok(MainEnd::Failed);
             }
@@ -403,7 +349,7 @@ impl JobSteps {
             interrupted = self.interrupted() => {
                 self.abort();
                 // Its reply comes when what was printed up to now is in the log.
-                let _ = tokio::time::timeout(ABORT_PATIENCE, &mut reply).await;
+                let _ = timeout(ABORT_PATIENCE, &mut reply).await;
                 return Err(interrupted);
             }
             answer = &mut reply => answer,
@@ -440,33 +386,6 @@ impl JobSteps {
             Ok(())
         }
     }
-}
-
-impl PreJobHook {
-    fn command(&self) -> Command {
-        Command {
-            directive: format!(
-                "{} {}",
-                if self.sourced { "source" } else { "bash" },
-                quoted(&self.path)
-            ),
-            alias: Some("Running the pre-job hook configured in the agent".to_owned()),
-        }
-    }
-}
-
-impl PostJobHook {
-    fn command(&self) -> Command {
-        Command {
-            directive: format!("bash {}", quoted(&self.path)),
-            alias: Some("Running the post-job hook configured in the agent".to_owned()),
-        }
-    }
-}
-
-/// As one word of a shell.
-fn quoted(path: &str) -> String {
-    format!("'{}'", path.replace('\'', r"'\''"))
 }
 
 fn orphaned() -> Interrupted {

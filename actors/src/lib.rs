@@ -27,6 +27,7 @@ pub mod executor;
 pub mod finished_once;
 pub mod http_intake;
 pub mod job;
+mod job_hooks;
 pub mod job_lifecycle;
 mod job_log;
 pub mod job_request;

@@ -120,6 +120,12 @@ pub trait Containment {
     /// Sees to it that the session's shell runs nothing more, from now on.
     fn kill_shell(&self);
 
+    /// Kills what the session's shell waits for; it goes on with what comes next.
+    fn kill_foreground(&self);
+
+    /// Kills everything, and the session's shell with it, whose end the session notices.
+    fn kill_all(&self);
+
     /// Asks everything to end, waits `grace` at most, kills what is left. Resolves when nothing is
     /// left, or with what could not be ended. Another call while one is at work shortens its grace.
     fn end_everything(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>>;

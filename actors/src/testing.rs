@@ -374,6 +374,14 @@ impl Containment for ScriptedJob {
         self.call("kill shell");
     }
 
+    fn kill_foreground(&self) {
+        self.call("kill foreground");
+    }
+
+    fn kill_all(&self) {
+        self.call("kill all");
+    }
+
     fn end_everything(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
         self.call(format!("end everything within {grace:?}"));
         if self.0.panic_at_the_end.replace(false) {

@@ -28,5 +28,6 @@ mod job_bytes;
 mod output;
 mod shell_session;
 mod start_config;
+mod start_hooks;
 mod stopping;
 mod support;
