@@ -3,6 +3,7 @@
 use std::cell::OnceCell;
 use std::fmt;
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::task::{Context, Poll};
@@ -140,18 +141,32 @@ impl Proxy {
         Ok(Self {
             host: authority.host().trim_matches(['[', ']']).to_owned(),
             port: authority.port_u16().unwrap_or(80),
-            authorization: login.map(|login| format!("Basic {}", BASE64_STANDARD.encode(login))),
+            authorization: login
+                .map(|login| format!("Basic {}", BASE64_STANDARD.encode(percent_decoded(login)))),
             direct: direct.split(',').map(|host| host.trim().to_lowercase()).collect(),
         })
     }
 
-    /// Whether `host` is reached without it.
-    fn spares(&self, host: &str) -> bool {
-        let host = host.to_lowercase();
+    /// Whether `host` is reached without it: named, below a name, in a range of addresses; some for
+    /// one port only.
+    fn spares(&self, host: &str, port: u16) -> bool {
+        let host = host.trim_matches(['[', ']']).to_lowercase();
         self.direct.iter().filter(|name| !name.is_empty()).any(|name| {
+            if let Some((network, bits)) = name.split_once('/') {
+                return is_in_network(&host, network, bits);
+            }
+            let (name, only_port) = match name.rsplit_once(':') {
+                // Not the end of an address that is all colons.
+                Some((name, port)) if !name.contains(':') || name.ends_with(']') => {
+                    (name, Some(port))
+                }
+                _ => (name.as_str(), None),
+            };
+            let name = name.trim_matches(['[', ']']);
             let name = name.trim_start_matches("*.").trim_start_matches('.');
             let below = host.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'));
-            name == "*" || host == name || below
+            only_port.is_none_or(|only| only.parse() == Ok(port))
+                && (name == "*" || host == name || below)
         })
     }
 
@@ -187,6 +202,42 @@ impl Proxy {
     }
 }
 
+fn is_in_network(host: &str, network: &str, bits: &str) -> bool {
+    let (Ok(host), Ok(network), Ok(bits)) = (host.parse(), network.parse(), bits.parse::<u32>())
+    else {
+        return false;
+    };
+    let (host, network, size) = match (host, network) {
+        (IpAddr::V4(host), IpAddr::V4(network)) => {
+            (u128::from(host.to_bits()), u128::from(network.to_bits()), 32)
+        }
+        (IpAddr::V6(host), IpAddr::V6(network)) => (host.to_bits(), network.to_bits(), 128),
+        _ => return false,
+    };
+    // All bits differ if none counts.
+    bits <= size && (host ^ network).checked_shr(size - bits).unwrap_or(0) == 0
+}
+
+/// What a part of an URL stands for: a login may have any character in it.
+fn percent_decoded(text: &str) -> Vec<u8> {
+    let hex = |digits: &str| u8::from_str_radix(digits, 16).ok();
+    let mut parts = text.split('%');
+    let mut decoded = parts.next().unwrap_or_default().as_bytes().to_vec();
+    for part in parts {
+        match part.get(..2).and_then(hex) {
+            Some(byte) => {
+                decoded.push(byte);
+                decoded.extend_from_slice(&part.as_bytes()[2..]);
+            }
+            None => {
+                decoded.push(b'%');
+                decoded.extend_from_slice(part.as_bytes());
+            }
+        }
+    }
+    decoded
+}
+
 /// Opens connections, through a proxy where that is wanted.
 #[derive(Clone)]
 struct Dialer {
@@ -203,7 +254,7 @@ impl Service<ConnectInfo<Uri>> for Dialer {
     }
 
     fn call(&self, info: ConnectInfo<Uri>) -> Self::Future {
-        let proxy = self.proxy.clone().filter(|proxy| !proxy.spares(info.hostname()));
+        let proxy = self.proxy.clone().filter(|proxy| !proxy.spares(info.hostname(), info.port()));
         let Some(proxy) = proxy else {
             return TcpConnector::default().service().call(info).boxed_local();
         };
@@ -235,11 +286,48 @@ mod tests {
     fn some_hosts_are_reached_without_it() {
         let proxy = Proxy::new("proxy", "localhost, .example.com,10.0.0.1,*.corp").unwrap();
         for host in ["localhost", "a.example.com", "example.com", "10.0.0.1", "x.corp", "X.Corp"] {
-            assert!(proxy.spares(host), "{host}");
+            assert!(proxy.spares(host, 443), "{host}");
         }
         for host in ["example.org", "notexample.com", "10.0.0.10", "localhost.org"] {
-            assert!(!proxy.spares(host), "{host}");
+            assert!(!proxy.spares(host, 443), "{host}");
         }
-        assert!(Proxy::new("proxy", "*").unwrap().spares("anything"));
+        assert!(Proxy::new("proxy", "*").unwrap().spares("anything", 443));
+    }
+
+    #[test]
+    fn networks_and_ports_are_spared_too() {
+        let proxy = Proxy::new("proxy", "10.0.0.0/8,fd00::/16,a.example:8443,[::1]:1,::2").unwrap();
+        let spared = [
+            ("10.1.2.3", 443),
+            ("fd00:1::1", 1),
+            ("[fd00::1]", 1),
+            ("a.example", 8443),
+            ("x.a.example", 8443),
+            ("::1", 1),
+            ("[::2]", 443),
+        ];
+        for (host, port) in spared {
+            assert!(proxy.spares(host, port), "{host}:{port}");
+        }
+        for (host, port) in
+            [("11.0.0.1", 443), ("a.example", 443), ("::1", 443), ("fd01::1", 1), ("10.example", 1)]
+        {
+            assert!(!proxy.spares(host, port), "{host}:{port}");
+        }
+        assert!(Proxy::new("proxy", "0.0.0.0/0").unwrap().spares("1.2.3.4", 443));
+        assert!(!Proxy::new("proxy", "0.0.0.0/33").unwrap().spares("1.2.3.4", 443));
+    }
+
+    #[test]
+    fn a_login_may_have_any_character_in_it() {
+        for (text, decoded) in [
+            ("me:p%40%3a%25", "me:p@:%"),
+            ("%zz%4", "%zz%4"),
+            ("%C3%BC", "ü"),
+            ("%é", "%é"),
+            ("", ""),
+        ] {
+            assert_eq!(percent_decoded(text), decoded.as_bytes(), "{text}");
+        }
     }
 }

@@ -29,5 +29,6 @@ mod output;
 mod shell_session;
 mod start_config;
 mod start_hooks;
+mod start_tls;
 mod stopping;
 mod support;

@@ -1,7 +1,7 @@
 //! Runs the real binary in a world of its own: a private HOME, a private state directory.
 
 pub mod hosted;
-mod http;
+pub mod http;
 pub mod ssh;
 pub mod start_agent;
 
