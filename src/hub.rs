@@ -145,10 +145,20 @@ async fn answer_to(request: ClientRequest, body: Bytes, largest: usize) -> Resul
 
 /// Says what is wrong and where, but no value: it may be a secret.
 fn decode<'de, T: Deserialize<'de>>(body: &'de [u8]) -> Result<T, HubError> {
+    decode_or(HubError::Failed, body)
+}
+
+/// The same. What is no JSON at all may be somebody else's answer, such as a proxy's page, and the next
+/// one another; what is JSON, but not what it should be, is `unfit`.
+fn decode_or<'de, T: Deserialize<'de>>(
+    unfit: fn(String) -> HubError,
+    body: &'de [u8],
+) -> Result<T, HubError> {
     let mut json = serde_json::Deserializer::from_slice(body);
     serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let (path, what) = (error.path().to_string(), without_value(&error.inner().to_string()));
-        HubError::Failed(format!("the answer is not understood: {path}: {what}"))
+        let why = format!("the answer is not understood: {path}: {what}");
+        if error.inner().is_data() { unfit(why) } else { HubError::Failed(why) }
     })
 }
 
@@ -203,12 +213,7 @@ impl HubApi for Hub {
         let path = format!("/jobs/{}", percent_encoded(id.as_str()));
         async move {
             let body = shared.ask(Method::GET, &path, Bytes::new(), LARGEST_JOB).await?;
-            let request: OnlyMap<WireRequest> = match decode(&body) {
-                Ok(request) => request,
-                Err(HubError::Failed(why) | HubError::Unusable(why)) => {
-                    return Err(HubError::Unusable(why));
-                }
-            };
+            let request: OnlyMap<WireRequest> = decode_or(HubError::Unusable, &body)?;
             request.0.decode().map_err(|error| HubError::Unusable(error.to_string()))
         }
         .boxed_local()

@@ -37,8 +37,50 @@ pub enum Fault {
     Nonsense,
 }
 
-/// Which fault a request meets, by its path and its number from 0 on.
-pub type Faults = Box<dyn FnMut(&str, usize) -> Option<Fault> + Send>;
+/// Which fault a request meets, by itself and its number from 0 on.
+pub type Faults = Box<dyn FnMut(&Asked, usize) -> Option<Fault> + Send>;
+
+/// A request as it came.
+#[derive(Clone, Debug, Default)]
+pub struct Asked {
+    /// In capitals.
+    pub method: String,
+    /// Without the query.
+    pub path: String,
+    /// By their names in small letters.
+    pub headers: BTreeMap<String, String>,
+    /// Empty if it is no JSON, as for logs.
+    pub body: Value,
+    /// What it was answered; nothing as long as it is not.
+    pub status: Option<u16>,
+}
+
+impl Asked {
+    fn new(request: &HttpRequest, body: &[u8]) -> Self {
+        let text = |value: &header::HeaderValue| String::from_utf8_lossy(value.as_bytes()).into();
+        let headers = request.headers().iter();
+        let path = request.path().to_owned();
+        // A log of one line is JSON, too, and may be large.
+        let is_log = path.starts_with(LOGS);
+        Self {
+            method: request.method().to_string(),
+            headers: headers.map(|(name, value)| (name.to_string(), text(value))).collect(),
+            body: if is_log { None } else { serde_json::from_slice(body).ok() }.unwrap_or_default(),
+            path,
+            status: None,
+        }
+    }
+
+    /// Whether it brings a part of a log.
+    pub fn is_log(&self) -> bool {
+        self.path.starts_with(LOGS)
+    }
+
+    /// Whether it is one of `method` to this path of the agents' API.
+    pub fn is(&self, method: &str, path: &str) -> bool {
+        self.method == method && self.path.strip_prefix(API) == Some(path)
+    }
+}
 
 /// What a control plane tells people.
 pub type Events = Box<dyn Fn(&str) + Send + Sync>;
@@ -117,8 +159,8 @@ pub struct Known {
     pub answered: Vec<SystemTime>,
     /// How many agents have disconnected.
     pub disconnected: usize,
-    /// How many requests there were.
-    pub requests: usize,
+    /// All of them.
+    pub requests: Vec<Asked>,
     /// The sizes of the bodies of logs as they came, in bytes.
     pub log_bodies: Vec<usize>,
     queue: VecDeque<String>,
@@ -151,9 +193,14 @@ impl State {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn fault(&self, path: &str, number: usize) -> Option<Fault> {
+    fn fault(&self, asked: &Asked, number: usize) -> Option<Fault> {
         let mut faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
-        faults.as_mut()?(path, number)
+        faults.as_mut()?(asked, number)
+    }
+
+    fn answered(&self, number: usize, status: u16) {
+        self.known().requests[number].status = Some(status);
+        self.changed.notify_all();
     }
 }
 
@@ -325,18 +372,24 @@ fn remember_connection(connection: &dyn std::any::Any, data: &mut Extensions) {
 
 async fn answer(request: HttpRequest, body: Bytes, state: Data<State>) -> HttpResponse {
     let path = request.path().to_owned();
+    let asked = Asked::new(&request, &body);
     let number = {
         let mut known = state.known();
-        known.requests += 1;
-        known.requests - 1
+        known.requests.push(asked.clone());
+        known.requests.len() - 1
     };
-    let fault = state.fault(&path, number);
+    state.changed.notify_all();
+    let fault = state.fault(&asked, number);
     match fault {
         Some(Fault::Status(status)) => {
+            state.answered(number, status);
             let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
             return HttpResponse::build(status).finish();
         }
-        Some(Fault::Nonsense) => return HttpResponse::Ok().body("<html>{\"action\":"),
+        Some(Fault::Nonsense) => {
+            state.answered(number, 200);
+            return HttpResponse::Ok().body("<html>{\"action\":");
+        }
         Some(Fault::Drop) => {
             if let Some(stream) = request.conn_data::<Arc<TcpStream>>() {
                 let _ = stream.shutdown(Shutdown::Both);
@@ -353,7 +406,7 @@ async fn answer(request: HttpRequest, body: Bytes, state: Data<State>) -> HttpRe
     } else {
         (404, Value::Null)
     };
-    state.changed.notify_all();
+    state.answered(number, status);
     let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let mut response = HttpResponse::build(status);
     if state.settings().compression {

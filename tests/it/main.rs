@@ -29,6 +29,7 @@ mod output;
 mod shell_session;
 mod start_config;
 mod start_hooks;
+mod start_jobs;
 mod start_tls;
 mod stopping;
 mod support;

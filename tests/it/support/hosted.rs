@@ -2,35 +2,30 @@
 
 use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::unix::process::ExitStatusExt as _;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::ops::{Deref, DerefMut};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::time::{Duration, SystemTime};
 
 use actors::log_event::LogEvent;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use openssl::hash::MessageDigest;
 use openssl::pkey::PKey;
 use openssl::ssl::{Ssl, SslContext, SslMethod, SslStream};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
+use super::daemon::Daemon;
 pub use super::http::Answer;
 use super::http::Request;
-use super::{Finished, PATIENCE, Watchdog, World, wait_for_end};
+use super::{Finished, PATIENCE, World, wait_for_end};
 
 /// What the tokens of all hosted agents here are signed with.
 pub const SECRET: &str = "a secret that only the tests know";
 
 /// An `agent serve` on a free port of this machine.
 pub struct Hosted {
-    child: Child,
+    daemon: Daemon,
     address: SocketAddr,
-    own_log: Arc<OwnLog>,
-    _watchdog: Watchdog,
-    _world: Arc<TempDir>,
 }
 
 impl Hosted {
@@ -42,41 +37,15 @@ impl Hosted {
     pub fn start_with(world: &World, adapt: impl FnOnce(&mut Command)) -> Self {
         let mut command = command(world);
         adapt(&mut command);
-        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let watchdog = Watchdog::over(&child);
-        let own_log = OwnLog::collect(child.stdout.take().unwrap());
-        let opened = own_log.wait_for(" address=");
+        let daemon = Daemon::start(world, command);
+        let opened = daemon.wait_for_own_log(" address=");
         let address = opened.split_once(" address=").unwrap().1;
         let address = address.split_whitespace().next().unwrap().parse().unwrap();
-        let world = Arc::clone(&world.directory);
-        Self { child, address, own_log, _watchdog: watchdog, _world: world }
+        Self { daemon, address }
     }
 
     pub fn address(&self) -> SocketAddr {
         self.address
-    }
-
-    pub fn pid(&self) -> Pid {
-        Pid::from_raw(self.child.id().try_into().unwrap())
-    }
-
-    pub fn signal(&self, signal: Signal) {
-        kill(self.pid(), signal).unwrap();
-    }
-
-    pub fn wait_for_exit(&mut self) -> ExitStatus {
-        let status = self.child.wait().unwrap();
-        assert_ne!(status.signal(), Some(9), "killed, perhaps because it hung: {}", self.own_log());
-        status
-    }
-
-    /// What stood on standard output so far.
-    pub fn own_log(&self) -> String {
-        self.own_log.so_far()
-    }
-
-    pub fn wait_for_own_log(&self, text: &str) {
-        self.own_log.wait_for(text);
     }
 
     /// A TLS connection; the certificate is not verified.
@@ -193,15 +162,17 @@ impl Hosted {
     }
 }
 
-impl Drop for Hosted {
-    fn drop(&mut self) {
-        if let Ok(None) = self.child.try_wait() {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
-        if std::thread::panicking() {
-            eprintln!("the agent's own log:\n{}", self.own_log());
-        }
+impl Deref for Hosted {
+    type Target = Daemon;
+
+    fn deref(&self) -> &Daemon {
+        &self.daemon
+    }
+}
+
+impl DerefMut for Hosted {
+    fn deref_mut(&mut self) -> &mut Daemon {
+        &mut self.daemon
     }
 }
 
@@ -305,65 +276,6 @@ pub fn token_with_header(header: &Value, secret: &str, payload: &Value) -> Strin
 fn base64_url(bytes: &[u8]) -> String {
     let encoded = super::base64(bytes).replace('+', "-").replace('/', "_");
     encoded.trim_end_matches('=').to_owned()
-}
-
-/// The standard output of an agent, as it comes.
-#[derive(Default)]
-pub(super) struct OwnLog {
-    text: Mutex<(Vec<u8>, bool)>,
-    grown: Condvar,
-}
-
-impl OwnLog {
-    pub(super) fn collect(mut stdout: impl io::Read + Send + 'static) -> Arc<Self> {
-        let log = Arc::new(Self::default());
-        let collected = Arc::clone(&log);
-        std::thread::spawn(move || {
-            let mut part = [0; 4096];
-            loop {
-                let count = stdout.read(&mut part).unwrap_or(0);
-                let mut text = collected.text.lock().unwrap();
-                text.0.extend_from_slice(&part[..count]);
-                text.1 |= count == 0;
-                collected.grown.notify_all();
-                if count == 0 {
-                    return;
-                }
-            }
-        });
-        log
-    }
-
-    pub(super) fn so_far(&self) -> String {
-        String::from_utf8_lossy(&self.text.lock().unwrap().0).into_owned()
-    }
-
-    /// Waits until nothing more can come.
-    pub(super) fn wait_for_end(&self) {
-        let guard = self.text.lock().unwrap();
-        let (guard, waited) =
-            self.grown.wait_timeout_while(guard, PATIENCE, |(_, ended)| !*ended).unwrap();
-        drop(guard);
-        assert!(!waited.timed_out(), "the agent's own log does not end");
-    }
-
-    /// Whole lines, of which one holds `text`.
-    pub(super) fn wait_for(&self, text: &str) -> String {
-        let guard = self.text.lock().unwrap();
-        let held = |log: &[u8]| {
-            let log = String::from_utf8_lossy(log);
-            log.split_inclusive('\n').any(|line| line.ends_with('\n') && line.contains(text))
-        };
-        let (guard, _) = self
-            .grown
-            .wait_timeout_while(guard, PATIENCE, |(log, ended)| !*ended && !held(log))
-            .unwrap();
-        let log = String::from_utf8_lossy(&guard.0).into_owned();
-        let found = held(&guard.0);
-        drop(guard);
-        assert!(found, "the agent does not say {text:?}: {log}");
-        log
-    }
 }
 
 /// A server that the agent tells how its jobs go.

@@ -1,7 +1,12 @@
 //! Runs the real binary in a world of its own: a private HOME, a private state directory.
 
+#[path = "../../../examples/hub/control_plane.rs"]
+#[expect(dead_code, reason = "the example uses all of it")]
+pub mod control_plane;
+pub mod daemon;
 pub mod hosted;
 pub mod http;
+pub mod self_hosted;
 pub mod ssh;
 pub mod start_agent;
 

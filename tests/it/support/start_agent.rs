@@ -1,22 +1,14 @@
 //! A running `agent start`, and a control plane for it.
 
-use std::os::unix::process::ExitStatusExt as _;
-use std::process::{Child, Command, Output, Stdio};
-use std::sync::Arc;
+use std::process::{Command, Output, Stdio};
 
 use actors::log_event::LogEvent;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use serde_json::Value;
-use tempfile::TempDir;
 
-#[expect(dead_code, reason = "not all of it is for these tests")]
-#[path = "../../../examples/hub/control_plane.rs"]
-pub mod control_plane;
-
-use self::control_plane::{ControlPlane, HubJob, Settings};
-use super::hosted::OwnLog;
-use super::{Finished, PATIENCE, Watchdog, World, wait_for_end};
+use super::control_plane::{ControlPlane, HubJob, Known, Settings};
+use super::daemon::Daemon;
+use super::{Finished, PATIENCE, World, wait_for_end};
 
 /// What agents register with; no output may ever show it.
 pub const TOKEN: &str = "canary-registration-token";
@@ -57,7 +49,7 @@ pub fn hub() -> ControlPlane {
 /// Waits for what the control plane must get to know.
 pub fn wait_for<T>(
     hub: &ControlPlane,
-    look: impl FnMut(&control_plane::Known) -> Option<T>,
+    look: impl FnMut(&Known) -> Option<T>,
 ) -> Option<T> {
     hub.wait_for(PATIENCE, look)
 }
@@ -81,10 +73,7 @@ pub fn wait_for_log(hub: &ControlPlane, id: &str, text: &str) {
 
 /// An agent of a control plane.
 pub struct StartAgent {
-    child: Child,
-    own_log: Arc<OwnLog>,
-    _watchdog: Watchdog,
-    _world: Arc<TempDir>,
+    daemon: Daemon,
 }
 
 impl StartAgent {
@@ -97,42 +86,24 @@ impl StartAgent {
         Self::spawn(world, command)
     }
 
-    pub fn spawn(world: &World, mut command: Command) -> Self {
-        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let watchdog = Watchdog::over(&child);
-        let own_log = OwnLog::collect(child.stdout.take().unwrap());
-        let world = Arc::clone(&world.directory);
-        Self { child, own_log, _watchdog: watchdog, _world: world }
+    pub fn spawn(world: &World, command: Command) -> Self {
+        Self { daemon: Daemon::start(world, command) }
     }
 
     pub fn interrupt(&self) {
-        kill(Pid::from_raw(self.child.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
+        self.daemon.signal(Signal::SIGTERM);
     }
 
     /// Its exit code, and all of its own log.
     pub fn wait_for_exit(&mut self) -> (Option<i32>, String) {
-        let status = self.child.wait().unwrap();
-        self.own_log.wait_for_end();
-        let own_log = self.own_log.so_far();
-        assert_ne!(status.signal(), Some(9), "killed, perhaps because it hung: {own_log}");
+        let status = self.daemon.wait_for_exit();
+        let own_log = self.daemon.whole_log();
         assert!(!own_log.contains("canary"), "{own_log}");
         (status.code(), own_log)
     }
 
     pub fn wait_for_own_log(&self, text: &str) -> String {
-        self.own_log.wait_for(text)
-    }
-}
-
-impl Drop for StartAgent {
-    fn drop(&mut self) {
-        if let Ok(None) = self.child.try_wait() {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
-        if std::thread::panicking() {
-            eprintln!("the agent's own log:\n{}", self.own_log.so_far());
-        }
+        self.daemon.wait_for_own_log(text)
     }
 }
 

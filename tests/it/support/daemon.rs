@@ -1,0 +1,131 @@
+//! A running agent that goes on until it is asked to end, and what it says about itself.
+
+use std::io;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use super::{PATIENCE, Watchdog, World};
+
+/// See the module.
+pub struct Daemon {
+    child: Child,
+    own_log: Arc<OwnLog>,
+    _watchdog: Watchdog,
+    _world: Arc<TempDir>,
+}
+
+impl Daemon {
+    pub fn start(world: &World, mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let watchdog = Watchdog::over(&child);
+        let own_log = OwnLog::collect(child.stdout.take().unwrap());
+        let world = Arc::clone(&world.directory);
+        Self { child, own_log, _watchdog: watchdog, _world: world }
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().try_into().unwrap())
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).unwrap();
+    }
+
+    pub fn wait_for_exit(&mut self) -> ExitStatus {
+        let status = self.child.wait().unwrap();
+        assert_ne!(status.signal(), Some(9), "killed, perhaps because it hung: {}", self.own_log());
+        status
+    }
+
+    /// What stood on standard output so far.
+    pub fn own_log(&self) -> String {
+        self.own_log.so_far()
+    }
+
+    /// All that stood there, once it has ended.
+    pub fn whole_log(&self) -> String {
+        self.own_log.wait_for_end();
+        self.own_log()
+    }
+
+    /// Waits until a line holds `text`; answers all so far.
+    pub fn wait_for_own_log(&self, text: &str) -> String {
+        self.own_log.wait_for(text)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!("the agent's own log:\n{}", self.own_log());
+        }
+    }
+}
+
+/// The standard output of an agent, as it comes.
+#[derive(Default)]
+struct OwnLog {
+    text: Mutex<(Vec<u8>, bool)>,
+    grown: Condvar,
+}
+
+impl OwnLog {
+    fn collect(mut stdout: impl io::Read + Send + 'static) -> Arc<Self> {
+        let log = Arc::new(Self::default());
+        let collected = Arc::clone(&log);
+        std::thread::spawn(move || {
+            let mut part = [0; 4096];
+            loop {
+                let count = stdout.read(&mut part).unwrap_or(0);
+                let mut text = collected.text.lock().unwrap();
+                text.0.extend_from_slice(&part[..count]);
+                text.1 |= count == 0;
+                collected.grown.notify_all();
+                if count == 0 {
+                    return;
+                }
+            }
+        });
+        log
+    }
+
+    fn so_far(&self) -> String {
+        String::from_utf8_lossy(&self.text.lock().unwrap().0).into_owned()
+    }
+
+    /// Waits until nothing more can come.
+    fn wait_for_end(&self) {
+        let guard = self.text.lock().unwrap();
+        let (guard, waited) =
+            self.grown.wait_timeout_while(guard, PATIENCE, |(_, ended)| !*ended).unwrap();
+        drop(guard);
+        assert!(!waited.timed_out(), "the agent's own log does not end");
+    }
+
+    /// Whole lines, of which one holds `text`.
+    fn wait_for(&self, text: &str) -> String {
+        let guard = self.text.lock().unwrap();
+        let held = |log: &[u8]| {
+            let log = String::from_utf8_lossy(log);
+            log.split_inclusive('\n').any(|line| line.ends_with('\n') && line.contains(text))
+        };
+        let (guard, _) = self
+            .grown
+            .wait_timeout_while(guard, PATIENCE, |(log, ended)| !*ended && !held(log))
+            .unwrap();
+        let log = String::from_utf8_lossy(&guard.0).into_owned();
+        let found = held(&guard.0);
+        drop(guard);
+        assert!(found, "the agent does not say {text:?}: {log}");
+        log
+    }
+}
