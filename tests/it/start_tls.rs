@@ -19,7 +19,7 @@ use serde_json::json;
 use crate::support::World;
 use crate::support::hosted::encode_request;
 use crate::support::http::{Answer, Request};
-use crate::support::start_agent::control_plane::ControlPlane;
+use crate::support::control_plane::ControlPlane;
 use crate::support::start_agent::{StartAgent, TOKEN, command, finished, hub, job, refusal};
 
 /// A name that nobody but a proxy here knows.
