@@ -148,7 +148,9 @@ struct Agent {
 impl Agent {
     async fn run(self) -> io::Result<Exit> {
         let Self { needs: Needs { config, clients, hub, compression_size }, state, shell } = self;
-        let mut ends = Signals::heeded(&[SignalKind::interrupt(), SignalKind::terminate()])?;
+        // A terminal that goes away must not take a job's result with it.
+        let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+        let mut ends = Signals::heeded(&kinds)?;
         if let Err(error) = SshAccess::remove_dead(&shell.home, &config.jump_point) {
             log::warn!(error:%; "what an earlier agent left for SSH can't be removed");
         }

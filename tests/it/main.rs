@@ -31,6 +31,7 @@ mod start_config;
 mod start_faults;
 mod start_hooks;
 mod start_jobs;
+mod start_signals;
 mod start_tls;
 mod stopping;
 mod support;

@@ -1,0 +1,301 @@
+//! Signals to an agent that works for a control plane, in each of its states.
+
+use std::fs;
+use std::process::{Command, Stdio};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::support::control_plane::{Asked, Fault};
+use crate::support::hosted::{RUN_UNTIL_GO, RUNNING, job, wait_until};
+use crate::support::self_hosted::{FAR_OFF, Hub, SOON, SelfHosted, marked};
+use crate::support::{World, lives_with};
+
+/// Longer than any test.
+const LONG_GRACE: u64 = 10_000;
+
+/// Processes that do not go when they are asked to, in and out of the shell's session.
+const STUBBORN: [&str; 3] = [
+    "setsid -f bash -c \"trap '' TERM HUP INT; touch ~/up; while :; do sleep 1000; done\"",
+    "until [[ -e ~/up ]]; do sleep 0.01; done; rm ~/up",
+    "trap '' TERM HUP INT; echo running; while :; do sleep 1000; done",
+];
+
+/// An agent whose shutdown hook notes why it ended.
+fn start(world: &World, hub: &Hub, grace: u64) -> SelfHosted {
+    let hook = world.file("hook", "echo $SEMAPHORE_AGENT_SHUTDOWN_REASON >>~/reason\n");
+    SelfHosted::start_with(world, hub, |command| {
+        command.arg(format!("--interruption-grace-period={grace}"));
+        command.arg("--shutdown-hook-path").arg(hook);
+    })
+}
+
+/// A job whose processes have a marker, and that is running.
+fn run(hub: &Hub, commands: &[&str]) -> (String, String) {
+    let mut all = vec!["(sleep 1000 &)"];
+    all.extend(commands);
+    let (request, marker) = marked(job(&unique(), &all));
+    let id = hub.queue(request);
+    hub.wait_for_log(&id, RUNNING);
+    assert!(!lives_with(&marker).is_empty());
+    (id, marker)
+}
+
+/// Markers of tests that run at the same time must differ.
+fn unique() -> String {
+    format!("signals-{:?}", std::thread::current().id()).replace(['(', ')'], "-")
+}
+
+/// It ended in order: nothing was left to be said but that it went, once, and why.
+fn assert_left(hub: &Hub, world: &World, agent: &mut SelfHosted) {
+    assert_eq!(agent.exit_code(), Some(0));
+    assert_eq!(hub.look(|known| known.disconnected), 1);
+    assert!(hub.look(|known| known.requests.last().unwrap().is("POST", "/disconnect")));
+    assert_eq!(fs::read_to_string(world.home().join("reason")).unwrap(), "INTERRUPTED\n");
+}
+
+/// The report that tells of the interruption.
+fn interrupted(hub: &Hub) -> Value {
+    hub.find("interrupted_at", |known| {
+        known.reports.iter().find(|report| report["interrupted_at"] != 0).cloned()
+    })
+}
+
+fn go(world: &World) {
+    fs::write(world.home().join("go"), "").unwrap();
+}
+
+#[test]
+fn an_agent_that_is_not_registered_yet_ends_at_once() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut hub = Hub::start(FAR_OFF);
+        hub.pause();
+        let world = World::new();
+        let mut agent = start(&world, &hub, LONG_GRACE);
+        agent.wait_for_own_log("not done, trying again");
+        agent.signal(signal);
+        assert_eq!(agent.exit_code(), Some(0));
+        assert_eq!(hub.look(|known| known.requests.len()), 0);
+        assert_eq!(fs::read_to_string(world.home().join("reason")).unwrap(), "INTERRUPTED\n");
+    }
+}
+
+#[test]
+fn an_agent_without_a_job_says_so_at_once_and_ends() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let hub = Hub::start(FAR_OFF);
+        let world = World::new();
+        let mut agent = start(&world, &hub, LONG_GRACE);
+        hub.wait_for_state("waiting-for-jobs");
+        let before = actors::log_event::unix_time();
+        agent.signal(signal);
+        assert_left(&hub, &world, &mut agent);
+        let report = interrupted(&hub);
+        assert_eq!(report["state"], "waiting-for-jobs");
+        let at = report["interrupted_at"].as_u64().unwrap();
+        assert!((before..=actors::log_event::unix_time()).contains(&at), "{at}");
+    }
+}
+
+#[test]
+fn an_agent_tells_of_its_interruption_as_soon_as_somebody_hears_it() {
+    let mut hub = Hub::start(SOON);
+    let world = World::new();
+    let mut agent = start(&world, &hub, LONG_GRACE);
+    hub.wait_for_state("waiting-for-jobs");
+    hub.pause();
+    agent.wait_for_own_log("report not taken");
+    agent.signal(Signal::SIGTERM);
+    agent.wait_for_own_log("asked to end");
+    hub.resume().unwrap();
+    assert_left(&hub, &world, &mut agent);
+}
+
+#[test]
+fn a_running_job_without_a_grace_period_is_stopped() {
+    let hub = Hub::start(SOON);
+    let world = World::new();
+    let mut agent = start(&world, &hub, 0);
+    let (id, marker) = run(&hub, &STUBBORN);
+    agent.signal(Signal::SIGTERM);
+    assert_eq!(interrupted(&hub)["state"], "running-job");
+    let finished = hub.finish(&id);
+    assert_eq!(finished.result(), "stopped");
+    assert_eq!(finished.commands().last().unwrap(), &("running\n".into(), 1));
+    assert_left(&hub, &world, &mut agent);
+    assert_eq!(lives_with(&marker), [""; 0]);
+}
+
+#[test]
+fn a_running_job_may_go_on_for_the_grace_period() {
+    let hub = Hub::start(FAR_OFF);
+    let world = World::new();
+    let mut agent = start(&world, &hub, LONG_GRACE);
+    let (id, marker) = run(&hub, &[RUN_UNTIL_GO, "echo next"]);
+    let never = hub.queue(job("never", &["touch ~/never"]));
+    agent.signal(Signal::SIGTERM);
+    // At once: the next report is far off.
+    assert_eq!(interrupted(&hub)["state"], "running-job");
+    assert!(!lives_with(&marker).is_empty());
+    go(&world);
+    let finished = hub.finish(&id);
+    assert_eq!((finished.result(), finished.output().as_str()), ("passed", "running\nnext\n"));
+    assert_left(&hub, &world, &mut agent);
+    assert_eq!(hub.look(|known| known.jobs[&never].fetched), 0);
+}
+
+#[test]
+fn a_job_that_is_still_fetched_is_not_run_any_more() {
+    let hub = Hub::start(SOON);
+    let world = World::new();
+    let mut agent = start(&world, &hub, 0);
+    hub.fail(Fault::Status(500), |asked| asked.is("GET", "/jobs/1"));
+    let id = hub.queue(job("1", &["touch ~/never"]));
+    hub.wait_until("a try", |known| known.requests.iter().any(|asked| asked.is("GET", "/jobs/1")));
+    agent.signal(Signal::SIGTERM);
+    assert_eq!(hub.result(&id), "stopped");
+    assert_left(&hub, &world, &mut agent);
+    assert!(!world.home().join("never").exists());
+}
+
+/// What came when: each part of the log, the result, the end.
+fn order_of_end(hub: &Hub) -> Vec<&'static str> {
+    let mut order: Vec<_> = hub.look(|known| {
+        let taken = known.requests.iter().filter(|asked| asked.status == Some(200));
+        let kind = |asked: &Asked| {
+            let is_result = asked.body["state"] == "finished-job";
+            let kinds = [
+                (asked.is_log(), "log"),
+                (is_result, "result"),
+                (asked.is("POST", "/disconnect"), "end"),
+            ];
+            kinds.into_iter().find(|(is, _)| *is).map(|(_, kind)| kind)
+        };
+        taken.filter_map(kind).collect()
+    });
+    order.dedup();
+    order
+}
+
+#[test]
+fn a_log_is_delivered_before_the_agent_leaves() {
+    for (grace, state) in [(LONG_GRACE, "running-job"), (0, "stopping-job")] {
+        let hub = Hub::start(SOON);
+        let world = World::new();
+        let mut agent = start(&world, &hub, grace);
+        let (id, marker) = run(&hub, &[RUN_UNTIL_GO, "echo next"]);
+        hub.fail(Fault::Status(503), Asked::is_log);
+        go(&world);
+        wait_until(|| lives_with(&marker).is_empty(), || "it does not end".into());
+        agent.wait_for_own_log("log not taken, trying again");
+        agent.signal(Signal::SIGTERM);
+        assert_eq!(interrupted(&hub)["state"], "running-job");
+        hub.wait_for_state(state);
+        assert!(hub.look(|known| known.jobs[&id].result.is_none() && known.disconnected == 0));
+        hub.misbehave(None);
+        let finished = hub.finish(&id);
+        assert_eq!((finished.result(), finished.output().as_str()), ("passed", "running\nnext\n"));
+        assert_left(&hub, &world, &mut agent);
+        assert_eq!(order_of_end(&hub), ["log", "result", "end"]);
+    }
+}
+
+#[test]
+fn a_second_signal_stops_the_job_and_leaves_in_order() {
+    for second in [Signal::SIGTERM, Signal::SIGINT] {
+        let hub = Hub::start(FAR_OFF);
+        let world = World::new();
+        let mut agent = start(&world, &hub, LONG_GRACE);
+        let (id, marker) = run(&hub, &STUBBORN);
+        agent.signal(Signal::SIGTERM);
+        interrupted(&hub);
+        agent.signal(second);
+        let finished = hub.finish(&id);
+        assert_eq!(finished.result(), "stopped");
+        assert_left(&hub, &world, &mut agent);
+        assert_eq!(lives_with(&marker), [""; 0]);
+        assert_eq!(order_of_end(&hub), ["log", "result", "end"]);
+    }
+}
+
+#[test]
+fn a_second_signal_to_an_agent_without_a_job_ends_it() {
+    let hub = Hub::start(FAR_OFF);
+    let world = World::new();
+    let mut agent = start(&world, &hub, LONG_GRACE);
+    hub.wait_for_state("waiting-for-jobs");
+    // This control plane never wants anybody to end.
+    hub.answer_next((0..100).map(|_| serde_json::json!({ "action": "continue" })));
+    agent.signal(Signal::SIGTERM);
+    interrupted(&hub);
+    agent.signal(Signal::SIGTERM);
+    assert_left(&hub, &world, &mut agent);
+}
+
+#[test]
+fn a_third_signal_kills_at_once() {
+    for is_away in [false, true] {
+        let mut hub = Hub::start(FAR_OFF);
+        let world = World::new();
+        let mut agent = start(&world, &hub, LONG_GRACE);
+        let (id, marker) = run(&hub, &STUBBORN);
+        if is_away {
+            hub.pause();
+        } else {
+            // The job's end is not waited for.
+            hub.fail(Fault::Status(503), Asked::is_log);
+        }
+        for said in ["asked to end", "asked again", "asked once more"] {
+            agent.signal(Signal::SIGTERM);
+            agent.wait_for_own_log(said);
+        }
+        assert_eq!(agent.exit_code(), Some(1));
+        assert_eq!(lives_with(&marker), [""; 0]);
+        assert!(hub.look(|known| known.jobs[&id].result.is_none() && known.disconnected == 0));
+        assert!(!world.home().join("reason").exists());
+    }
+}
+
+#[test]
+fn nothing_of_a_job_survives_the_agents_violent_death() {
+    let hub = Hub::start(SOON);
+    let world = World::new();
+    let agent = start(&world, &hub, 0);
+    let (_, marker) = run(&hub, &STUBBORN);
+    nix::sys::signal::kill(agent.pid(), Signal::SIGKILL).unwrap();
+    // Nobody is left to tell when the clean-up is done, so it is watched.
+    wait_until(|| lives_with(&marker).is_empty(), || format!("{:?}", lives_with(&marker)));
+    drop(agent);
+    // And nothing is in the next one's way.
+    let _agent = start(&world, &hub, 0);
+    assert_eq!(hub.run(&job("next", &["echo hi"])).output(), "hi\n");
+}
+
+#[test]
+fn a_hangup_is_a_signal_like_the_others_unless_it_is_ignored() {
+    for is_ignored in [false, true] {
+        let hub = Hub::start(SOON);
+        let world = World::new();
+        let mut agent = SelfHosted::start_with(&world, &hub, |command| {
+            if is_ignored {
+                let agent = std::mem::replace(command, Command::new("nohup"));
+                command.arg(agent.get_program()).args(agent.get_args());
+                command.env_clear().stdin(Stdio::null()).stderr(Stdio::null());
+                command.envs(agent.get_envs().filter_map(|(name, value)| Some((name, value?))));
+            }
+            command.arg(format!("--interruption-grace-period={LONG_GRACE}"));
+        });
+        let (id, _) = run(&hub, &[RUN_UNTIL_GO]);
+        agent.signal(Signal::SIGHUP);
+        let reports = hub.look(|known| known.reports.len());
+        hub.wait_until("two more reports", |known| known.reports.len() > reports + 2);
+        let is_interrupted = hub.look(|known| known.reports.last().unwrap()["interrupted_at"] != 0);
+        assert_eq!(is_interrupted, !is_ignored);
+        go(&world);
+        assert_eq!(hub.finish(&id).result(), "passed");
+        if is_ignored {
+            agent.signal(Signal::SIGTERM);
+        }
+        assert_eq!(agent.exit_code(), Some(0));
+    }
+}
