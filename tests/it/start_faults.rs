@@ -1,6 +1,9 @@
 //! Logs and results arrive whole, whatever happens to the control plane and on the way to it.
 
 use std::fs;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -56,26 +59,24 @@ fn many_commands(id: &str) -> (Value, String) {
 fn assert_survives(faults: &[Fault], meant: impl Fn(&Asked) -> bool + Send + 'static) {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let (all, mut count) = (faults.to_vec(), 0);
+    let (all, count) = (faults.to_vec(), Arc::new(AtomicUsize::new(0)));
+    let counter = Arc::clone(&count);
     hub.misbehave(Some(Box::new(move |asked, _| {
-        count += usize::from(meant(asked));
-        (meant(asked) && count % 3 == 0).then(|| all[count / 3 % all.len()])
+        let number = if meant(asked) { counter.fetch_add(1, Ordering::SeqCst) } else { 0 };
+        (number % 3 == 2).then(|| all[number / 3 % all.len()])
     })));
     let _agent = SelfHosted::start(&world, &hub);
     for id in ["a", "b", "c"] {
-        let (mut request, expected) = many_commands(id);
+        let (mut request, mut expected) = many_commands(id);
         let commands = request["commands"].as_array_mut().unwrap();
-        commands.push(json!({ "directive": format!("echo ran >>~/{id}") }));
+        commands.push(json!({ "directive": format!("echo ran | tee -a ~/{id}") }));
+        expected.push_str("ran\n");
         let finished = hub.run(&request);
         assert_eq!((finished.result(), finished.output()), ("passed", expected));
         assert_eq!(fs::read_to_string(world.home().join(id)).unwrap(), "ran\n");
     }
-    let met = hub.look(|known| {
-        let refused = |asked: &&Asked| asked.status.is_none_or(|status| status >= 400);
-        known.requests.iter().filter(refused).count()
-    });
-    let is_seen = faults.iter().all(|fault| matches!(fault, Fault::Cut | Fault::Nonsense));
-    assert!(is_seen || met > 2, "{met}");
+    let count = count.load(Ordering::SeqCst);
+    assert!(count / 3 > 2 * faults.len(), "only {count} requests could meet a fault");
 }
 
 #[test]
@@ -228,6 +229,25 @@ fn a_log_that_is_too_large_for_the_server_is_trimmed_and_the_result_stands() {
 }
 
 #[test]
+fn a_log_that_nobody_takes_is_kept_and_the_result_is_told() {
+    let hub = Hub::start(SOON);
+    let world = World::new();
+    hub.fail(Fault::Status(500), Asked::is_log);
+    let agent = SelfHosted::start_with(&world, &hub, |command| {
+        command.arg("--log-delivery-timeout=1");
+    });
+    let (request, expected) = many_commands("a");
+    hub.queue(request);
+    assert_eq!(hub.result("a"), "passed");
+    agent.wait_for_own_log("a part of the job's log was not delivered");
+    let kept = fs::read(world.state().join("undelivered/a.1.jsonl")).unwrap();
+    let kept = Finished { exit_code: None, events: events(&kept), stderr: String::new() };
+    assert_eq!((kept.result(), kept.output()), ("passed", expected));
+    hub.misbehave(None);
+    assert_eq!(hub.run(&job("next", &["echo hi"])).output(), "hi\n");
+}
+
+#[test]
 fn logs_are_compressed_only_for_a_server_that_asks_for_it() {
     for compression in [false, true] {
         let hub = Hub::start(SOON);
@@ -338,4 +358,19 @@ fn a_log_of_50_megabytes_arrives_whole() {
     // Few requests: each is as large as it may be.
     let bodies = hub.look(|known| known.log_bodies.clone());
     assert!(bodies.len() < 200 && bodies.iter().all(|size| *size <= 1 << 20), "{bodies:?}");
+}
+
+#[test]
+fn an_agent_that_is_refused_again_and_again_ends_with_1() {
+    let hub = Hub::start(SOON);
+    let world = World::new();
+    let mut agent = SelfHosted::start_with(&world, &hub, |command| {
+        command.env("SEMAPHORE_AGENT_TOKEN", "not-the-right-one").stderr(Stdio::null());
+    });
+    assert_eq!(agent.exit_code(), Some(1));
+    let tries = hub.look(|known| known.requests.clone());
+    assert_eq!(tries.len(), 30);
+    assert!(tries.iter().all(|asked| asked.is("POST", "/register") && asked.status == Some(401)));
+    let own_log = agent.own_log();
+    assert!(own_log.contains("not registered") && !own_log.contains("not-the-right-one"));
 }

@@ -179,6 +179,21 @@ fn variables_of_the_agent_win_over_those_of_the_job() {
 }
 
 #[test]
+fn a_job_finds_no_token_of_the_agent() {
+    const TOKEN: &str = "a-token-for-registrations";
+    let hub = Hub::start(FAR_OFF);
+    hub.set(|settings| settings.token = TOKEN.into());
+    let world = World::new();
+    let agent = SelfHosted::start_with(&world, &hub, |command| {
+        command.env("SEMAPHORE_AGENT_TOKEN", TOKEN);
+    });
+    let output = hub.run(&job("1", &["env; cat /proc/$PPID/environ"])).output();
+    assert!(output.contains("HOME=") && !output.contains(TOKEN), "{output}");
+    assert!(!output.contains("SEMAPHORE_AGENT_TOKEN"), "{output}");
+    assert!(!agent.own_log().contains(TOKEN));
+}
+
+#[test]
 fn queued_jobs_run_one_after_another_without_a_pause() {
     let hub = Hub::start(FAR_OFF);
     let world = World::new();
