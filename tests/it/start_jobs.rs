@@ -76,7 +76,7 @@ fn a_job_runs_from_the_registration_to_its_result() {
 
 #[test]
 fn the_log_has_the_events_of_the_protocol_and_no_other_keys() {
-    let hub = Hub::start(FAR_OFF);
+    let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = SelfHosted::start(&world, &hub);
     let id = hub.queue(job("1", &["echo hi"]));
@@ -122,7 +122,7 @@ fn the_log_has_the_events_of_the_protocol_and_no_other_keys() {
 
 #[test]
 fn the_agent_says_who_it_is_and_by_what_right_it_asks() {
-    let hub = Hub::start(FAR_OFF);
+    let hub = Hub::start(SOON);
     let world = World::new();
     let mut agent = SelfHosted::start_with(&world, &hub, |command| {
         command.args(["--disconnect-after-job", "--job-id", "1"]);
@@ -181,7 +181,7 @@ fn variables_of_the_agent_win_over_those_of_the_job() {
 #[test]
 fn a_job_finds_no_token_of_the_agent() {
     const TOKEN: &str = "a-token-for-registrations";
-    let hub = Hub::start(FAR_OFF);
+    let hub = Hub::start(SOON);
     hub.set(|settings| settings.token = TOKEN.into());
     let world = World::new();
     let agent = SelfHosted::start_with(&world, &hub, |command| {
@@ -215,7 +215,7 @@ fn queued_jobs_run_one_after_another_without_a_pause() {
 
 #[test]
 fn a_failed_job_is_reported_as_failed() {
-    let hub = Hub::start(FAR_OFF);
+    let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = SelfHosted::start(&world, &hub);
     let finished = hub
@@ -249,7 +249,7 @@ fn a_stopped_job_is_stopped_and_reported_as_that() {
 
 #[test]
 fn a_job_that_can_not_work_fails_with_the_reason_in_its_log() {
-    let hub = Hub::start(FAR_OFF);
+    let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = SelfHosted::start(&world, &hub);
     let cases = [
@@ -280,7 +280,7 @@ fn a_job_that_can_not_work_fails_with_the_reason_in_its_log() {
 
 #[test]
 fn a_request_that_is_no_job_is_a_failed_job() {
-    let hub = Hub::start(FAR_OFF);
+    let hub = Hub::start(SOON);
     let world = World::new();
     let agent = SelfHosted::start(&world, &hub);
     let cases = [
@@ -309,7 +309,7 @@ fn a_request_that_is_no_job_is_a_failed_job() {
 
 #[test]
 fn a_job_that_can_not_be_fetched_is_a_failed_job() {
-    let hub = Hub::start(FAR_OFF);
+    let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = SelfHosted::start(&world, &hub);
     hub.fail(Fault::Status(404), |asked| asked.is("GET", "/jobs/1"));
@@ -324,7 +324,7 @@ fn a_job_that_can_not_be_fetched_is_a_failed_job() {
 
 #[test]
 fn a_job_is_fetched_again_until_the_answer_is_one() {
-    let hub = Hub::start(FAR_OFF);
+    let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = SelfHosted::start(&world, &hub);
     let mut faults = vec![Fault::Status(500), Fault::Drop, Fault::Cut, Fault::Nonsense];
@@ -388,7 +388,7 @@ const PROFILE: &str = "export FROM_PROFILE=1\n";
 
 #[test]
 fn people_are_let_in_only_where_the_job_brings_keys_and_until_its_result_is_told() {
-    let hub = Hub::start(FAR_OFF);
+    let hub = Hub::start(SOON);
     let world = World::new();
     let (keys, script) = (world.home().join(".ssh/authorized_keys"), jump_point(&world));
     fs::create_dir(keys.parent().unwrap()).unwrap();
@@ -411,7 +411,7 @@ fn people_are_let_in_only_where_the_job_brings_keys_and_until_its_result_is_told
 
 #[test]
 fn the_login_profile_stays_as_it_is() {
-    let hub = Hub::start(FAR_OFF);
+    let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = SelfHosted::start(&world, &hub);
     let mut request = job("1", &["cat ~/.bash_profile", "echo own >~/own"]);
@@ -428,7 +428,7 @@ fn the_login_profile_stays_as_it_is() {
 
 #[test]
 fn nothing_of_a_job_is_left_when_its_result_is_told() {
-    let hub = Hub::start(FAR_OFF);
+    let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = SelfHosted::start(&world, &hub);
     let (request, marker) = marked(job(
@@ -454,7 +454,7 @@ fn nothing_of_a_job_is_left_when_its_result_is_told() {
 
 #[test]
 fn callbacks_in_a_request_are_never_called() {
-    let hub = Hub::start(FAR_OFF);
+    let hub = Hub::start(SOON);
     let world = World::new();
     let server = CallbackServer::start();
     let mut agent = SelfHosted::start(&world, &hub);

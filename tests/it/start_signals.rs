@@ -30,15 +30,25 @@ fn start(world: &World, hub: &Hub, grace: u64) -> SelfHosted {
     })
 }
 
-/// A job whose processes have a marker, and that is running.
-fn run(hub: &Hub, commands: &[&str]) -> (String, String) {
+/// A job whose processes have a marker.
+fn queue(hub: &Hub, commands: &[&str]) -> (String, String) {
     let mut all = vec!["(sleep 1000 &)"];
     all.extend(commands);
     let (request, marker) = marked(job(&unique(), &all));
-    let id = hub.queue(request);
-    hub.wait_for_log(&id, RUNNING);
-    assert!(!lives_with(&marker).is_empty());
-    (id, marker)
+    (hub.queue(request), marker)
+}
+
+fn wait_until_it_runs(hub: &Hub, (id, marker): &(String, String)) {
+    hub.wait_for_log(id, RUNNING);
+    assert!(!lives_with(marker).is_empty());
+}
+
+/// An agent that runs such a job.
+fn run(world: &World, hub: &Hub, grace: u64, commands: &[&str]) -> (SelfHosted, String, String) {
+    let job = queue(hub, commands);
+    let agent = start(world, hub, grace);
+    wait_until_it_runs(hub, &job);
+    (agent, job.0, job.1)
 }
 
 /// Markers of tests that run at the same time must differ.
@@ -115,8 +125,7 @@ fn an_agent_tells_of_its_interruption_as_soon_as_somebody_hears_it() {
 fn a_running_job_without_a_grace_period_is_stopped() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let mut agent = start(&world, &hub, 0);
-    let (id, marker) = run(&hub, &STUBBORN);
+    let (mut agent, id, marker) = run(&world, &hub, 0, &STUBBORN);
     agent.signal(Signal::SIGTERM);
     assert_eq!(interrupted(&hub)["state"], "running-job");
     let finished = hub.finish(&id);
@@ -130,8 +139,7 @@ fn a_running_job_without_a_grace_period_is_stopped() {
 fn a_running_job_may_go_on_for_the_grace_period() {
     let hub = Hub::start(FAR_OFF);
     let world = World::new();
-    let mut agent = start(&world, &hub, LONG_GRACE);
-    let (id, marker) = run(&hub, &[RUN_UNTIL_GO, "echo next"]);
+    let (mut agent, id, marker) = run(&world, &hub, LONG_GRACE, &[RUN_UNTIL_GO, "echo next"]);
     let never = hub.queue(job("never", &["touch ~/never"]));
     agent.signal(Signal::SIGTERM);
     // At once: the next report is far off.
@@ -182,8 +190,7 @@ fn a_log_is_delivered_before_the_agent_leaves() {
     for (grace, state) in [(LONG_GRACE, "running-job"), (0, "stopping-job")] {
         let hub = Hub::start(SOON);
         let world = World::new();
-        let mut agent = start(&world, &hub, grace);
-        let (id, marker) = run(&hub, &[RUN_UNTIL_GO, "echo next"]);
+        let (mut agent, id, marker) = run(&world, &hub, grace, &[RUN_UNTIL_GO, "echo next"]);
         hub.fail(Fault::Status(503), Asked::is_log);
         go(&world);
         wait_until(|| lives_with(&marker).is_empty(), || "it does not end".into());
@@ -205,8 +212,7 @@ fn a_second_signal_stops_the_job_and_leaves_in_order() {
     for second in [Signal::SIGTERM, Signal::SIGINT] {
         let hub = Hub::start(FAR_OFF);
         let world = World::new();
-        let mut agent = start(&world, &hub, LONG_GRACE);
-        let (id, marker) = run(&hub, &STUBBORN);
+        let (mut agent, id, marker) = run(&world, &hub, LONG_GRACE, &STUBBORN);
         agent.signal(Signal::SIGTERM);
         interrupted(&hub);
         agent.signal(second);
@@ -237,8 +243,7 @@ fn a_third_signal_kills_at_once() {
     for is_away in [false, true] {
         let mut hub = Hub::start(FAR_OFF);
         let world = World::new();
-        let mut agent = start(&world, &hub, LONG_GRACE);
-        let (id, marker) = run(&hub, &STUBBORN);
+        let (mut agent, id, marker) = run(&world, &hub, LONG_GRACE, &STUBBORN);
         if is_away {
             hub.pause();
         } else {
@@ -260,8 +265,7 @@ fn a_third_signal_kills_at_once() {
 fn nothing_of_a_job_survives_the_agents_violent_death() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let agent = start(&world, &hub, 0);
-    let (_, marker) = run(&hub, &STUBBORN);
+    let (agent, _, marker) = run(&world, &hub, 0, &STUBBORN);
     nix::sys::signal::kill(agent.pid(), Signal::SIGKILL).unwrap();
     // Nobody is left to tell when the clean-up is done, so it is watched.
     wait_until(|| lives_with(&marker).is_empty(), || format!("{:?}", lives_with(&marker)));
@@ -276,6 +280,7 @@ fn a_hangup_is_a_signal_like_the_others_unless_it_is_ignored() {
     for is_ignored in [false, true] {
         let hub = Hub::start(SOON);
         let world = World::new();
+        let running = queue(&hub, &[RUN_UNTIL_GO]);
         let mut agent = SelfHosted::start_with(&world, &hub, |command| {
             if is_ignored {
                 let agent = std::mem::replace(command, Command::new("nohup"));
@@ -285,14 +290,14 @@ fn a_hangup_is_a_signal_like_the_others_unless_it_is_ignored() {
             }
             command.arg(format!("--interruption-grace-period={LONG_GRACE}"));
         });
-        let (id, _) = run(&hub, &[RUN_UNTIL_GO]);
+        wait_until_it_runs(&hub, &running);
         agent.signal(Signal::SIGHUP);
         let reports = hub.look(|known| known.reports.len());
         hub.wait_until("two more reports", |known| known.reports.len() > reports + 2);
         let is_interrupted = hub.look(|known| known.reports.last().unwrap()["interrupted_at"] != 0);
         assert_eq!(is_interrupted, !is_ignored);
         go(&world);
-        assert_eq!(hub.finish(&id).result(), "passed");
+        assert_eq!(hub.finish(&running.0).result(), "passed");
         if is_ignored {
             agent.signal(Signal::SIGTERM);
         }

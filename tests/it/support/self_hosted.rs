@@ -19,7 +19,8 @@ pub const NAME: &str = "agent-of-a-test";
 /// happened only because the next report was due.
 const PATIENCE: Duration = Duration::from_secs(50);
 
-/// A pause between two reports that no test lives to see the end of, in milliseconds.
+/// A pause between two reports that no test lives to see the end of, in milliseconds. Jobs are queued
+/// before the agent starts then: it asks only once for one.
 pub const FAR_OFF: u64 = 200_000;
 
 /// A pause for those who wait for answers, in milliseconds.
