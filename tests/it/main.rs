@@ -28,6 +28,7 @@ mod job_bytes;
 mod output;
 mod shell_session;
 mod start_config;
+mod start_daemons;
 mod start_faults;
 mod start_hooks;
 mod start_jobs;

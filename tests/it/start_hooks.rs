@@ -8,8 +8,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::support::hosted::{RUN_FOR_EVER, RUNNING};
 use crate::support::control_plane::ControlPlane;
+use crate::support::hosted::{RUN_FOR_EVER, RUNNING};
 use crate::support::start_agent::{StartAgent, TOKEN, finished, hub, job, wait_for_log};
 use crate::support::{Finished, World, lives_with};
 

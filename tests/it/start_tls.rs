@@ -17,9 +17,9 @@ use openssl::x509::{X509, X509Name};
 use serde_json::json;
 
 use crate::support::World;
+use crate::support::control_plane::ControlPlane;
 use crate::support::hosted::encode_request;
 use crate::support::http::{Answer, Request};
-use crate::support::control_plane::ControlPlane;
 use crate::support::start_agent::{StartAgent, TOKEN, command, finished, hub, job, refusal};
 
 /// A name that nobody but a proxy here knows.
@@ -149,7 +149,7 @@ impl SecureHub {
         assert!(line.contains("what=registration") && line.contains(why), "{why}: {own_log}");
         agent.interrupt();
         assert_eq!(agent.wait_for_exit().0, Some(0));
-        assert_eq!(self.plain.look(|known| known.requests), 0);
+        assert_eq!(self.plain.look(|known| known.requests.len()), 0);
     }
 
     /// A job passes, and all of its log comes by HTTPS too.

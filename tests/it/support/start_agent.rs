@@ -47,10 +47,7 @@ pub fn hub() -> ControlPlane {
 }
 
 /// Waits for what the control plane must get to know.
-pub fn wait_for<T>(
-    hub: &ControlPlane,
-    look: impl FnMut(&Known) -> Option<T>,
-) -> Option<T> {
+pub fn wait_for<T>(hub: &ControlPlane, look: impl FnMut(&Known) -> Option<T>) -> Option<T> {
     hub.wait_for(PATIENCE, look)
 }
 
