@@ -12,8 +12,8 @@ __agent_end() {
   builtin set +vx
   PS1= PS2=
   __agent_result=${__agent_result:0:64}
-  builtin printf '\001%s\001' '@ASK@' >/dev/tty
-  IFS= builtin read -r __agent_mark </dev/tty
+  # The terminal's echo is off before the prompt is there, whatever the job has set.
+  IFS= builtin read -rs -p $'\001@ASK@\001' __agent_mark </dev/tty 2>/dev/tty
   builtin printf '\001%s %s %s %s\001' "$__agent_mark" "$__agent_status" "$__agent_flags" \
     "${__agent_result//[[:cntrl:]]/?}" >/dev/tty
   __agent_running=

@@ -6,10 +6,11 @@
 //! | frame | meaning |
 //! | --- | --- |
 //! | `\1ASK\1` | a script may be over; the shell waits for the script's mark on its input |
+//! | `\1TAKE\1` | the shell has read the typed line, or wants the next part of a typed script |
 //! | `\1MARK EXIT-CODE FLAGS RESULT\1` | the script is over |
 //! | `\1GONE\1` | the shell itself is over |
 //!
-//! ASK and GONE are 128-bit random words of the session, MARK one of the script, made only when the
+//! ASK, TAKE and GONE are 128-bit random words of the session, MARK one of the script, made only when the
 //! shell asks for it. Everything else is output, byte for byte.
 
 use std::ops::Range;
@@ -58,6 +59,8 @@ pub(super) enum Piece {
     Output(Range<usize>),
     /// The shell asks for the script's mark.
     Ask,
+    /// The shell wants what was typed, or the next part of it.
+    Take,
     /// The script is over.
     End {
         /// The shell's `$?`.
@@ -78,6 +81,8 @@ pub(super) enum Piece {
 pub(super) struct Frames {
     /// With what the shell asks for a script's mark.
     pub(super) ask: Mark,
+    /// With what it answers a typed script.
+    pub(super) take: Mark,
     gone: Mark,
     /// The mark of the running script, once the shell has asked for it.
     pub(super) script: Option<Mark>,
@@ -85,8 +90,8 @@ pub(super) struct Frames {
 
 impl Frames {
     /// Frames with these words.
-    pub(super) fn new(ask: Mark, gone: Mark) -> Self {
-        Self { ask, gone, script: None }
+    pub(super) fn new(ask: Mark, take: Mark, gone: Mark) -> Self {
+        Self { ask, take, gone, script: None }
     }
 
     /// The first piece of `bytes`, and how many bytes it takes.
@@ -100,7 +105,8 @@ impl Frames {
         }
         let body = &bytes[1..];
         let mut incomplete = false;
-        for (word, piece) in [(&self.ask, Piece::Ask), (&self.gone, Piece::Gone)] {
+        let words = [(&self.ask, Piece::Ask), (&self.take, Piece::Take), (&self.gone, Piece::Gone)];
+        for (word, piece) in words {
             match starts_with(body, &word.0) {
                 Some(true) if body.get(32) == Some(&EDGE) => return (piece, 34),
                 Some(true) if body.len() == 32 => incomplete = true,
@@ -156,11 +162,12 @@ mod tests {
     use super::*;
 
     const ASK: Mark = Mark(*b"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa");
+    const TAKE: Mark = Mark(*b"77777777777777777777777777777777");
     const GONE: Mark = Mark(*b"99999999999999999999999999999999");
     const SCRIPT: Mark = Mark(*b"55555555555555555555555555555555");
 
     fn frames(script: Option<Mark>) -> Frames {
-        Frames { script, ..Frames::new(ASK, GONE) }
+        Frames { script, ..Frames::new(ASK, TAKE, GONE) }
     }
 
     /// Parses a stream that arrives in chunks: the output, and the other pieces in order.
@@ -192,6 +199,7 @@ mod tests {
         let stream = [
             b"out\x01put".to_vec(),
             framed(ASK.as_str()),
+            framed(TAKE.as_str()),
             b"more".to_vec(),
             framed(&end),
             framed(GONE.as_str()),
@@ -202,7 +210,7 @@ mod tests {
             assert_eq!(output, b"out\x01putmore", "split at {at}");
             let end =
                 Piece::End { exit_code: 130, flags: "himBHs".into(), job_result: "passed".into() };
-            assert_eq!(pieces, [Piece::Ask, end, Piece::Gone], "split at {at}");
+            assert_eq!(pieces, [Piece::Ask, Piece::Take, end, Piece::Gone], "split at {at}");
         }
     }
 

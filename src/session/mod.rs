@@ -12,6 +12,7 @@
 //! output of the next one.
 
 mod frames;
+mod typed;
 
 use std::io;
 use std::path::Path;
@@ -22,6 +23,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 pub use self::frames::Mark;
 use self::frames::{Frames, Piece};
+use self::typed::{Typed, parts_of};
 
 /// How much is read at once, in bytes: eight times what a terminal gives, so that no read is cut
 /// short, and not more than fits one log event.
@@ -39,6 +41,10 @@ pub struct Session<T> {
     terminal: T,
     frames: Frames,
     received: BytesMut,
+    /// Typed, but not yet taken by the terminal.
+    to_type: BytesMut,
+    /// For a shell that can't read this machine's files.
+    typed: Typed,
     /// The tracing options (`set -v`, `set -x`) that the job has turned on.
     tracing: String,
     untraced: bool,
@@ -51,11 +57,13 @@ const TRACING: [char; 2] = ['v', 'x'];
 impl<T: Terminal> Session<T> {
     /// A session on a terminal where bash starts. `gone` is what announces the shell's end.
     pub fn new(terminal: T, gone: Mark) -> io::Result<Self> {
-        let ask = Mark::random().map_err(io::Error::other)?;
+        let random = || Mark::random().map_err(io::Error::other);
         Ok(Self {
             terminal,
-            frames: Frames::new(ask, gone),
+            frames: Frames::new(random()?, random()?, gone),
             received: BytesMut::with_capacity(READ),
+            to_type: BytesMut::new(),
+            typed: Typed::default(),
             tracing: String::new(),
             untraced: true,
         })
@@ -69,6 +77,39 @@ impl<T: Terminal> Session<T> {
     /// Has bash source the bootstrap script at `path`. Its end is an event like that of any script.
     pub async fn start_bootstrap(&mut self, path: &Path) -> io::Result<()> {
         let line = format!(" . {}; {END}\n", quoted(path));
+        self.type_line(&line).await
+    }
+
+    /// Types the bootstrap script, for a shell that can't read this machine's files: it keeps the scripts that
+    /// it runs in `file`, and the exit code tells whether it can. It may be typed before the shell is there.
+    /// Answers what is typed.
+    pub async fn type_bootstrap(&mut self, file: &str) -> io::Result<String> {
+        self.typed = Typed::new(file);
+        let take = include_str!("take.bash")
+            .replace("@TAKE@", self.frames.take.as_str())
+            .replace("@FILE@", file);
+        let bootstrap = parts_of(format!("{}{take}", self.bootstrap()).as_bytes()).concat();
+        let line = format!(
+            " set +o emacs +o vi; builtin printf -v __agent_bootstrap %b '{bootstrap}'; builtin eval \"$__agent_bootstrap\"; \
+             {END}\n"
+        );
+        debug_assert!(line.len() < 4095);
+        self.type_line(&line).await?;
+        Ok(line)
+    }
+
+    /// Types a script, after [`Self::type_bootstrap`]. One that calls `__agent_receive FILE`, once, gets
+    /// `received` into that file.
+    pub async fn type_script(
+        &mut self,
+        script: &Script,
+        received: Option<&[u8]>,
+    ) -> io::Result<()> {
+        self.untraced = script.untraced;
+        let argument = self.typed.begin(self.file_of(script).as_bytes(), received);
+        let file = self.typed.file();
+        let line = format!(" __agent_take{argument} && [[ 1 ]]; . '{file}'; {END}\n");
+        self.typed.expect_echo(&line);
         self.type_line(&line).await
     }
 
@@ -95,37 +136,69 @@ impl<T: Terminal> Session<T> {
 
     async fn type_line(&mut self, line: &str) -> io::Result<()> {
         self.frames.script = None;
-        self.terminal.suppress_echo()?;
-        self.terminal.write_all(line.as_bytes()).await
+        self.queue(line)?;
+        self.flush().await
     }
 
-    /// Types the running script's mark, because the shell asks for it.
-    async fn answer(&mut self) -> io::Result<()> {
+    fn queue(&mut self, line: &str) -> io::Result<()> {
+        self.terminal.suppress_echo()?;
+        self.to_type.extend_from_slice(line.as_bytes());
+        Ok(())
+    }
+
+    /// Types what is queued. Dropping the future loses nothing.
+    async fn flush(&mut self) -> io::Result<()> {
+        while !self.to_type.is_empty() {
+            if self.terminal.write_buf(&mut self.to_type).await? == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Queues the running script's mark, because the shell asks for it.
+    fn answer(&mut self) -> io::Result<()> {
+        // One mark only: the shell asks again if an interrupt kept it from reading the first answer.
         let mark = match self.frames.script {
             Some(mark) => mark,
             None => Mark::random().map_err(io::Error::other)?,
         };
         self.frames.script = Some(mark);
-        self.terminal.suppress_echo()?;
-        self.terminal.write_all(format!("{}\n", mark.as_str()).as_bytes()).await
+        self.queue(&format!("{}\n", mark.as_str()))
     }
 
     /// Waits for the next event. Dropping the future loses nothing.
     pub async fn next_event(&mut self) -> SessionEvent {
         loop {
+            if self.flush().await.is_err() {
+                return self.end_of_stream();
+            }
             let (piece, taken) = self.frames.next_piece(&self.received);
             match piece {
                 Piece::Output(range) => {
                     let mut output = self.received.split_to(taken);
                     output.advance(range.start);
-                    return SessionEvent::Output(output.freeze());
+                    if self.typed.holds() {
+                        self.typed.hold(&output);
+                    } else {
+                        return SessionEvent::Output(output.freeze());
+                    }
                 }
                 Piece::Ask => {
-                    // Taken only when answered, so that a dropped future asks again.
-                    if self.answer().await.is_err() {
-                        return SessionEvent::ShellEnded;
-                    }
                     self.received.advance(taken);
+                    if self.answer().is_err() {
+                        return self.end_of_stream();
+                    }
+                }
+                Piece::Take => {
+                    self.received.advance(taken);
+                    let part = self.typed.next_part();
+                    if part.is_some_and(|part| self.queue(&format!("{part}\n")).is_err()) {
+                        return self.end_of_stream();
+                    }
+                    if let Some(output) = self.typed.release() {
+                        return SessionEvent::Output(output);
+                    }
                 }
                 Piece::End { exit_code, flags, job_result } => {
                     self.received.advance(taken);
@@ -147,8 +220,11 @@ impl<T: Terminal> Session<T> {
         }
     }
 
-    /// The stream is over: what looked like the beginning of a frame was output.
+    /// The stream is over: what looked like the beginning of a frame, or of an echo, was output.
     fn end_of_stream(&mut self) -> SessionEvent {
+        if let Some(output) = self.typed.release() {
+            return SessionEvent::Output(output);
+        }
         let rest: Bytes = self.received.split().freeze();
         if rest.is_empty() { SessionEvent::ShellEnded } else { SessionEvent::Output(rest) }
     }

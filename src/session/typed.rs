@@ -1,0 +1,179 @@
+//! Scripts for a shell that can't read this machine's files: typed on its terminal, part by part.
+//!
+//! A terminal takes lines of at most 4095 bytes and heeds control characters, so a script travels as
+//! printable text that `printf %b` turns back into its bytes. A short one is an argument of the typed line
+//! itself. A long one follows in parts, each of which the shell asks for with the frame TAKE, when the
+//! terminal's echo is off. So does what a script receives while it runs.
+//!
+//! The typed line itself is echoed if the job has turned that on. The shell answers it with TAKE before
+//! it does anything else, so the echo is what stands before TAKE, and is taken out there.
+
+use std::collections::VecDeque;
+use std::fmt::Write as _;
+
+use bytes::{Bytes, BytesMut};
+use memchr::memmem;
+
+/// The longest part, in bytes: what a terminal takes, less the rest of the line it stands in.
+const LONGEST_PART: usize = 3800;
+
+/// What is being typed.
+#[derive(Debug, Default)]
+pub(super) struct Typed {
+    /// Where the shell keeps the script that it runs.
+    file: String,
+    /// Still to be asked for; an empty one ends what is received at once.
+    parts: VecDeque<String>,
+    /// The whole script stands in the typed line.
+    is_in_line: bool,
+    /// What the typed line looks like if it is echoed, until that is over.
+    echo: Option<Vec<u8>>,
+    /// What came instead, or around it.
+    held: BytesMut,
+}
+
+impl Typed {
+    pub(super) fn new(file: &str) -> Self {
+        Self { file: file.to_owned(), ..Self::default() }
+    }
+
+    pub(super) fn file(&self) -> &str {
+        &self.file
+    }
+
+    /// The argument that takes `script` to the shell, with a space before it, or nothing if the shell is to
+    /// ask for it. `received` is what it will ask for itself.
+    pub(super) fn begin(&mut self, script: &[u8], received: Option<&[u8]>) -> String {
+        let mut parts = parts_of(script);
+        self.is_in_line = parts.len() == 1;
+        let in_line = if self.is_in_line { parts.pop() } else { None };
+        self.parts.clear();
+        if in_line.is_none() {
+            self.parts.extend(parts);
+            self.parts.push_back(String::new());
+        }
+        if let Some(received) = received {
+            self.parts.extend(parts_of(received).into_iter().filter(|part| !part.is_empty()));
+            self.parts.push_back(String::new());
+        }
+        in_line.map_or_else(String::new, |part| format!(" '{part}'"))
+    }
+
+    /// `line` is typed now.
+    pub(super) fn expect_echo(&mut self, line: &str) {
+        self.echo = Some(line.replace('\n', "\r\n").into_bytes());
+    }
+
+    /// Whether output is to be held back.
+    pub(super) fn holds(&self) -> bool {
+        self.echo.is_some()
+    }
+
+    pub(super) fn hold(&mut self, output: &[u8]) {
+        self.held.extend_from_slice(output);
+    }
+
+    /// The shell has asked: what to type now, if anything.
+    pub(super) fn next_part(&mut self) -> Option<String> {
+        if self.is_in_line && self.holds() {
+            return None;
+        }
+        self.parts.pop_front()
+    }
+
+    /// What was held back, without the echo.
+    pub(super) fn release(&mut self) -> Option<Bytes> {
+        let echo = self.echo.take()?;
+        let mut held = self.held.split();
+        if let Some(at) = memmem::find(&held, &echo) {
+            let after = held.split_off(at + echo.len());
+            held.truncate(at);
+            held.extend_from_slice(&after);
+        }
+        Some(held.freeze()).filter(|held| !held.is_empty())
+    }
+}
+
+/// `bytes` for `printf %b`, in single quotes, in parts that a terminal takes.
+pub(super) fn parts_of(bytes: &[u8]) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    for byte in bytes {
+        let mut last = parts.pop().unwrap_or_default();
+        if last.len() >= LONGEST_PART {
+            parts.push(std::mem::take(&mut last));
+        }
+        match byte {
+            b'\n' => last.push_str("\\n"),
+            // A quote would end the argument, and a backslash is what escapes.
+            b' '..=b'~' if !matches!(byte, b'\'' | b'\\') => last.push(char::from(*byte)),
+            // Fails only if writing to a string does.
+            _ => drop(write!(last, "\\0{byte:03o}")),
+        }
+        parts.push(last);
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn an_echo_is_taken_out_wherever_it_stands() {
+        for (came, left) in [
+            (" line\r\n", ""),
+            ("[1]+ Done\r\n line\r\n", "[1]+ Done\r\n"),
+            (" line\r\nfrom behind", "from behind"),
+            ("nothing echoed", "nothing echoed"),
+            ("", ""),
+        ] {
+            let mut typed = Typed::new("f");
+            typed.expect_echo(" line\n");
+            let (one, two) = came.split_at(came.len() / 2);
+            typed.hold(one.as_bytes());
+            typed.hold(two.as_bytes());
+            assert_eq!(typed.release().unwrap_or_default(), left.as_bytes(), "{came}");
+            assert!(!typed.holds());
+        }
+    }
+
+    #[test]
+    fn a_short_script_is_an_argument_and_a_long_one_comes_in_parts() {
+        let mut typed = Typed::new("f");
+        let mut lengths_of_parts = |script: &[u8], received: Option<&[u8]>| {
+            let argument = typed.begin(script, received);
+            typed.expect_echo("");
+            let first = typed.next_part();
+            typed.release();
+            let rest = std::iter::from_fn(|| typed.next_part());
+            let lengths: Vec<_> = first.into_iter().chain(rest).map(|part| part.len()).collect();
+            (argument, lengths)
+        };
+        let long = b"x".repeat(2 * LONGEST_PART);
+        let in_line = " 'echo \\0047a\\0047\\n'".to_owned();
+        assert_eq!(lengths_of_parts(b"echo 'a'\n", None), (in_line, vec![]));
+        assert_eq!(lengths_of_parts(&long, None).1, [LONGEST_PART, LONGEST_PART, 0]);
+        assert_eq!(lengths_of_parts(b"x", Some(b"\x00")), (" 'x'".to_owned(), vec![5, 0]));
+        assert_eq!(lengths_of_parts(&long, Some(b"")).1, [LONGEST_PART, LONGEST_PART, 0, 0]);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn printf_gives_back_every_byte(
+            bytes in prop::collection::vec(any::<u8>(), 0..9000),
+        ) {
+            let parts = parts_of(&bytes);
+            prop_assert!(parts.iter().all(|part| part.len() <= LONGEST_PART + 5));
+            prop_assert!(parts.concat().bytes().all(|byte| (b' '..=b'~').contains(&byte)));
+            let quoted: Vec<_> = parts.iter().map(|part| format!("'{part}'")).collect();
+            let script = format!("for part in {}; do printf %b \"$part\"; done", quoted.join(" "));
+            let printed = Command::new("bash").args(["-c", &script]).output().unwrap();
+            prop_assert_eq!(printed.stdout, bytes);
+        }
+    }
+}
