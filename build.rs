@@ -4,9 +4,11 @@
 use std::path::Path;
 
 /// What tests need besides bash: the name of a `cfg`, and the programs it stands for.
-const NEEDS: [(&str, &[&str]); 2] = [
+const NEEDS: [(&str, &[&str]); 4] = [
     ("has_ssh", &["/usr/sbin/sshd", "/usr/bin/ssh", "/usr/bin/ssh-keygen", "/usr/bin/git"]),
     ("has_curl", &["/usr/bin/curl", "/usr/bin/perl"]),
+    ("has_docker", &["/usr/bin/docker", "/var/run/docker.sock", "/usr/bin/apt-get"]),
+    ("has_registry", &["/usr/bin/docker-registry", "/usr/bin/htpasswd"]),
 ];
 
 fn main() {

@@ -66,6 +66,9 @@ pub enum Command {
     /// The first process of a shell job; only the agent itself can start it
     #[command(hide = true)]
     JobInit,
+    /// Ends what a job has in containers if the agent dies; only the agent itself can start it
+    #[command(hide = true)]
+    DockerWatch,
 }
 
 /// Arguments of `agent run`.

@@ -27,6 +27,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::session::{Mark, quoted};
+use crate::state_dir;
 
 /// Where people and tools expect the script (PROTOCOL: "SSH jump point").
 pub const DEFAULT_SCRIPT: &str = "/tmp/ssh_jump_point";
@@ -63,9 +64,55 @@ pub struct SshAccess {
     pub script: PathBuf,
     /// The job's own directory; absolute, and unique to the job.
     pub job_directory: PathBuf,
-    /// The job's environment, once it is there; nothing if who logs in is not to see it.
-    pub environment: Option<PathBuf>,
+    /// The script is there even if the job brings no keys.
+    pub without_keys: bool,
+    /// Where it leads.
+    pub leads_to: LeadsTo,
 }
+
+/// Where people get to.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub enum LeadsTo {
+    /// A shell of this machine.
+    Shell {
+        /// The job's environment, once it is there; nothing if who logs in is not to see it.
+        environment: Option<PathBuf>,
+    },
+    /// The main container, in whose own login profile the job's environment is.
+    Container {
+        /// Its name.
+        name: String,
+        /// `DOCKER_HOST`, if it is set.
+        engine: Option<String>,
+    },
+}
+
+/// What leads into a container: waits until it runs, and says so. The name is in `$container`.
+const INTO_CONTAINER: &str = r#"
+command -v docker >/dev/null || { echo 'There is no `docker` on this machine, which this needs.' >&2; exit 127; }
+told=
+while :; do
+  state=$(docker inspect -f '{{.State.Status}}' "$container" 2>/dev/null)
+  case $state in
+    running) break ;;
+    ''|created|restarting) ;;
+    *) echo "The job's container is gone ($state)." >&2; exit 1 ;;
+  esac
+  [ -e "$job" ] || { echo 'The job is over.' >&2; exit 1; }
+  [ -n "$told" ] || printf "Waiting for the job's container " >&2
+  told=1
+  printf . >&2
+  sleep 0.5
+done
+[ -z "$told" ] || echo >&2
+if [ $# -eq 0 ]; then
+  set -- bash --login
+fi
+if [ -t 0 ] && [ -t 1 ]; then
+  exec docker exec -it "$container" "$@"
+fi
+exec docker exec -i "$container" "$@"
+"#;
 
 impl SshAccess {
     /// Takes back what jobs added whose agents died with all that could have cleaned up.
@@ -113,7 +160,8 @@ impl SshAccess {
         } else {
             String::new()
         };
-        let shown = self.environment.as_deref().map_or_else(String::new, |environment| {
+        let environment = self.environment();
+        let shown = environment.map_or_else(String::new, |environment| {
             let environment = quoted(environment);
             format!("[ ! -r {environment} ] || . {environment}\n")
         });
@@ -121,7 +169,7 @@ impl SshAccess {
         let mut options = File::options();
         options.write(true).create(true).truncate(true).mode(0o600);
         options.open(self.session_file())?.write_all(session.as_bytes())?;
-        if self.environment.is_none() {
+        if environment.is_none() {
             return Ok(());
         }
         let profile = UserFile::at(&self.home, ".bash_profile")?;
@@ -135,15 +183,35 @@ impl SshAccess {
     }
 
     fn write_script(&self) -> io::Result<()> {
+        let leads_to = match &self.leads_to {
+            LeadsTo::Shell { .. } => {
+                "if [ $# -eq 0 ]; then\n  exec bash --login\nfi\nexec \"$@\"\n".to_owned()
+            }
+            LeadsTo::Container { name, engine } => {
+                let engine = engine.as_deref().map_or_else(String::new, |engine| {
+                    format!("export DOCKER_HOST={}\n", quoted(Path::new(engine)))
+                });
+                let name = quoted(Path::new(name));
+                // Gone with the job's containers; the rest stays as long as the log.
+                let job = quoted(&state_dir::scratch_of(&self.job_directory));
+                format!("{engine}container={name}\njob={job}{INTO_CONTAINER}")
+            }
+        };
         let script = format!(
             "#!/usr/bin/env bash\n# {MARK}{job}\n\
-             [ ! -r {session} ] || . {session}\n\
-             if [ $# -eq 0 ]; then\n  exec bash --login\nfi\nexec \"$@\"\n",
+             [ ! -r {session} ] || . {session}\n{leads_to}",
             job = self.job_directory.display(),
             session = quoted(&self.session_file()),
         );
         let (directory, name) = split(&self.script)?;
         UserFile::at(directory, name)?.replace(script.as_bytes(), 0o600)
+    }
+
+    fn environment(&self) -> Option<&Path> {
+        match &self.leads_to {
+            LeadsTo::Shell { environment } => environment.as_deref(),
+            LeadsTo::Container { .. } => None,
+        }
     }
 
     /// Ends what people who logged in still run.
@@ -174,7 +242,7 @@ impl SshAccess {
     }
 
     fn open_now(&self, keys: &[Bytes]) -> io::Result<()> {
-        if keys.is_empty() && self.environment.is_none() {
+        if keys.is_empty() && !self.without_keys {
             return Ok(());
         }
         let _others_wait = lock(&self.home)?;
@@ -449,7 +517,8 @@ mod tests {
                 home: self.directory.path().to_owned(),
                 script: self.path("jump"),
                 job_directory: self.path(job),
-                environment: Some(self.path(job).join("environment")),
+                without_keys: true,
+                leads_to: LeadsTo::Shell { environment: Some(self.path(job).join("environment")) },
             }
         }
 

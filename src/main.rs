@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::Parser as _;
 use semaphore_agent::cli::{Cli, Command};
 use semaphore_agent::commands;
+use semaphore_agent::docker::watch;
 use semaphore_agent::exit_code::Exit;
 use semaphore_agent::job_init;
 
@@ -16,13 +17,19 @@ fn main() -> ExitCode {
         Command::Serve(options) => commands::serve::serve(*options),
         Command::Start(options) => commands::start::start(*options),
         Command::Version => commands::version::version(),
-        Command::JobInit => match job_init::run() {
-            Ok(()) => Exit::Success,
-            Err(error) => {
-                let _ = writeln!(io::stderr(), "error: the job's first process failed: {error}");
-                Exit::Failure
-            }
-        },
+        Command::JobInit => beside_the_agent(job_init::run()),
+        Command::DockerWatch => beside_the_agent(watch::run()),
     };
     exit.into()
+}
+
+/// How a process ended that the agent starts for itself.
+fn beside_the_agent(ended: io::Result<()>) -> Exit {
+    match ended {
+        Ok(()) => Exit::Success,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "error: a job's helper process failed: {error}");
+            Exit::Failure
+        }
+    }
 }

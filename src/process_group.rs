@@ -2,15 +2,20 @@
 
 use std::io;
 use std::os::unix::process::CommandExt as _;
-use std::process::{Command as StdCommand, ExitStatus};
+use std::process::{Command as StdCommand, ExitStatus, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
+use tokio::io::AsyncReadExt as _;
+use tokio::net::unix::pipe::Receiver;
 use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
 use crate::sys;
+
+/// How long to wait for what an ended program has printed.
+const REST_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Runs a program to its end, or to that of its time: nothing then. What is left of its process group
 /// is killed in any case.
@@ -23,6 +28,36 @@ pub async fn run_for(
     let mut program = Command::from(command).spawn()?;
     let _ended_with_it = ProcessGroup::of(&program);
     timeout(patience, program.wait()).await.ok().transpose()
+}
+
+/// Runs a program to its end; answers that, and what it printed. What is left of its process group is killed
+/// then, and if nobody waits any more.
+pub async fn output_of(mut command: StdCommand) -> io::Result<(ExitStatus, Vec<u8>)> {
+    let (reader, writer) = io::pipe()?;
+    command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
+    sys::start_clean(&mut command);
+    command.process_group(0);
+    let mut command = Command::from(command);
+    let mut program = command.spawn()?;
+    let group = ProcessGroup::of(&program);
+    // It holds the pipe's other end.
+    drop(command);
+    let mut output = Receiver::from_owned_fd(reader.into())?;
+    let mut printed = Vec::new();
+    let ended = loop {
+        tokio::select! {
+            ended = program.wait() => break ended?,
+            count = output.read_buf(&mut printed) => {
+                if count? == 0 {
+                    break program.wait().await?;
+                }
+            }
+        }
+    };
+    drop(group);
+    // What got away may keep the pipe open.
+    let _ = timeout(REST_PATIENCE, output.read_to_end(&mut printed)).await;
+    Ok((ended, printed))
 }
 
 /// A program and what it has started. Killed with this value.

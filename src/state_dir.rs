@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nix::unistd::geteuid;
 
+use crate::docker::watch;
 use crate::session::Mark;
 
 /// Where the agent keeps what only it may see; mode 0700.
@@ -52,7 +53,8 @@ impl StateDir {
             let path = entry?.path();
             let is_job =
                 path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"job-"));
-            if is_job && File::open(&path).is_ok_and(|directory| directory.try_lock().is_ok()) {
+            let is_dead = || File::open(&path).is_ok_and(|directory| directory.try_lock().is_ok());
+            if is_job && is_dead() && !watch::end_dead(&path) {
                 remove(&path);
             }
         }
@@ -103,6 +105,11 @@ impl JobDir {
         &self.path
     }
 
+    /// A name that no other job of this agent has, and hardly one of any other.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// A name for the job's control group that no other has.
     pub fn group_name(&self) -> String {
         format!("semaphore-agent-{}", self.name)
@@ -110,7 +117,7 @@ impl JobDir {
 
     /// Where scripts and variables are while the job runs.
     pub fn scratch(&self) -> PathBuf {
-        self.path.join("scratch")
+        scratch_of(&self.path)
     }
 
     /// The job's variables, as a script, once they are exported.
@@ -122,6 +129,11 @@ impl JobDir {
     pub fn remove_scratch(&self) {
         remove(&self.scratch());
     }
+}
+
+/// What [`JobDir::scratch`] is, for who knows the directory's path only.
+pub(crate) fn scratch_of(job_directory: &Path) -> PathBuf {
+    job_directory.join("scratch")
 }
 
 impl Drop for JobDir {

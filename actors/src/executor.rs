@@ -11,6 +11,8 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use actix::prelude::*;
+use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -18,17 +20,28 @@ use tokio_util::sync::CancellationToken;
 use crate::job::{EnvVar, InjectedFile};
 use crate::log_buffer::{Append, LogBuffer, LogError};
 use crate::log_event::LogEvent;
-use crate::ports::{ExecutorBackend, Script, ScriptEnd, SessionEvent, ShellSession, StepError};
+use crate::ports::{
+    ExecutorBackend, PreparationError, PreparationStep, Script, ScriptEnd, SessionEvent,
+    ShellSession, StepError, StepLog,
+};
 use crate::terminal_text::{FULL_EVENT, TerminalText};
 
 /// How long output waits for more to share its event with: long enough for an event to be worth
 /// its overhead, short enough for somebody who watches.
 const GATHER: Duration = Duration::from_millis(8);
 
-/// Brings up the place and opens the session.
+/// Asks which steps bring up the place and open the session.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Result<Vec<PreparationStep>, ExecutorError>")]
+pub struct GetPreparation;
+
+/// Does one of these steps.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Result<(), ExecutorError>")]
-pub struct Prepare;
+pub struct Prepare {
+    /// Which, from 0 on.
+    pub step: usize,
+}
 
 /// Exports variables in the session.
 #[derive(Debug, Message)]
@@ -79,6 +92,9 @@ pub enum ExecutorError {
     /// The step itself failed, for the reason given.
     #[error(transparent)]
     Step(#[from] StepError),
+    /// The preparation failed, for a reason that the job is not told.
+    #[error("the reason is in the agent's own log")]
+    Untold,
     /// The shell ended while the script ran.
     #[error("the job's shell ended")]
     ShellEnded,
@@ -91,6 +107,15 @@ pub enum ExecutorError {
     /// The output could not be appended to the log.
     #[error("the job's log could not be written: {0}")]
     Log(String),
+}
+
+impl From<PreparationError> for ExecutorError {
+    fn from(error: PreparationError) -> Self {
+        match error {
+            PreparationError::Failed(error) => Self::Step(error),
+            PreparationError::Untold => Self::Untold,
+        }
+    }
 }
 
 /// See the module.
@@ -132,6 +157,21 @@ impl Output {
             appended.map_err(|error| ExecutorError::Log(error.to_string()))?;
         }
         Ok(())
+    }
+}
+
+impl StepLog for Output {
+    fn tell<'a>(&'a mut self, text: &'a str) -> LocalBoxFuture<'a, Result<(), StepError>> {
+        async {
+            self.text.push(text.as_bytes());
+            self.text.finish();
+            let told = async {
+                self.send().await?;
+                self.settle().await
+            };
+            told.await.map_err(|error: ExecutorError| StepError(error.to_string()))
+        }
+        .boxed_local()
     }
 }
 
@@ -230,12 +270,26 @@ impl Actor for Executor {
     type Context = Context<Self>;
 }
 
+impl Handler<GetPreparation> for Executor {
+    type Result = ResponseActFuture<Self, Result<Vec<PreparationStep>, ExecutorError>>;
+
+    fn handle(&mut self, _: GetPreparation, _: &mut Self::Context) -> Self::Result {
+        self.reply_with(async |work: &mut Work, _: &CancellationToken| {
+            Ok(work.backend.preparation())
+        })
+    }
+}
+
 impl Handler<Prepare> for Executor {
     type Result = ResponseActFuture<Self, Result<(), ExecutorError>>;
 
-    fn handle(&mut self, _: Prepare, _: &mut Self::Context) -> Self::Result {
-        self.reply_with(async |work: &mut Work, aborted: &CancellationToken| {
-            work.session = Some(unless_aborted(aborted, work.backend.prepare()).await?);
+    fn handle(&mut self, message: Prepare, _: &mut Self::Context) -> Self::Result {
+        self.reply_with(async move |work: &mut Work, aborted: &CancellationToken| {
+            let Work { backend, session, output } = work;
+            let prepared = backend.prepare(message.step, output);
+            if let Some(opened) = unless_aborted(aborted, prepared).await? {
+                *session = Some(opened);
+            }
             Ok(())
         })
     }

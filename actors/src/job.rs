@@ -8,6 +8,8 @@ use std::fmt;
 
 use bytes::Bytes;
 
+use crate::compose::Compose;
+
 /// The identity of a job; never empty.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct JobId(String);
@@ -128,12 +130,12 @@ impl Command {
 }
 
 /// What runs the commands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ExecutorKind {
     /// A login shell on this machine.
     Shell,
     /// A shell in a container beside side containers.
-    DockerCompose,
+    DockerCompose(Box<Compose>),
 }
 
 /// Whom to tell about the end of a job whose log is pulled.
@@ -243,7 +245,14 @@ impl Job {
         let files = self.files.as_ref().err();
         let ssh_keys = self.ssh_keys.as_ref().err();
         let logger = self.logger.as_ref().err();
-        [executor, environment, files, ssh_keys, logger].into_iter().flatten().flatten()
+        let credentials = match &self.executor {
+            Ok(ExecutorKind::DockerCompose(compose)) => compose.credentials.as_ref().err(),
+            _ => None,
+        };
+        [executor, credentials, environment, files, ssh_keys, logger]
+            .into_iter()
+            .flatten()
+            .flatten()
     }
 
     /// The value of a variable of its environment, if it is text.

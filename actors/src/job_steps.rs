@@ -14,15 +14,15 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::executor::{
-    Abort, Executor, ExecutorError, Export, Inject, Prepare, RunCommand, ShownPath,
+    Abort, Executor, ExecutorError, Export, GetPreparation, Inject, Prepare, RunCommand, ShownPath,
 };
-use crate::job::{Command, EnvVar, ExecutorKind, Job, Outcome, Problem, VariableName};
+use crate::job::{Command, EnvVar, Job, Outcome, Problem, VariableName};
 use crate::job_hooks::{HookFailure, HookPlace, HookRun, JobHooks};
 use crate::job_log::JobLog;
 use crate::jump_point::{JumpPoint, OpenAccess};
 use crate::log_buffer::LogError;
 use crate::log_event::{LogEvent, unix_time};
-use crate::ports::{Containment, Script, ScriptEnd};
+use crate::ports::{Containment, PreparationStep, Script, ScriptEnd};
 
 /// A main command that exits with this code stops the job from inside.
 const STOP_FROM_INSIDE: i32 = 130;
@@ -119,8 +119,14 @@ impl JobSteps {
 
     /// All that is left to do for a job that was stopped, in a shell of its own.
     pub(crate) async fn run_post_job_hook_afresh(self) {
-        if let Ok(Err(error)) = self.ask(Prepare).await {
-            return log::error!(job:% = self.job.id, error:%; "no shell for the post-job hook");
+        // The log has no place for these steps.
+        let Ok(Ok(steps)) = self.ask(GetPreparation).await else {
+            return;
+        };
+        for step in 0..steps.len() {
+            if let Ok(Err(error)) = self.ask(Prepare { step }).await {
+                return log::error!(job:% = self.job.id, error:%; "no shell for the post-job hook");
+            }
         }
         if let Ok(variables) = &self.job.environment
             && !variables.is_empty()
@@ -167,23 +173,45 @@ impl JobSteps {
         .await
     }
 
-    /// Brings up the executor. Only a failure shows in the log.
+    /// Brings up the executor.
     async fn prepared(&self) -> Result<bool, Interrupted> {
-        let prepared = match (self.open_access().await, &self.job.executor) {
-            (Err(problems), _) | (_, Err(problems)) => Err(listed(problems)),
-            (Ok(()), Ok(ExecutorKind::Shell | ExecutorKind::DockerCompose)) => {
-                self.ask(Prepare).await?.map_err(|error| format!("{error}\n"))
+        if let (Err(problems), _) | (_, Err(problems)) =
+            (self.open_access().await, self.job.executor.as_ref().map(drop))
+        {
+            return self.preparation_failed(listed(problems)).await;
+        }
+        let steps = match self.ask(GetPreparation).await? {
+            Ok(steps) => steps,
+            Err(error) => return self.preparation_failed(format!("{error}\n")).await,
+        };
+        for (step, kind) in steps.into_iter().enumerate() {
+            let done = match kind {
+                PreparationStep::Hidden => match self.ask(Prepare { step }).await? {
+                    Ok(()) => true,
+                    Err(ExecutorError::Untold) => false,
+                    Err(error) => self.preparation_failed(format!("{error}\n")).await?,
+                },
+                PreparationStep::Shown(title) => succeeded(
+                    &self
+                        .step(title, async {
+                            match self.ask(Prepare { step }).await? {
+                                Ok(()) => Ok(ScriptEnd::default()),
+                                Err(error) => self.failed_because(format!("{error}\n")).await,
+                            }
+                        })
+                        .await?,
+                ),
+            };
+            if !done {
+                return Ok(false);
             }
-        };
-        let Err(why) = prepared else {
-            self.was_prepared.set(true);
-            return Ok(true);
-        };
-        self.step("Preparing the job", async {
-            self.log.append_output(why).await?;
-            Ok(failed())
-        })
-        .await?;
+        }
+        self.was_prepared.set(true);
+        Ok(true)
+    }
+
+    async fn preparation_failed(&self, why: String) -> Result<bool, Interrupted> {
+        self.step("Preparing the job", self.failed_because(why)).await?;
         Ok(false)
     }
 

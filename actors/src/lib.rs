@@ -22,6 +22,7 @@
 //! ([`job_lifecycle`], [`sync_protocol`], [`log_index`], [`terminal_text`]) are plain synchronous
 //! types with property tests; actors perform the effects.
 
+pub mod compose;
 pub mod delivery;
 pub mod executor;
 pub mod finished_once;

@@ -47,10 +47,44 @@ pub trait JobPartsFactory {
 #[error("{0}")]
 pub struct StepError(pub String);
 
+/// Why the place for a job's commands can't be had.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PreparationError {
+    /// For the reason given, which is for the job's log.
+    #[error(transparent)]
+    Failed(#[from] StepError),
+    /// The reason is in the agent's own log only.
+    #[error("the reason is in the agent's own log")]
+    Untold,
+}
+
+/// Takes what a step has to tell while it is at work.
+pub trait StepLog {
+    /// Puts `text` into the job's log.
+    fn tell<'a>(&'a mut self, text: &'a str) -> LocalBoxFuture<'a, Result<(), StepError>>;
+}
+
+/// One step of bringing up the place where a job's commands run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PreparationStep {
+    /// The job's log shows it, under this title.
+    Shown(&'static str),
+    /// It shows only if it fails.
+    Hidden,
+}
+
 /// The place where a job's commands run: this machine's shell, a container, a pod.
 pub trait ExecutorBackend {
-    /// Brings the place up and opens the job's one shell session in it.
-    fn prepare(&mut self) -> LocalBoxFuture<'_, Result<Box<dyn ShellSession>, StepError>>;
+    /// The steps that bring the place up.
+    fn preparation(&self) -> Vec<PreparationStep>;
+
+    /// Does one of these steps, each once and in their order. The last one answers the job's one shell
+    /// session.
+    fn prepare<'a>(
+        &'a mut self,
+        step: usize,
+        log: &'a mut dyn StepLog,
+    ) -> LocalBoxFuture<'a, Result<Option<Box<dyn ShellSession>>, PreparationError>>;
 
     /// Brings the variables to where the shell can read them, and answers the script that
     /// exports them; the values are not in its text.

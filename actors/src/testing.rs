@@ -19,8 +19,9 @@ use crate::job::{EnvVar, InjectedFile, Job};
 use crate::log_buffer::LogRange;
 use crate::ports::{
     Callback, CallbackError, CallbackSender, Containment, ExecutorBackend, JobParts,
-    JobPartsFactory, JumpPointFiles, LeftBehind, LogSpool, LogUploads, MetricsSink, Script,
-    ScriptEnd, SessionEvent, ShellSession, SparePlace, StepError,
+    JobPartsFactory, JumpPointFiles, LeftBehind, LogSpool, LogUploads, MetricsSink,
+    PreparationError, PreparationStep, Script, ScriptEnd, SessionEvent, ShellSession, SparePlace,
+    StepError, StepLog,
 };
 
 mod hub;
@@ -276,17 +277,25 @@ impl LogUploads for ScriptedJob {
 }
 
 impl ExecutorBackend for ScriptedJob {
-    fn prepare(&mut self) -> LocalBoxFuture<'_, Result<Box<dyn ShellSession>, StepError>> {
+    fn preparation(&self) -> Vec<PreparationStep> {
+        vec![PreparationStep::Hidden]
+    }
+
+    fn prepare<'a>(
+        &'a mut self,
+        _: usize,
+        _: &'a mut dyn StepLog,
+    ) -> LocalBoxFuture<'a, Result<Option<Box<dyn ShellSession>>, PreparationError>> {
         async {
             self.call("prepare");
             if self.0.hang_in_prepare.get() {
                 std::future::pending::<()>().await;
             }
             if self.0.fail_prepare.get() {
-                return Err(StepError("there is no shell".into()));
+                return Err(StepError("there is no shell".into()).into());
             }
             let session = ScriptedSession { job: self.clone(), events: VecDeque::new() };
-            Ok(Box::new(session) as Box<dyn ShellSession>)
+            Ok(Some(Box::new(session) as Box<dyn ShellSession>))
         }
         .boxed_local()
     }

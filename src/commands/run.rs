@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use actix::{Actor, Addr, System};
 use actors::finished_once::FinishedOnce;
-use actors::job::{ExecutorKind, Job, Outcome};
+use actors::job::{Job, Outcome};
 use actors::job_supervisor::{Config, GetLog, JobSupervisor, StartJob, StopJob, StopManner};
 use actors::log_buffer::{Follow, LogRange};
 use actors::metrics::Metrics;
@@ -16,11 +16,12 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::cli::{Output, RunArgs};
+use crate::docker::DockerConfig;
 use crate::executors::shell::ShellConfig;
 use crate::exit_code::Exit;
 use crate::job_file::{self, Source};
+use crate::jobs::Jobs;
 use crate::render::{Renderer, Style};
-use crate::shell_jobs::ShellJobs;
 use crate::signals::Signals;
 use crate::state_dir::StateDir;
 
@@ -42,10 +43,6 @@ pub fn run(args: &RunArgs) -> Exit {
     };
     for warning in &file.warnings {
         tell(&format!("warning: {warning}"));
-    }
-    if file.job.executor == Ok(ExecutorKind::DockerCompose) {
-        let why = "executor: this build can't run `dockercompose` jobs yet; `shell` it can";
-        return refuse(format!("{source}: {why}"));
     }
     match start(args, file.job) {
         Ok(outcome) => outcome.into(),
@@ -73,11 +70,7 @@ fn start(args: &RunArgs, job: Job) -> io::Result<Outcome> {
     let shell = ShellConfig::from_env()?;
     let path = args.state_dir.clone().unwrap_or_else(|| StateDir::default_path(&shell.home));
     let state = StateDir::open(&path).map_err(io::Error::other)?;
-    System::new().block_on(supervise(
-        job,
-        ShellJobs { state, shell, jump_point: None },
-        style(args.output),
-    ))
+    System::new().block_on(supervise(job, state, shell, style(args.output)))
 }
 
 fn style(asked: Option<Output>) -> Style {
@@ -90,11 +83,18 @@ fn style(asked: Option<Output>) -> Style {
     }
 }
 
-async fn supervise(job: Job, jobs: ShellJobs, style: Style) -> io::Result<Outcome> {
+async fn supervise(
+    job: Job,
+    state: StateDir,
+    shell: ShellConfig,
+    style: Style,
+) -> io::Result<Outcome> {
     let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
     let stops = Signals::heeded(&kinds)?;
     let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
     let config = Config { grace: GRACE, ..Config::default() };
+    let docker = DockerConfig::of(&shell);
+    let jobs = Jobs { state, shell, docker, metrics: metrics.clone(), jump_point: None };
     let supervisor = JobSupervisor::new(Box::new(jobs), metrics, config).start();
     let (finished, outcome) = FinishedOnce::ask();
     supervisor

@@ -24,14 +24,15 @@ use crate::agent_log::AgentLogConfig;
 use crate::callbacks::HttpCallbacks;
 use crate::commands::run::{GRACE, refuse, tell};
 use crate::config::serve::{ServeConfig, ServeOptions};
+use crate::docker::DockerConfig;
 use crate::executors::shell::ShellConfig;
 use crate::exit_code::Exit;
 use crate::http::auth::Auth;
 use crate::http::{Api, serve as serve_api};
+use crate::jobs::{Jobs, JumpPointConfig};
 use crate::jump_point::SshAccess;
 use crate::log_artifact::ArtifactUploads;
 use crate::open_files;
-use crate::shell_jobs::{JumpPointConfig, ShellJobs};
 use crate::signals::Signals;
 use crate::state_dir::StateDir;
 use crate::statsd::StatsdSink;
@@ -81,7 +82,7 @@ pub fn serve(options: ServeOptions) -> Exit {
         log::warn!("{warning}");
     }
     let tls = Arc::new(tls);
-    let served = prepare(state, &config, compression_size).and_then(|jobs| {
+    let served = prepare(state, &config, compression_size).and_then(|surroundings| {
         let listener = TcpListener::bind((config.host.as_str(), config.port));
         let listener = listener.map_err(|error| {
             io::Error::other(format!("can't listen on {}:{}: {error}", config.host, config.port))
@@ -91,7 +92,7 @@ pub fn serve(options: ServeOptions) -> Exit {
         let address = listener.local_addr()?;
         log::info!(address:%, fingerprint, own, version; "serving");
         let api = ApiNeeds { auth, tls, listener, agent_log: logging.path.clone(), open_files };
-        System::new().block_on(Agent { config, jobs, api }.run())
+        System::new().block_on(Agent { config, surroundings, api }.run())
     });
     let exit = match served {
         Ok(exit) => exit,
@@ -110,25 +111,27 @@ pub(crate) fn fail(error: &io::Error) -> Exit {
 }
 
 /// What jobs need of this machine.
-struct Jobs {
-    shell: ShellJobs,
-    uploads: ArtifactUploads,
+struct Surroundings {
+    state: StateDir,
+    shell: ShellConfig,
+    compression_size: u64,
 }
 
-fn prepare(state: StateDir, config: &ServeConfig, compression_size: u64) -> io::Result<Jobs> {
+fn prepare(
+    state: StateDir,
+    config: &ServeConfig,
+    compression_size: u64,
+) -> io::Result<Surroundings> {
     let shell = ShellConfig::from_env()?;
     if let Err(error) = SshAccess::remove_dead(&shell.home, &config.jump_point) {
         log::warn!(error:%; "what an earlier agent left for SSH can't be removed");
     }
-    let environment = shell.environment.clone();
-    let uploads = ArtifactUploads { environment, compression_size, condition: None };
-    let jump_point = JumpPointConfig { script: config.jump_point.clone(), shows_environment: true };
-    Ok(Jobs { shell: ShellJobs { state, shell, jump_point: Some(jump_point) }, uploads })
+    Ok(Surroundings { state, shell, compression_size })
 }
 
 struct Agent {
     config: ServeConfig,
-    jobs: Jobs,
+    surroundings: Surroundings,
     api: ApiNeeds,
 }
 
@@ -143,7 +146,8 @@ struct ApiNeeds {
 
 impl Agent {
     async fn run(self) -> io::Result<Exit> {
-        let Self { config, jobs, api } = self;
+        let Self { config, surroundings, api } = self;
+        let Surroundings { state, shell, compression_size } = surroundings;
         let ApiNeeds { auth, tls, listener, agent_log, open_files } = api;
         let mut ends = Signals::heeded(&[SignalKind::interrupt(), SignalKind::terminate()])?;
         // Under `nohup` too: there is a use for it.
@@ -156,7 +160,11 @@ impl Agent {
         let delivery = PullDelivery {
             callbacks: Box::new(HttpCallbacks::default()),
             attempts: config.callback_attempts,
-            uploads: Box::new(jobs.uploads),
+            uploads: Box::new(ArtifactUploads {
+                environment: shell.environment.clone(),
+                compression_size,
+                condition: None,
+            }),
         };
         let job_config = Config {
             grace: GRACE,
@@ -165,7 +173,19 @@ impl Agent {
             delivery: Delivery::Pull(Rc::new(delivery)),
         };
         let metrics = Metrics::new(sink).start();
-        let supervisor = JobSupervisor::new(Box::new(jobs.shell), metrics, job_config).start();
+        let jump_point = JumpPointConfig { script: config.jump_point.clone(), for_every_job: true };
+        let jobs = Jobs {
+            state,
+            docker: DockerConfig {
+                files: config.files.clone(),
+                expose_kvm: config.expose_kvm,
+                ..DockerConfig::of(&shell)
+            },
+            shell,
+            metrics: metrics.clone(),
+            jump_point: Some(jump_point),
+        };
+        let supervisor = JobSupervisor::new(Box::new(jobs), metrics, job_config).start();
         let intake = HttpIntake::new(supervisor.clone(), config.single_job).start();
         let api = Api {
             intake: intake.clone(),

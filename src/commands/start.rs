@@ -24,15 +24,16 @@ use crate::agent_log::AgentLogConfig;
 use crate::commands::run::{GRACE, refuse, tell};
 use crate::commands::serve::{fail, leave_at_once};
 use crate::config::start::{StartConfig, StartOptions};
+use crate::docker::DockerConfig;
 use crate::executors::shell::ShellConfig;
 use crate::exit_code::Exit;
 use crate::http_client::HttpClients;
 use crate::hub::{Hub, PATIENCE, Registration};
+use crate::jobs::{Jobs, JumpPointConfig};
 use crate::jump_point::SshAccess;
 use crate::log_artifact::ArtifactUploads;
 use crate::log_uplink::HttpLogUplink;
 use crate::process_group::run_for;
-use crate::shell_jobs::{JumpPointConfig, ShellJobs};
 use crate::signals::Signals;
 use crate::state_dir::StateDir;
 
@@ -173,10 +174,20 @@ impl Agent {
             delivery: Delivery::Push(Rc::new(delivery)),
         };
         let jump_point =
-            JumpPointConfig { script: config.jump_point.clone(), shows_environment: false };
+            JumpPointConfig { script: config.jump_point.clone(), for_every_job: false };
         let environment = shell.environment.clone();
-        let jobs = ShellJobs { state, shell, jump_point: Some(jump_point) };
         let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
+        let jobs = Jobs {
+            state,
+            docker: DockerConfig {
+                files: config.files.clone(),
+                fail_on_missing_files: config.fail_on_missing_files,
+                ..DockerConfig::of(&shell)
+            },
+            shell,
+            metrics: metrics.clone(),
+            jump_point: Some(jump_point),
+        };
         let supervisor = JobSupervisor::new(Box::new(jobs), metrics, job_config).start();
         log::info!(endpoint = config.endpoint.as_str(), version = env!("CARGO_PKG_VERSION"); "starting");
         let poller =

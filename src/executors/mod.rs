@@ -1,3 +1,4 @@
 //! The places where a job's commands can run.
 
+pub mod docker;
 pub mod shell;

@@ -10,7 +10,10 @@ use std::time::Duration;
 
 use actors::job::{EnvVar, InjectedFile};
 use actors::job_request::parse_octal_mode;
-use actors::ports::{ExecutorBackend, Script, SessionEvent, ShellSession, StepError};
+use actors::ports::{
+    ExecutorBackend, PreparationError, PreparationStep, Script, SessionEvent, ShellSession,
+    StepError, StepLog,
+};
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 
@@ -37,12 +40,16 @@ pub struct ShellConfig {
     pub environment: Vec<(OsString, OsString)>,
 }
 
+/// The agent's own environment, less its secrets.
+pub fn agent_environment() -> Vec<(OsString, OsString)> {
+    let is_secret = |name: &OsString| AGENT_SECRETS.iter().any(|secret| name == secret);
+    std::env::vars_os().filter(|(name, _)| !is_secret(name)).collect()
+}
+
 impl ShellConfig {
     /// The agent's own surroundings, less its secrets.
     pub fn from_env() -> io::Result<Self> {
-        let mut environment: Vec<_> = std::env::vars_os()
-            .filter(|(name, _)| !AGENT_SECRETS.iter().any(|secret| name == secret))
-            .collect();
+        let mut environment = agent_environment();
         let is_set = |name: &str| environment.iter().any(|(n, v)| n == name && !v.is_empty());
         let (has_home, has_term) = (is_set("HOME"), is_set("TERM"));
         let home = std::env::home_dir().filter(|home| home.is_absolute());
@@ -150,11 +157,19 @@ async fn wait_for_bootstrap(session: &mut Session<Pty>, printed: &mut Vec<u8>) -
 }
 
 impl ExecutorBackend for ShellBackend {
-    fn prepare(&mut self) -> LocalBoxFuture<'_, Result<Box<dyn ShellSession>, StepError>> {
+    fn preparation(&self) -> Vec<PreparationStep> {
+        vec![PreparationStep::Hidden]
+    }
+
+    fn prepare<'a>(
+        &'a mut self,
+        _: usize,
+        _: &'a mut dyn StepLog,
+    ) -> LocalBoxFuture<'a, Result<Option<Box<dyn ShellSession>>, PreparationError>> {
         async {
             let session = self.open_session().await;
             let session = session.map_err(|error| StepError(format!("no shell: {error}")))?;
-            Ok(Box::new(session) as Box<dyn ShellSession>)
+            Ok(Some(Box::new(session) as Box<dyn ShellSession>))
         }
         .boxed_local()
     }

@@ -306,11 +306,23 @@ fn executors_that_are_not_there() {
             &["job.yaml:3: executor: unknown executor `Shell`"],
         ),
         (
-            "containers",
+            "no containers",
+            &format!("job_id: x\nexecutor: dockercompose\n{MARK}"),
+            &["compose.containers: a job for `dockercompose` needs at least one container"],
+        ),
+        (
+            "containers that can't be",
             &format!(
-                "job_id: x\nexecutor: dockercompose\ncompose: {{containers: [{{name: main, image: alpine}}]}}\n{MARK}"
+                "job_id: x\nexecutor: dockercompose\ncompose:\n  containers:\n  - {{name: main, \
+                 image: a}}\n  - name: a b\n    image: ''\n    command: \"'\"\n  - {{name: main, \
+                 image: a}}\n  image_pull_credentials:\n  - env_vars: []\n{MARK}"
             ),
-            &["this build can't run `dockercompose` jobs yet"],
+            &[
+                "job.yaml:6: compose.containers[1].name: invalid container name `a b`",
+                "job.yaml:7: compose.containers[1].image: an image is needed",
+                "job.yaml:8: compose.containers[1].command: has a quote that is not closed",
+                "job.yaml:9: compose.containers[2].name: `main` is the name of another container",
+            ],
         ),
     ]);
 }

@@ -3,21 +3,35 @@
 //! [`WireRequest`] is what a control plane sends; [`FileRequest`] is the same with the aliases that
 //! job files may use. `null` and absent mean empty everywhere.
 
+// No `Debug` for any of these: they hold secrets.
+macro_rules! raw {
+    ($name:ident { $($field:ident: $type:ty),* $(,)? }) => {
+        #[derive(Default, Deserialize)]
+        pub(super) struct $name {
+            $(
+                #[serde(default, deserialize_with = "null_is_empty")]
+                pub(super) $field: $type,
+            )*
+        }
+    };
+}
+
+mod compose;
+mod values;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
 
-use base64::Engine as _;
-use base64::engine::DecodePaddingMode;
-use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
-use bytes::Bytes;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
+use self::compose::RawCompose;
+pub use self::values::parse_octal_mode;
+use self::values::{RawEnvVar, RawFile, decode_environment, decode_files, decode_ssh_keys};
 use crate::job::{
-    Callbacks, Command, EnvVar, ExecutorKind, InjectedFile, Job, JobId, LogMethod, Logger, Problem,
-    Problems, PushTarget, VariableName,
+    Callbacks, Command, ExecutorKind, Job, JobId, LogMethod, Logger, Problem, Problems, PushTarget,
 };
 
 /// How much of a log a platform keeps that does not say so, in bytes.
@@ -139,14 +153,14 @@ macro_rules! request_schema {
         impl $name {
             /// Decodes everything that can be decoded; what can't be is a problem of its part.
             pub fn decode(self) -> Result<Job, NoJobId> {
-                let executor = decode_executor(&self.executor, &self.compose.0);
-                let octal_modes = executor != Ok(ExecutorKind::DockerCompose);
+                let octal_modes = self.executor != "dockercompose";
+                let executor = decode_executor(&self.executor, self.compose.0);
                 Ok(Job {
                     id: JobId::new(self.job_id).ok_or(NoJobId)?,
                     name: Some(self.job_name).filter(|name| !name.is_empty()),
                     executor,
-                    environment: decode_environment(&self.env_vars),
-                    files: decode_files(&self.files, octal_modes),
+                    environment: decode_environment("", &self.env_vars),
+                    files: decode_files("", &self.files, octal_modes),
                     commands: decode_commands(self.commands),
                     epilogue_always: decode_commands(self.epilogue_always_commands),
                     epilogue_on_pass: decode_commands(self.epilogue_on_pass_commands),
@@ -181,45 +195,6 @@ request_schema!(
     FileRequest, id: "id", epilogue: "epilogue_commands", files: "file"
 );
 
-// No `Debug` for any of these: they hold secrets.
-
-macro_rules! raw {
-    ($(#[$attribute:meta])* $name:ident { $($field:ident: $type:ty),* $(,)? }) => {
-        $(#[$attribute])*
-        #[derive(Default, Deserialize)]
-        struct $name {
-            $(#[serde(default, deserialize_with = "null_is_empty")] $field: $type,)*
-        }
-    };
-}
-
-raw!(
-    #[expect(dead_code, reason = "read by serde: a wrong type is an error wherever it stands")]
-    RawCompose {
-        containers: Vec<OnlyMap<RawContainer>>,
-        image_pull_credentials: Vec<OnlyMap<RawCredentials>>,
-        host_setup_commands: Vec<OnlyMap<RawCommand>>,
-    }
-);
-raw!(
-    #[expect(dead_code, reason = "read by serde: a wrong type is an error wherever it stands")]
-    RawContainer {
-        name: String,
-        image: String,
-        command: String,
-        entrypoint: String,
-        user: String,
-        env_vars: Vec<OnlyMap<RawEnvVar>>,
-        files: Vec<OnlyMap<RawFile>>,
-    }
-);
-raw!(
-    #[expect(dead_code, reason = "read by serde: a wrong type is an error wherever it stands")]
-    RawCredentials {
-        env_vars: Vec<OnlyMap<RawEnvVar>>,
-        files: Vec<OnlyMap<RawFile>>,
-    }
-);
 raw!(RawCallbacks { finished: String, teardown_finished: String, token: String });
 raw!(RawLogger { method: String, url: String, token: String, max_size_in_bytes: u64 });
 
@@ -256,45 +231,18 @@ impl RawLogger {
     }
 }
 
-#[derive(Default, Deserialize)]
-struct RawCommand {
-    #[serde(default, deserialize_with = "null_is_empty")]
-    directive: String,
-    #[serde(default, deserialize_with = "null_is_empty")]
-    alias: String,
-}
-
-#[derive(Default, Deserialize)]
-struct RawEnvVar {
-    #[serde(default, deserialize_with = "null_is_empty")]
-    name: String,
-    #[serde(default, deserialize_with = "null_is_empty")]
-    value: String,
-}
-
-#[derive(Default, Deserialize)]
-struct RawFile {
-    #[serde(default, deserialize_with = "null_is_empty")]
-    path: String,
-    #[serde(default, deserialize_with = "null_is_empty")]
-    content: String,
-    #[serde(default, deserialize_with = "null_is_empty")]
-    mode: String,
-}
+raw!(RawCommand { directive: String, alias: String });
 
 fn problem(path: String, message: impl Into<String>) -> Problem {
     Problem { path, message: message.into() }
 }
 
-fn decode_executor(name: &str, compose: &RawCompose) -> Result<ExecutorKind, Problems> {
+fn decode_executor(name: &str, compose: RawCompose) -> Result<ExecutorKind, Problems> {
     match name {
         "" | "shell" => Ok(ExecutorKind::Shell),
-        "dockercompose" if compose.containers.is_empty() => Err(vec![problem(
-            "compose.containers".into(),
-            "a job for `dockercompose` needs at least one container, the first of which runs its \
-             commands",
-        )]),
-        "dockercompose" => Ok(ExecutorKind::DockerCompose),
+        "dockercompose" => {
+            compose.decode().map(|compose| ExecutorKind::DockerCompose(compose.into()))
+        }
         unknown => Err(vec![problem(
             "executor".into(),
             format!("unknown executor `{unknown}`; known are: {}", KNOWN_EXECUTORS.join(", ")),
@@ -308,128 +256,6 @@ fn decode_commands(commands: Vec<OnlyMap<RawCommand>>) -> Vec<Command> {
         alias: Some(raw.alias).filter(|alias| !alias.is_empty()),
     };
     commands.into_iter().map(decode).collect()
-}
-
-fn decode_environment(variables: &[OnlyMap<RawEnvVar>]) -> Result<Vec<EnvVar>, Problems> {
-    let mut problems = Problems::new();
-    let mut by_name = BTreeMap::new();
-    for (i, OnlyMap(raw)) in variables.iter().enumerate() {
-        let name = VariableName::new(&raw.name).ok_or_else(|| {
-            problem(
-                format!("env_vars[{i}].name"),
-                format!(
-                    "invalid variable name `{}`: letters, digits and _ only, and no digit first",
-                    shown_name(&raw.name)
-                ),
-            )
-        });
-        let value = decode_base64(&raw.value).map_err(|why| {
-            problem(
-                format!("env_vars[{i}].value"),
-                format!("the value of `{}` {why}", shown_name(&raw.name)),
-            )
-        });
-        let value = value.and_then(|value| {
-            let contains_nul = memchr::memchr(0, &value).is_some();
-            let refused = || {
-                problem(
-                    format!("env_vars[{i}].value"),
-                    format!(
-                        "the value of `{}` contains a NUL byte, which no environment can hold",
-                        shown_name(&raw.name)
-                    ),
-                )
-            };
-            if contains_nul { Err(refused()) } else { Ok(value) }
-        });
-        match (name, value) {
-            (Ok(name), Ok(value)) => {
-                by_name.insert(name, value);
-            }
-            (name, value) => problems.extend(name.err().into_iter().chain(value.err())),
-        }
-    }
-    let in_order = by_name.into_iter().map(|(name, value)| EnvVar { name, value }).collect();
-    if problems.is_empty() { Ok(in_order) } else { Err(problems) }
-}
-
-/// A name as messages show it: what follows a `=` may be a secret in the wrong place.
-fn shown_name(name: &str) -> String {
-    match name.split_once('=') {
-        Some((name, _)) => format!("{}=…", name.escape_debug()),
-        None => name.escape_debug().to_string(),
-    }
-}
-
-fn decode_files(
-    files: &[OnlyMap<RawFile>],
-    octal_modes: bool,
-) -> Result<Vec<InjectedFile>, Problems> {
-    let mut problems = Problems::new();
-    let mut decoded = Vec::with_capacity(files.len());
-    for (i, OnlyMap(raw)) in files.iter().enumerate() {
-        if raw.path.is_empty() || raw.path.contains('\0') {
-            problems.push(problem(
-                format!("files[{i}].path"),
-                "a path must not be empty or hold a NUL",
-            ));
-        }
-        if octal_modes && parse_octal_mode(&raw.mode).is_none() {
-            problems.push(problem(
-                format!("files[{i}].mode"),
-                format!(
-                    "bad file permission '{}' for {}: an octal mode like 0644 is needed",
-                    raw.mode.escape_debug(),
-                    raw.path.escape_debug()
-                ),
-            ));
-        }
-        match decode_base64(&raw.content) {
-            Ok(content) => decoded.push(InjectedFile {
-                path: raw.path.clone(),
-                content,
-                mode: raw.mode.clone(),
-            }),
-            Err(why) => problems.push(problem(
-                format!("files[{i}].content"),
-                format!("the content of `{}` {why}", raw.path.escape_debug()),
-            )),
-        }
-    }
-    if problems.is_empty() { Ok(decoded) } else { Err(problems) }
-}
-
-fn decode_ssh_keys(keys: &[String]) -> Result<Vec<Bytes>, Problems> {
-    let mut problems = Problems::new();
-    let mut lines = Vec::with_capacity(keys.len());
-    for (i, key) in keys.iter().enumerate() {
-        let path = || format!("ssh_public_keys[{i}]");
-        match decode_base64(key) {
-            Ok(line) if memchr::memchr(0, &line).is_some() => {
-                problems.push(problem(path(), "the key contains a NUL byte"));
-            }
-            Ok(line) => lines.push(line),
-            Err(why) => problems.push(problem(path(), format!("the key {why}"))),
-        }
-    }
-    if problems.is_empty() { Ok(lines) } else { Err(problems) }
-}
-
-/// The permission bits that an octal string of up to four significant digits stands for.
-pub fn parse_octal_mode(mode: &str) -> Option<u32> {
-    let digits_only = !mode.is_empty() && mode.bytes().all(|b| b.is_ascii_digit());
-    let bits = u32::from_str_radix(mode, 8).ok()?;
-    (digits_only && bits <= 0o7777).then_some(bits)
-}
-
-/// Base64 with or without padding; white space anywhere in it is ignored.
-fn decode_base64(text: &str) -> Result<Bytes, &'static str> {
-    const LENIENT: GeneralPurpose = GeneralPurpose::new(
-        &base64::alphabet::STANDARD,
-        GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
-    );
-    let compact: Vec<u8> = text.bytes().filter(|b| !b.is_ascii_whitespace()).collect();
-    LENIENT.decode(compact).map(Bytes::from).map_err(|_| "is not base64")
 }
 
 #[cfg(test)]
@@ -447,7 +273,7 @@ mod tests {
                 "files":null,"callbacks":null,"logger":{"max_size_in_bytes":null},"compose":null}"#,
         );
         assert_eq!(job.executor, Ok(ExecutorKind::Shell));
-        assert_eq!(job.environment.unwrap()[0].value, Bytes::new());
+        assert!(job.environment.unwrap()[0].value.is_empty());
     }
 
     #[test]

@@ -1,0 +1,142 @@
+//! The values in a request: variables, contents of files, keys.
+
+use std::collections::BTreeMap;
+
+use base64::Engine as _;
+use base64::engine::DecodePaddingMode;
+use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
+use bytes::Bytes;
+use serde::Deserialize;
+
+use super::{OnlyMap, null_is_empty, problem};
+use crate::job::{EnvVar, InjectedFile, Problems, VariableName};
+
+raw!(RawEnvVar { name: String, value: String });
+raw!(RawFile { path: String, content: String, mode: String });
+
+/// `at` is where they are, for what is wrong with them.
+pub(super) fn decode_environment(
+    at: &str,
+    variables: &[OnlyMap<RawEnvVar>],
+) -> Result<Vec<EnvVar>, Problems> {
+    let mut problems = Problems::new();
+    let mut by_name = BTreeMap::new();
+    for (i, OnlyMap(raw)) in variables.iter().enumerate() {
+        let name = VariableName::new(&raw.name).ok_or_else(|| {
+            problem(
+                format!("{at}env_vars[{i}].name"),
+                format!(
+                    "invalid variable name `{}`: letters, digits and _ only, and no digit first",
+                    shown_name(&raw.name)
+                ),
+            )
+        });
+        let value = decode_base64(&raw.value).map_err(|why| {
+            problem(
+                format!("{at}env_vars[{i}].value"),
+                format!("the value of `{}` {why}", shown_name(&raw.name)),
+            )
+        });
+        let value = value.and_then(|value| {
+            let contains_nul = memchr::memchr(0, &value).is_some();
+            let refused = || {
+                problem(
+                    format!("{at}env_vars[{i}].value"),
+                    format!(
+                        "the value of `{}` contains a NUL byte, which no environment can hold",
+                        shown_name(&raw.name)
+                    ),
+                )
+            };
+            if contains_nul { Err(refused()) } else { Ok(value) }
+        });
+        match (name, value) {
+            (Ok(name), Ok(value)) => {
+                by_name.insert(name, value);
+            }
+            (name, value) => problems.extend(name.err().into_iter().chain(value.err())),
+        }
+    }
+    let in_order = by_name.into_iter().map(|(name, value)| EnvVar { name, value }).collect();
+    if problems.is_empty() { Ok(in_order) } else { Err(problems) }
+}
+
+/// A name as messages show it: what follows a `=` may be a secret in the wrong place.
+fn shown_name(name: &str) -> String {
+    match name.split_once('=') {
+        Some((name, _)) => format!("{}=…", name.escape_debug()),
+        None => name.escape_debug().to_string(),
+    }
+}
+
+pub(super) fn decode_files(
+    at: &str,
+    files: &[OnlyMap<RawFile>],
+    octal_modes: bool,
+) -> Result<Vec<InjectedFile>, Problems> {
+    let mut problems = Problems::new();
+    let mut decoded = Vec::with_capacity(files.len());
+    for (i, OnlyMap(raw)) in files.iter().enumerate() {
+        if raw.path.is_empty() || raw.path.contains('\0') {
+            problems.push(problem(
+                format!("{at}files[{i}].path"),
+                "a path must not be empty or hold a NUL",
+            ));
+        }
+        if octal_modes && parse_octal_mode(&raw.mode).is_none() {
+            problems.push(problem(
+                format!("{at}files[{i}].mode"),
+                format!(
+                    "bad file permission '{}' for {}: an octal mode like 0644 is needed",
+                    raw.mode.escape_debug(),
+                    raw.path.escape_debug()
+                ),
+            ));
+        }
+        match decode_base64(&raw.content) {
+            Ok(content) => decoded.push(InjectedFile {
+                path: raw.path.clone(),
+                content,
+                mode: raw.mode.clone(),
+            }),
+            Err(why) => problems.push(problem(
+                format!("{at}files[{i}].content"),
+                format!("the content of `{}` {why}", raw.path.escape_debug()),
+            )),
+        }
+    }
+    if problems.is_empty() { Ok(decoded) } else { Err(problems) }
+}
+
+pub(super) fn decode_ssh_keys(keys: &[String]) -> Result<Vec<Bytes>, Problems> {
+    let mut problems = Problems::new();
+    let mut lines = Vec::with_capacity(keys.len());
+    for (i, key) in keys.iter().enumerate() {
+        let path = || format!("ssh_public_keys[{i}]");
+        match decode_base64(key) {
+            Ok(line) if memchr::memchr(0, &line).is_some() => {
+                problems.push(problem(path(), "the key contains a NUL byte"));
+            }
+            Ok(line) => lines.push(line),
+            Err(why) => problems.push(problem(path(), format!("the key {why}"))),
+        }
+    }
+    if problems.is_empty() { Ok(lines) } else { Err(problems) }
+}
+
+/// The permission bits that an octal string of up to four significant digits stands for.
+pub fn parse_octal_mode(mode: &str) -> Option<u32> {
+    let digits_only = !mode.is_empty() && mode.bytes().all(|b| b.is_ascii_digit());
+    let bits = u32::from_str_radix(mode, 8).ok()?;
+    (digits_only && bits <= 0o7777).then_some(bits)
+}
+
+/// Base64 with or without padding; white space anywhere in it is ignored.
+fn decode_base64(text: &str) -> Result<Bytes, &'static str> {
+    const LENIENT: GeneralPurpose = GeneralPurpose::new(
+        &base64::alphabet::STANDARD,
+        GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+    );
+    let compact: Vec<u8> = text.bytes().filter(|b| !b.is_ascii_whitespace()).collect();
+    LENIENT.decode(compact).map(Bytes::from).map_err(|_| "is not base64")
+}

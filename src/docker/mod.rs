@@ -1,0 +1,54 @@
+//! Jobs in containers, over the API of the Docker Engine (PROTOCOL: "Docker executor").
+//!
+//! Nothing of this machine's file system is needed in a container but what the user asks for with
+//! `--files`, and the engine's socket: so the engine may be on another machine, and the agent in a
+//! container itself.
+
+pub(crate) mod bodies;
+pub mod engine;
+pub mod hijack;
+pub(crate) mod mode;
+pub mod place;
+pub mod pull;
+pub mod registries;
+pub(crate) mod shell;
+pub mod side_containers;
+mod tls_relay;
+pub mod upload;
+pub mod watch;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use crate::config::FileMount;
+use crate::executors::shell::ShellConfig;
+
+/// What an agent gives to all containers.
+#[derive(Clone, Debug, Default)]
+pub struct DockerConfig {
+    /// The agent's own environment, less its secrets: where the engine is, and for programs that are run.
+    pub environment: Vec<(OsString, OsString)>,
+    /// The home of the agent's user.
+    pub home: PathBuf,
+    /// Files of this machine that the main container has.
+    pub files: Vec<FileMount>,
+    /// Whether a missing one of these fails a job.
+    pub fail_on_missing_files: bool,
+    /// Whether containers get `/dev/kvm`, where there is one.
+    pub expose_kvm: bool,
+}
+
+impl DockerConfig {
+    /// Nothing but what the agent's user has.
+    pub fn of(shell: &ShellConfig) -> Self {
+        let (environment, home) = (shell.environment.clone(), shell.home.clone());
+        Self { environment, home, ..Self::default() }
+    }
+
+    /// Where the engine is, if that is said.
+    pub fn engine(&self) -> Option<String> {
+        let host =
+            self.environment.iter().find(|(name, host)| name == "DOCKER_HOST" && !host.is_empty());
+        host.map(|(_, host)| host.to_string_lossy().into_owned())
+    }
+}

@@ -1,0 +1,243 @@
+//! Everything that a job has on an engine, and its end.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::future::Future;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+use actors::ports::{Containment, LeftBehind};
+use bollard::errors::Error;
+use bollard::models::NetworkDisconnectRequest;
+use bollard::query_parameters::{
+    KillContainerOptions, ListContainersOptions, ListNetworksOptions, RemoveContainerOptions,
+};
+use futures_util::FutureExt as _;
+use futures_util::future::{LocalBoxFuture, join_all};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::bodies::PLACE_LABEL;
+use super::engine::Engine;
+use super::watch::{Watch, WatchSpec};
+use crate::jump_point::SshAccess;
+use crate::state_dir::JobDir;
+
+/// How long removing everything may take before what is left is reported.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// How long to wait between two looks at what is left.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+/// Clones are of the same place.
+#[derive(Clone)]
+pub struct Place {
+    shared: Rc<Shared>,
+}
+
+struct Shared {
+    /// Its name is what all containers and networks are marked with.
+    directory: Rc<JobDir>,
+    engine: RefCell<Option<Engine>>,
+    /// The main container, once it is made.
+    main: RefCell<Option<String>>,
+    /// What was asked of the engine and is not answered yet: it does it even if nobody waits.
+    asked: RefCell<Vec<JoinHandle<()>>>,
+    /// Nothing may be made any more.
+    closed: Cell<bool>,
+    /// Taken back if the agent dies.
+    access: Option<SshAccess>,
+    watch: RefCell<Option<Watch>>,
+}
+
+/// The place was closed meanwhile, or its request crashed.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("the job is over")]
+pub struct Closed;
+
+impl Place {
+    /// One where nothing is yet.
+    pub fn new(directory: Rc<JobDir>, access: Option<SshAccess>) -> Self {
+        let shared = Shared {
+            directory,
+            engine: RefCell::default(),
+            main: RefCell::default(),
+            asked: RefCell::default(),
+            closed: Cell::new(false),
+            access,
+            watch: RefCell::default(),
+        };
+        Self { shared: Rc::new(shared) }
+    }
+
+    /// What all that belongs to it is marked with.
+    pub fn id(&self) -> &str {
+        self.shared.directory.name()
+    }
+
+    /// Where what is private to the job may be on this machine.
+    pub fn scratch(&self) -> PathBuf {
+        self.shared.directory.scratch()
+    }
+
+    /// Where it is. From now on it goes even if the agent dies.
+    pub fn is_on(&self, engine: &Engine, environment: &[(OsString, OsString)]) {
+        self.shared.engine.replace(Some(engine.clone()));
+        let directory = &self.shared.directory;
+        let spec = WatchSpec {
+            place: directory.name().to_owned(),
+            job_directory: directory.path().to_owned(),
+            access: self.shared.access.clone(),
+        };
+        match Watch::start(&spec, environment) {
+            Ok(watch) => drop(self.shared.watch.replace(Some(watch))),
+            Err(error) => {
+                log::error!(error:%; "a job's containers would stay if this agent were killed");
+            }
+        }
+    }
+
+    /// Where the job's shell is to run.
+    pub fn has_main(&self, container: &str) {
+        self.shared.main.replace(Some(container.to_owned()));
+    }
+
+    /// Does `work`, which makes something in this place, to its end, even if nobody waits for it any more.
+    pub async fn make<T: 'static>(
+        &self,
+        work: impl Future<Output = T> + 'static,
+    ) -> Result<T, Closed> {
+        if self.shared.closed.get() {
+            return Err(Closed);
+        }
+        let (done, result) = oneshot::channel();
+        let task = actix::spawn(async move {
+            // Nobody may be waiting.
+            let _ = done.send(work.await);
+        });
+        self.shared.note(task);
+        result.await.map_err(|_| Closed)
+    }
+}
+
+fn filters(id: &str) -> HashMap<String, Vec<String>> {
+    HashMap::from([("label".to_owned(), vec![format!("{PLACE_LABEL}={id}")])])
+}
+
+/// Removes all that the place called `id` has on `engine`, and what appears there meanwhile.
+pub(super) async fn remove_all(engine: &Engine, id: &str) -> Result<(), LeftBehind> {
+    let give_up = Instant::now() + PATIENCE;
+    loop {
+        let why = match remove_what_is_there(engine, id).await {
+            Ok(true) => return Ok(()),
+            // Once more, for what was made meanwhile.
+            Ok(false) => continue,
+            Err(error) => error.to_string(),
+        };
+        if Instant::now() >= give_up {
+            return Err(LeftBehind { what: format!("containers of {id}: {why}") });
+        }
+        sleep(LOOK_AGAIN).await;
+    }
+}
+
+/// Whether nothing was there.
+async fn remove_what_is_there(engine: &Engine, id: &str) -> Result<bool, Error> {
+    let api = &engine.api;
+    let all = ListContainersOptions { all: true, filters: Some(filters(id)), ..Default::default() };
+    let containers = api.list_containers(Some(all)).await?;
+    let removed = containers.iter().filter_map(|container| container.id.as_deref()).map(|id| {
+        let options = RemoveContainerOptions { force: true, v: true, ..Default::default() };
+        api.remove_container(id, Some(options))
+    });
+    let failure = first_failure(join_all(removed).await);
+    let networks =
+        api.list_networks(Some(ListNetworksOptions { filters: Some(filters(id)) })).await?;
+    let ids = || networks.iter().filter_map(|network| network.id.as_deref());
+    for network in ids() {
+        disconnect_strangers(engine, network).await;
+    }
+    let failure = failure.or(first_failure(join_all(ids().map(|id| api.remove_network(id))).await));
+    match failure {
+        Some(error) => Err(error),
+        None => Ok(containers.is_empty() && networks.is_empty()),
+    }
+}
+
+/// Containers that the job has made itself may be in its network, and stay.
+async fn disconnect_strangers(engine: &Engine, network: &str) {
+    let Ok(found) = engine.api.inspect_network(network, None).await else {
+        return;
+    };
+    for container in found.containers.unwrap_or_default().into_keys() {
+        let request = NetworkDisconnectRequest { container, force: Some(true) };
+        // One that has just gone is no failure.
+        let _ = engine.api.disconnect_network(network, request).await;
+    }
+}
+
+impl Shared {
+    fn note(&self, task: JoinHandle<()>) {
+        let mut asked = self.asked.borrow_mut();
+        asked.retain(|task| !task.is_finished());
+        asked.push(task);
+    }
+
+    async fn end(&self) -> Result<(), LeftBehind> {
+        let asked: Vec<_> = self.asked.take();
+        let _ = timeout(PATIENCE, join_all(asked)).await;
+        let engine = self.engine.borrow().clone();
+        if let Some(engine) = engine {
+            remove_all(&engine, self.directory.name()).await?;
+        }
+        self.directory.remove_scratch();
+        if let Some(watch) = self.watch.take() {
+            watch.call_off();
+        }
+        Ok(())
+    }
+}
+
+/// What is gone already, or is being removed, is no failure.
+fn first_failure(results: Vec<Result<(), Error>>) -> Option<Error> {
+    results.into_iter().filter_map(Result::err).find(|error| {
+        !matches!(error, Error::DockerResponseServerError { status_code: 404 | 409, .. })
+    })
+}
+
+impl Containment for Place {
+    fn kill_shell(&self) {
+        let shared = Rc::clone(&self.shared);
+        let (Some(engine), Some(main)) =
+            (shared.engine.borrow().clone(), shared.main.borrow().clone())
+        else {
+            return;
+        };
+        actix::spawn(async move {
+            // One that does not run can't be killed, and need not.
+            let _ = engine.api.kill_container(&main, None::<KillContainerOptions>).await;
+        });
+    }
+
+    /// Nobody outside of the container can tell what the shell waits for.
+    fn kill_foreground(&self) {}
+
+    fn kill_all(&self) {
+        self.kill_shell();
+    }
+
+    /// Everything is killed at once: who removes a container waits for nothing in it.
+    fn end_everything(&self, _: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
+        self.shared.closed.set(true);
+        let shared = Rc::clone(&self.shared);
+        async move { shared.end().await }.boxed_local()
+    }
+
+    /// No daemon outlives its container.
+    fn release(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
+        self.end_everything(grace)
+    }
+}

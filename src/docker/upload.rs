@@ -1,0 +1,220 @@
+//! Puts files into containers, as archives, through the engine.
+
+use std::path::{Component, Path, PathBuf};
+
+use actors::job::InjectedFile;
+use actors::ports::StepError;
+use bollard::errors::Error;
+use bollard::query_parameters::{
+    ContainerArchiveInfoOptions, DownloadFromContainerOptions, UploadToContainerOptions,
+};
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+
+use super::engine::Engine;
+use super::mode::after_chmod;
+use super::pull::words_of;
+
+/// A file is not larger than this, in bytes, that tells which users there are.
+const LARGEST_PASSWD: usize = 4 << 20;
+
+/// What a file has before its mode is set, and a directory that is made for it.
+const FIRST_MODE: u32 = 0o600;
+const DIRECTORY_MODE: u32 = 0o755;
+
+/// Who the files in a container belong to, and where their home is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ContainerUser {
+    /// The user's number.
+    pub uid: u64,
+    /// The group's number.
+    pub gid: u64,
+    /// What relative paths are relative to.
+    pub home: PathBuf,
+}
+
+impl ContainerUser {
+    /// Who `user` of a container is (`NAME`, `NUMBER`, or one of these and `:GROUP`), by the users that are
+    /// known there.
+    pub async fn of(engine: &Engine, container: &str, user: &str) -> Self {
+        let passwd = download(engine, container, "/etc/passwd").await.unwrap_or_default();
+        Self::find(user, &String::from_utf8_lossy(&passwd))
+    }
+
+    fn find(user: &str, passwd: &str) -> Self {
+        let (name, group) = user.split_once(':').unwrap_or((user, ""));
+        let name = if name.is_empty() { "0" } else { name };
+        let entry = passwd.lines().find_map(|line| {
+            let fields: Vec<_> = line.split(':').collect();
+            let [its, _, uid, gid, _, home, ..] = fields[..] else {
+                return None;
+            };
+            (its == name || uid == name).then_some((uid, gid, home))
+        });
+        let (uid, gid, home) = entry.unwrap_or((name, "0", "/"));
+        let number = |text: &str| text.parse().unwrap_or(0);
+        let gid = if group.is_empty() { number(gid) } else { group.parse().unwrap_or(number(gid)) };
+        Self { uid: number(uid), gid, home: home.into() }
+    }
+
+    /// Where a file is put.
+    pub fn absolute(&self, path: &str) -> PathBuf {
+        let full = self.home.join(path.strip_prefix("~/").unwrap_or(path));
+        let mut normal = PathBuf::from("/");
+        for part in full.components() {
+            match part {
+                Component::ParentDir => drop(normal.pop()),
+                Component::Normal(part) => normal.push(part),
+                _ => {}
+            }
+        }
+        normal
+    }
+
+    /// Puts `file` where it belongs, with the directories that are missing.
+    pub async fn upload(
+        &self,
+        engine: &Engine,
+        container: &str,
+        file: &InjectedFile,
+    ) -> Result<(), StepError> {
+        let path = self.absolute(&file.path);
+        let failed = |why: String| StepError(format!("{}: {why}", path.display()));
+        let mode = after_chmod(&file.mode, FIRST_MODE).ok_or_else(|| {
+            let (mode, path) = (&file.mode, path.display());
+            StepError(format!("Failed to set file mode to {mode}\n{path}: this is no mode"))
+        })?;
+        let missing = missing_directories(engine, container, &path).await;
+        let archive = self.archive(&missing, &path, &file.content, mode);
+        let archive = archive.map_err(|error| failed(error.to_string()))?;
+        let options = UploadToContainerOptions {
+            path: "/".to_owned(),
+            no_overwrite_dir_non_dir: Some("true".to_owned()),
+            ..Default::default()
+        };
+        let body = bollard::body_full(archive);
+        let uploaded = engine.api.upload_to_container(container, Some(options), body).await;
+        uploaded.map_err(|error| failed(words_of(&error)))
+    }
+
+    fn archive(
+        &self,
+        directories: &[PathBuf],
+        path: &Path,
+        content: &[u8],
+        mode: u32,
+    ) -> std::io::Result<Bytes> {
+        let mut archive = tar::Builder::new(Vec::new());
+        for directory in directories {
+            let mut header = self.header(tar::EntryType::Directory, DIRECTORY_MODE);
+            archive.append_data(&mut header, relative(directory), &[][..])?;
+        }
+        let mut header = self.header(tar::EntryType::Regular, mode);
+        header.set_size(content.len() as u64);
+        archive.append_data(&mut header, relative(path), content)?;
+        archive.into_inner().map(Bytes::from)
+    }
+
+    fn header(&self, kind: tar::EntryType, mode: u32) -> tar::Header {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_size(0);
+        header.set_mode(mode);
+        header.set_uid(self.uid);
+        header.set_gid(self.gid);
+        header
+    }
+}
+
+fn relative(path: &Path) -> &Path {
+    path.strip_prefix("/").unwrap_or(path)
+}
+
+/// The directories above `path` that are not there, the uppermost first. Those made for an archive without
+/// them would belong to root.
+async fn missing_directories(engine: &Engine, container: &str, path: &Path) -> Vec<PathBuf> {
+    let mut missing = Vec::new();
+    for directory in path.ancestors().skip(1).filter(|directory| directory.parent().is_some()) {
+        let options = ContainerArchiveInfoOptions { path: directory.display().to_string() };
+        let found = engine.api.get_container_archive_info(container, Some(options)).await;
+        if !matches!(found, Err(Error::DockerResponseServerError { status_code: 404, .. })) {
+            break;
+        }
+        missing.push(directory.to_owned());
+    }
+    missing.reverse();
+    missing
+}
+
+/// The content of a file of a container, if it is one and not too large.
+async fn download(engine: &Engine, container: &str, path: &str) -> Option<Vec<u8>> {
+    let options = DownloadFromContainerOptions { path: path.to_owned() };
+    let mut parts = Box::pin(engine.api.download_from_container(container, Some(options)));
+    let mut archive = Vec::new();
+    while let Some(part) = parts.next().await {
+        archive.extend_from_slice(&part.ok()?);
+        if archive.len() > LARGEST_PASSWD {
+            return None;
+        }
+    }
+    let mut archive = tar::Archive::new(&archive[..]);
+    let mut content = Vec::new();
+    let mut entry = archive.entries().ok()?.next()?.ok()?;
+    std::io::Read::read_to_end(&mut entry, &mut content).ok()?;
+    Some(content)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PASSWD: &str =
+        "root:x:0:0:root:/root:/bin/sh\ndev:x:1000:100::/home/dev:/bin/bash\nbad\n";
+
+    #[test]
+    fn users_are_found_by_name_or_number() {
+        let of = |user| {
+            let ContainerUser { uid, gid, home } = ContainerUser::find(user, PASSWD);
+            (uid, gid, home.display().to_string())
+        };
+        assert_eq!(of(""), (0, 0, "/root".into()));
+        assert_eq!(of("dev"), (1000, 100, "/home/dev".into()));
+        assert_eq!(of("1000:5"), (1000, 5, "/home/dev".into()));
+        assert_eq!(of("7"), (7, 0, "/".into()));
+    }
+
+    #[test]
+    fn paths_are_below_the_home_unless_they_are_absolute() {
+        let user = ContainerUser::find("dev", PASSWD);
+        for (path, absolute) in [
+            ("a/b", "/home/dev/a/b"),
+            ("~/.ssh/id", "/home/dev/.ssh/id"),
+            ("/etc/x", "/etc/x"),
+            ("../../../x/./y", "/x/y"),
+        ] {
+            assert_eq!(user.absolute(path), Path::new(absolute), "{path}");
+        }
+    }
+
+    #[test]
+    fn an_archive_has_owner_mode_and_content() {
+        let user = ContainerUser::find("dev", PASSWD);
+        let path = user.absolute("new/key");
+        let archive = user.archive(&["/home/dev/new".into()], &path, b"secret", 0o640).unwrap();
+        let mut archive = tar::Archive::new(&archive[..]);
+        let mut seen = Vec::new();
+        for entry in archive.entries().unwrap() {
+            let mut entry = entry.unwrap();
+            let header = entry.header();
+            let owner = (header.uid().unwrap(), header.gid().unwrap());
+            assert_eq!(owner, (1000, 100));
+            let mode = header.mode().unwrap();
+            let path = entry.path().unwrap().display().to_string();
+            let mut content = String::new();
+            std::io::Read::read_to_string(&mut entry, &mut content).unwrap();
+            seen.push((path, mode, content));
+        }
+        let directory = ("home/dev/new".to_owned(), 0o755, String::new());
+        assert_eq!(seen, [directory, ("home/dev/new/key".to_owned(), 0o640, "secret".to_owned())]);
+    }
+}
