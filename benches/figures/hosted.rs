@@ -234,7 +234,7 @@ struct Times {
 }
 
 /// A running `agent serve`, and a client of it. Ends with this value.
-struct HostedAgent {
+pub(crate) struct HostedAgent {
     process: Child,
     address: SocketAddr,
     client: Client,
@@ -244,7 +244,7 @@ struct HostedAgent {
 
 impl HostedAgent {
     /// Answers as soon as the agent answers that it is alive.
-    fn start(place: &Place) -> Result<Self> {
+    pub(crate) fn start(place: &Place) -> Result<Self> {
         let callbacks = Callbacks::serve()?;
         let directory = place.directory.path();
         let mut process = Command::new(AGENT)
@@ -276,12 +276,12 @@ impl HostedAgent {
         format!("/jobs/{}/log", self.jobs)
     }
 
-    fn post(&mut self, path: &str, body: &Value) -> Result<()> {
+    pub(crate) fn post(&mut self, path: &str, body: &Value) -> Result<()> {
         self.client.answer("POST", path, "", body.to_string().as_bytes()).map(drop)
     }
 
     /// `job` without its identity and callbacks.
-    fn post_job(&mut self, mut job: Value) -> Result<()> {
+    pub(crate) fn post_job(&mut self, mut job: Value) -> Result<()> {
         self.jobs += 1;
         job["job_id"] = self.jobs.to_string().into();
         let url = |path| format!("http://127.0.0.1:{}{path}", self.callbacks.port);
@@ -302,7 +302,7 @@ impl HostedAgent {
     }
 
     /// Archives the log as soon as it is complete.
-    fn tear_down(&mut self) -> Result<Duration> {
+    pub(crate) fn tear_down(&mut self) -> Result<Duration> {
         self.wait_for_log(JOB_FINISHED)?;
         let path = self.log_path();
         self.client.answer("GET", &path, "X-Client-Name: archivator\r\n", b"")?;
@@ -311,13 +311,13 @@ impl HostedAgent {
         Ok(begun.elapsed())
     }
 
-    fn wait_for_callback(&self, path: &str) -> Result<()> {
+    pub(crate) fn wait_for_callback(&self, path: &str) -> Result<()> {
         let called = self.callbacks.received.recv_timeout(PATIENCE)?;
         if called == path { Ok(()) } else { Err(format!("{called} instead of {path}").into()) }
     }
 
     #[expect(clippy::disallowed_methods, reason = "nothing else is to be done here")]
-    fn wait_for_log(&mut self, text: &str) -> Result<()> {
+    pub(crate) fn wait_for_log(&mut self, text: &str) -> Result<()> {
         let mut line = 0;
         loop {
             let path = format!("{}?start_from={line}", self.log_path());

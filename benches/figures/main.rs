@@ -9,6 +9,7 @@
 #[path = "../../examples/hub/control_plane.rs"]
 #[expect(dead_code, unreachable_pub, reason = "what the example and the tests need")]
 mod control_plane;
+mod docker;
 mod hosted;
 #[path = "../../tests/it/support/http.rs"]
 #[expect(
@@ -38,6 +39,7 @@ use futures_util::future::LocalBoxFuture;
 use nix::libc;
 use nix::pty::openpty;
 use nix::sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr};
+use semaphore_agent::docker::watch;
 use semaphore_agent::job_init;
 use semaphore_agent::spool::FileSpool;
 use serde_json::json;
@@ -69,8 +71,10 @@ const LAST: u64 = 10;
 fn main() -> Result<()> {
     let argument = std::env::args().skip(1).find(|given| given != "--bench");
     // A job's first process is the program that runs the job: in here, this one.
-    if argument.as_deref() == Some("job-init") {
-        return Ok(job_init::run()?);
+    match argument.as_deref() {
+        Some("job-init") => return Ok(job_init::run()?),
+        Some("docker-watch") => return Ok(watch::run()?),
+        _ => {}
     }
     System::new().block_on(measure_all(&argument.unwrap_or_default()))
 }
@@ -79,7 +83,7 @@ fn main() -> Result<()> {
 async fn measure_all(part: &str) -> Result<()> {
     let place = &Place::make()?;
     // Nothing is measured before it is waited for.
-    let figures: [(&str, LocalBoxFuture<'_, Result<Figure>>); 24] = [
+    let figures: [(&str, LocalBoxFuture<'_, Result<Figure>>); 31] = [
         ("50 MB of 80-byte lines by cat, MB/s", Box::pin(large_output(place))),
         ("200 x `echo hi`, ms per command", Box::pin(short_commands(place, "echo hi", 1.0))),
         ("200 x `true`, ms per command", Box::pin(short_commands(place, "true", 0.7))),
@@ -128,6 +132,19 @@ async fn measure_all(part: &str) -> Result<()> {
             "start: memory after the 50 MB job, MB",
             Box::pin(async { self_hosted::memory(place, true, 24.0) }),
         ),
+        (
+            "docker: arrival to first command, s",
+            Box::pin(docker::first_command(place, 1, Target::AboveFloor(0.15))),
+        ),
+        (
+            "docker: the same, 3 side containers, s",
+            Box::pin(docker::first_command(place, 4, Target::TimesFloor(1.2))),
+        ),
+        ("docker: 100 x `true`, s", Box::pin(docker::short_commands(place))),
+        ("docker: end to everything gone, s", Box::pin(docker::clean_up(place))),
+        ("docker: stop to `finished`, ms", Box::pin(async { docker::stop(place, false) })),
+        ("docker: stop to container gone, s", Box::pin(async { docker::stop(place, true) })),
+        ("docker: 50 MB by cat, MB/s", Box::pin(docker::large_output(place))),
     ];
     println!(
         "{:<41} {:>25} {:>25} {:>5}  target",

@@ -15,10 +15,12 @@ use actors::log_buffer::Follow;
 use actors::log_event::LogEvent;
 use actors::metrics::Metrics;
 use actors::ports::DiscardMetrics;
+use semaphore_agent::config::FileMount;
+use semaphore_agent::docker::DockerConfig;
 use semaphore_agent::executors::shell::ShellConfig;
-use semaphore_agent::shell_jobs::ShellJobs;
+use semaphore_agent::jobs::Jobs;
 use semaphore_agent::state_dir::StateDir;
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::time::Instant;
 
@@ -72,16 +74,26 @@ impl Place {
     pub(crate) async fn run_job(&self, commands: &[&str]) -> Result<JobLog> {
         let commands: Vec<_> =
             commands.iter().map(|directive| json!({"directive": directive})).collect();
-        let request = json!({"job_id": "1", "commands": commands});
+        self.run_request(json!({"job_id": "1", "commands": commands})).await
+    }
+
+    /// The same with everything that a request can have. The large output is `/lines` in containers.
+    pub(crate) async fn run_request(&self, request: Value) -> Result<JobLog> {
         let job = serde_json::from_value::<FileRequest>(request)?.decode()?;
-        let jobs = ShellJobs {
+        let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
+        let jobs = Jobs {
             state: StateDir::open(&self.state())?,
             shell: self.shell.clone(),
+            docker: DockerConfig {
+                files: vec![FileMount { host: self.lines.clone(), container: "/lines".into() }],
+                ..DockerConfig::of(&self.shell)
+            },
+            metrics: metrics.clone(),
             jump_point: None,
         };
-        let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
         let supervisor = JobSupervisor::new(Box::new(jobs), metrics, Config::default()).start();
         let (finished, end) = FinishedOnce::ask();
+        let arrived = Instant::now();
         supervisor.send(StartJob { job, finished }).await??;
 
         let buffer = supervisor.send(GetLog).await?.ok_or("no log")?.buffer;
@@ -97,6 +109,7 @@ impl Place {
             }
         };
         let end = end.await?;
+        let gone = Instant::now();
         if end.outcome != Outcome::Passed {
             return Err(format!("a job {}: {}", end.outcome, fs::read_to_string(path)?).into());
         }
@@ -106,6 +119,8 @@ impl Place {
         Ok(JobLog {
             size: u32::try_from(log.len())?,
             events: events?.into_iter().zip(moments).collect(),
+            arrived,
+            gone,
         })
     }
 }
@@ -129,9 +144,27 @@ pub(crate) struct JobLog {
     pub(crate) size: u32,
     /// Each with the moment when it was readable.
     pub(crate) events: Vec<(LogEvent, Moment)>,
+    /// When the job was handed over.
+    pub(crate) arrived: Instant,
+    /// When nothing of it was left.
+    pub(crate) gone: Instant,
 }
 
 impl JobLog {
+    /// When `command` first started.
+    pub(crate) fn start_of(&self, command: &str) -> Result<Instant> {
+        let started = self.events.iter().find_map(|(event, readable)| match event {
+            LogEvent::CmdStarted { directive, .. } if directive == command => Some(readable.steady),
+            _ => None,
+        });
+        started.ok_or_else(|| format!("`{command}` is not in the log").into())
+    }
+
+    /// When the log said that the job had finished.
+    pub(crate) fn finish(&self) -> Result<Instant> {
+        self.events.last().map(|(_, readable)| readable.steady).ok_or_else(|| "no log".into())
+    }
+
     /// From the first start of `command` to its last end.
     pub(crate) fn span_of(&self, command: &str) -> Result<Duration> {
         let (mut first, mut last) = (None, None);

@@ -15,6 +15,10 @@ pub(crate) enum Target {
     AtMost(f64),
     /// At least so much of the floor.
     OfFloor(f64),
+    /// At most so many times the floor.
+    TimesFloor(f64),
+    /// At most so much above the floor.
+    AboveFloor(f64),
 }
 
 impl Figure {
@@ -31,6 +35,8 @@ impl fmt::Display for Figure {
         let (target, met) = match self.target {
             Target::AtMost(most) => (format!("<= {most}"), figure <= most),
             Target::OfFloor(part) => (format!(">= {part} x floor"), ratio >= part),
+            Target::TimesFloor(most) => (format!("<= {most} x floor"), ratio <= most),
+            Target::AboveFloor(most) => (format!("<= floor + {most}"), figure <= floor + most),
         };
         let shown_ratio =
             if self.floor.is_empty() { "-".to_owned() } else { format!("{ratio:.2}") };

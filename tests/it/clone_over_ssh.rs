@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use crate::support::ssh::{SshServer, key, run, user};
+use crate::support::ssh::{SshServer, assert_hidden, key, run, user};
 use crate::support::{Finished, World, base64, wait_for_end};
 
 /// Makes a bare repository with a test script in it.
@@ -80,11 +80,7 @@ impl Forge {
         let output = wait_for_end(command.spawn().unwrap());
         let printed = [&output.stdout[..], &output.stderr].concat();
         let printed = String::from_utf8(printed).unwrap();
-        let encoded = base64(self.private_key.as_bytes());
-        let encoded = encoded.as_bytes().chunks(64).map(|part| str::from_utf8(part).unwrap());
-        for secret in self.private_key.lines().chain(encoded) {
-            assert!(!printed.contains(secret), "the key is in the log: {secret:?}");
-        }
+        assert_hidden(&self.private_key, &printed);
         Finished::of(&output)
     }
 }

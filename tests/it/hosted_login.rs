@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Output, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -19,16 +19,21 @@ const WARNING: &str = "not everything for SSH access to this job is there";
 const REFUSED: Option<i32> = Some(255);
 
 /// A machine with an agent and an SSH server, and somebody who has a key.
-struct Machine {
+pub struct Machine {
     // Fields go in this order: the programs before their files.
-    agent: Hosted,
+    pub agent: Hosted,
     server: SshServer,
-    world: World,
-    key: PathBuf,
+    pub world: World,
+    pub key: PathBuf,
 }
 
 impl Machine {
     fn start() -> Self {
+        Self::start_with(|_, _| {})
+    }
+
+    /// `adapt` adds to the agent's arguments and variables.
+    pub fn start_with(adapt: impl FnOnce(&World, &mut Command)) -> Self {
         let world = World::new();
         let directory = world.home().with_file_name("ssh");
         fs::create_dir(&directory).unwrap();
@@ -36,11 +41,15 @@ impl Machine {
         let home = world.home();
         let environment = [("HOME", home.to_str().unwrap())];
         Self {
-            agent: Hosted::start(&world),
+            agent: Hosted::start_with(&world, |command| adapt(&world, command)),
             server: SshServer::start(&directory, &authorized_keys, &environment),
             key: key(&directory, "me", &["-t", "ed25519"]),
             world,
         }
+    }
+
+    pub fn port(&self) -> u16 {
+        self.server.port()
     }
 
     fn public_key(&self) -> Vec<u8> {
@@ -48,7 +57,7 @@ impl Machine {
     }
 
     /// With a variable that is not for everybody, and the key.
-    fn job(&self, commands: &[&str]) -> Value {
+    pub fn job(&self, commands: &[&str]) -> Value {
         let mut job = job("1", commands);
         job["env_vars"] = json!([{ "name": "GREETING", "value": base64(b"hello  world") }]);
         job["ssh_public_keys"] = json!([base64(&self.public_key())]);
@@ -60,14 +69,14 @@ impl Machine {
         self.agent.wait_for_log("1", RUNNING);
     }
 
-    fn end_job(&self) {
+    pub fn end_job(&self) {
         fs::write(self.world.home().join("go"), "").unwrap();
         assert_eq!(self.agent.finish("1").result(), "passed");
         fs::remove_file(self.world.home().join("go")).unwrap();
     }
 
     /// Logs in with the key, without a terminal.
-    fn ssh(&self, command: &str) -> Output {
+    pub fn ssh(&self, command: &str) -> Output {
         self.ssh_with(&self.key, command)
     }
 
@@ -77,7 +86,7 @@ impl Machine {
     }
 
     /// Logs in on a terminal and types.
-    fn type_into(&self, arguments: &[&str], typed: &str) -> Output {
+    pub fn type_into(&self, arguments: &[&str], typed: &str) -> Output {
         let mut ssh = client(self.server.port(), &self.key);
         ssh.args(["-tt", "127.0.0.1"]).args(arguments).stdin(Stdio::piped());
         let mut ssh = ssh.spawn().unwrap();
@@ -87,7 +96,7 @@ impl Machine {
 }
 
 /// Where [`Hosted`] has its agent put the script.
-fn script(world: &World) -> PathBuf {
+pub fn script(world: &World) -> PathBuf {
     world.home().with_file_name("ssh_jump_point")
 }
 
@@ -95,7 +104,7 @@ fn mode(path: &Path) -> u32 {
     fs::symlink_metadata(path).unwrap().permissions().mode() & 0o7777
 }
 
-fn text(output: &Output) -> (String, Option<i32>) {
+pub fn text(output: &Output) -> (String, Option<i32>) {
     (String::from_utf8_lossy(&output.stdout).into_owned(), output.status.code())
 }
 

@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
+use crate::support::docker;
 use crate::support::hosted::{
     CallbackServer, Hosted, RUN_FOR_EVER, RUNNING, SECRET, job, wait_until,
 };
@@ -60,6 +61,27 @@ fn a_jobs_duration_is_measured() {
         let ms = duration(&datagram(&socket), "agent.prod.job.duration", &tag);
         assert!(u128::from(ms) <= began.elapsed().unwrap().as_millis(), "{ms}");
         assert!(result != "passed" || ms >= 200, "{ms}");
+    }
+}
+
+#[test]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine and its client")]
+fn every_image_is_measured() {
+    let (socket, port) = server();
+    let agent = Hosted::start_with(&World::new(), metrics_to("127.0.0.1", port));
+    // Nobody listens there, and an upper-case name is refused before anybody is asked.
+    let images =
+        [("passed", "agent-test/bash", "success"), ("failed", "127.0.0.1:1/No", "failure")];
+    for (result, image, rate) in images {
+        let containers = json!([{ "name": "main", "image": image }]);
+        let request = docker::job_in(containers, &["true"]);
+        assert_eq!(agent.run_to_end(&request).result(), result);
+        let tag = format!("image:{image}");
+        duration(&datagram(&socket), "agent.prod.compose_ci.docker_pull.duration", &tag);
+        let expected = format!("agent.prod.compose_ci.docker_pull.{rate}.rate:1|c|#{tag}");
+        assert_eq!(datagram(&socket), expected);
+        let tag = format!("result:{result}");
+        duration(&datagram(&socket), "agent.prod.job.duration", &tag);
     }
 }
 

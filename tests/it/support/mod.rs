@@ -4,8 +4,10 @@
 #[expect(dead_code, reason = "the example uses all of it")]
 pub mod control_plane;
 pub mod daemon;
+pub mod docker;
 pub mod hosted;
 pub mod http;
+pub mod registry;
 pub mod self_hosted;
 pub mod ssh;
 pub mod start_agent;
@@ -70,8 +72,14 @@ impl World {
     }
 
     pub fn start_file(&self, path: &Path) -> Running {
+        self.start_file_with(path, |_| {})
+    }
+
+    /// `adapt` adds variables.
+    pub fn start_file_with(&self, path: &Path, adapt: impl FnOnce(&mut Command)) -> Running {
         let mut command = self.agent();
         command.args(["run", "--output", "json"]).arg(path);
+        adapt(&mut command);
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let watchdog = Watchdog::over(&child);
         Running { child, lines: None, _watchdog: watchdog, _world: Arc::clone(&self.directory) }
@@ -191,7 +199,13 @@ impl Finished {
 
     /// Output and exit code of each main command.
     pub fn commands(&self) -> Vec<(String, i32)> {
-        let own = ["Exporting environment variables", "Injecting Files"];
+        let own = [
+            "Setting up image pull credentials",
+            "Pulling docker images...",
+            "Starting the docker image...",
+            "Exporting environment variables",
+            "Injecting Files",
+        ];
         let steps = self.steps().into_iter().filter(|(title, ..)| !own.contains(&title.as_str()));
         steps.map(|(_, output, exit_code)| (output, exit_code)).collect()
     }

@@ -1,0 +1,101 @@
+//! People log in to where a job in containers runs.
+
+use std::fs;
+use std::process::Stdio;
+
+use serde_json::json;
+
+use crate::hosted_login::{Machine, script, text};
+use crate::support::docker::make_images;
+use crate::support::hosted::RUNNING;
+use crate::support::ssh::client;
+use crate::support::wait_for_end;
+
+/// The same as on the machine itself, but the home is that of the container.
+const RUN_UNTIL_GO: &str = "echo running; until [[ -e /go/go ]]; do sleep 0.1; done";
+
+fn start(machine: &Machine, image: &str) {
+    make_images();
+    let mut job = machine.job(&[RUN_UNTIL_GO]);
+    job["executor"] = "dockercompose".into();
+    job["compose"] = json!({ "containers": [{ "name": "main", "image": image }] });
+    machine.agent.post_job(&job).of_status(200);
+}
+
+/// A machine whose jobs see its home directory as `/go`.
+fn machine() -> Machine {
+    Machine::start_with(|world, command| {
+        command.arg("--files").arg(format!("{}:/go", world.home().display()));
+    })
+}
+
+#[test]
+#[cfg_attr(not(has_ssh), ignore = "needs sshd, ssh, ssh-keygen and git")]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine and its client")]
+fn a_command_runs_in_the_container_and_its_exit_code_goes_back() {
+    let machine = machine();
+    start(&machine, "agent-test/bash:dev");
+    // Before the container is there: the script waits.
+    let jump_point = script(&machine.world);
+    crate::support::wait_for_file(&jump_point);
+    let command = |rest: &str| format!("bash {} {rest}", jump_point.display());
+    let first = machine.ssh(&command("id -un"));
+    assert_eq!(text(&first), ("dev\n".into(), Some(0)), "{first:?}");
+    machine.agent.wait_for_log("1", RUNNING);
+    for (rest, printed, code) in [
+        (r"printf '<%s>' a 'b  c' '' '*' '$HOME'", "<a><b  c><><*><$HOME>", 0),
+        (r#"bash --login -c 'echo "$GREETING"; exit 7'"#, "hello  world\n", 7),
+        ("false", "", 1),
+    ] {
+        let answer = machine.ssh(&command(rest));
+        assert_eq!(text(&answer), (printed.into(), Some(code)), "{rest}: {answer:?}");
+    }
+    machine.end_job();
+    assert!(!jump_point.exists());
+}
+
+#[test]
+#[cfg_attr(not(has_ssh), ignore = "needs sshd, ssh, ssh-keygen and git")]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine and its client")]
+fn a_login_on_a_terminal_is_in_the_container_with_the_jobs_environment() {
+    let machine = machine();
+    start(&machine, "agent-test/bash");
+    machine.agent.wait_for_log("1", RUNNING);
+    let jump_point = format!("bash {}", script(&machine.world).display());
+    let typed = "tty >/dev/null && echo \"<$GREETING>\"; shopt -q login_shell && echo [login]; \
+                 echo ~; exit 3\n";
+    let (printed, code) = text(&machine.type_into(&[&jump_point], typed));
+    for expected in ["<hello  world>", "\n[login]", "\n/root"] {
+        assert!(printed.contains(expected), "{expected:?}: {printed}");
+    }
+    assert_eq!(code, Some(3));
+    machine.end_job();
+}
+
+#[test]
+#[cfg_attr(not(has_ssh), ignore = "needs sshd, ssh, ssh-keygen and git")]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine and its client")]
+fn who_comes_while_the_container_goes_is_told_so() {
+    let machine = machine();
+    start(&machine, "agent-test/bash");
+    machine.agent.wait_for_log("1", RUNNING);
+    let copy = machine.world.home().join("script");
+    fs::copy(script(&machine.world), &copy).unwrap();
+    machine.end_job();
+    let output = wait_for_end(
+        std::process::Command::new("bash")
+            .arg(&copy)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap(),
+    );
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(told.contains("The job is over."), "{told}");
+    assert_eq!(output.status.code(), Some(1));
+    // And nobody gets in any more who has only the key.
+    let refused =
+        wait_for_end(client(machine.port(), &machine.key).arg("127.0.0.1").spawn().unwrap());
+    assert_eq!(refused.status.code(), Some(255));
+}

@@ -1,0 +1,118 @@
+//! A real image registry of a test's own, from Debian's `docker-registry` and `apache2-utils`.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Child, Command, Stdio};
+
+use tempfile::TempDir;
+
+use super::feed;
+
+/// Who may push and pull.
+pub const USER: &str = "tester";
+
+/// In base64, wherever that begins, it has digits that differ from those for URLs.
+pub const PASSWORD: &str = "?>~?>~?>~?";
+
+/// A registry on the loopback interface, which engines talk to without TLS. Ends with this value, and with
+/// it the engine's images from there.
+pub struct Registry {
+    process: Child,
+    address: String,
+    directory: TempDir,
+    images: Vec<String>,
+}
+
+impl Registry {
+    pub fn start() -> Self {
+        Self::for_users(&[])
+    }
+
+    /// One that these may use, too: names and passwords.
+    pub fn for_users(others: &[(&str, &str)]) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path();
+        let mut users = hashed(USER, PASSWORD);
+        users.extend(others.iter().flat_map(|(name, password)| hashed(name, password)));
+        fs::write(path.join("htpasswd"), users).unwrap();
+        let config = serde_json::json!({
+            "version": "0.1",
+            "storage": { "filesystem": { "rootdirectory": path.join("storage") } },
+            "http": { "addr": "127.0.0.1:0" },
+            "auth": { "htpasswd": { "realm": "tests", "path": path.join("htpasswd") } },
+        });
+        // JSON is YAML.
+        fs::write(path.join("config.yml"), config.to_string()).unwrap();
+        let mut command = Command::new("docker-registry");
+        command.arg("serve").arg(path.join("config.yml")).stdin(Stdio::null());
+        let mut process = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(process.stderr.take().unwrap()).lines();
+        let mut lines = lines.map_while(Result::ok).inspect(|line| println!("registry: {line}"));
+        let address = lines.find_map(|line| {
+            let (_, rest) = line.split_once("listening on ")?;
+            Some(rest.split('"').next()?.to_owned())
+        });
+        // Read to the end: a full pipe would hold it up. Shown if the test fails.
+        std::thread::spawn(move || lines.for_each(drop));
+        let address = address.unwrap();
+        Self { process, address, directory, images: Vec::new() }
+    }
+
+    /// Host and port, as they begin the names of its images.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Puts an image of the engine into the registry, where it is called `name`. Answers its whole name,
+    /// which the engine doesn't know until it pulls it.
+    pub fn push(&mut self, image: &str, name: &str) -> String {
+        let pushed = format!("{}/{name}", self.address);
+        self.images.push(pushed.clone());
+        self.docker(&["tag", image, &pushed]);
+        let mut login = self.command(&["login", "-u", USER, "--password-stdin", &self.address]);
+        login.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut login = login.spawn().unwrap();
+        feed(&mut login, PASSWORD.as_bytes());
+        let output = login.wait_with_output().unwrap();
+        assert!(output.status.success(), "docker login: {output:?}");
+        self.docker(&["push", "-q", &pushed]);
+        self.docker(&["image", "rm", &pushed]);
+        pushed
+    }
+
+    fn docker(&self, arguments: &[&str]) {
+        let output = self.command(arguments).stdin(Stdio::null()).output().unwrap();
+        assert!(output.status.success(), "docker {arguments:?}: {output:?}");
+    }
+
+    /// Away from the configuration of who runs the tests.
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new("docker");
+        command.arg("--config").arg(self.directory.path().join("docker")).args(arguments);
+        command
+    }
+}
+
+/// A line of the file that the registry knows its users by.
+fn hashed(name: &str, password: &str) -> Vec<u8> {
+    let mut htpasswd = Command::new("htpasswd");
+    htpasswd.args(["-niB", "-C", "4", name]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut htpasswd = htpasswd.spawn().unwrap();
+    feed(&mut htpasswd, password.as_bytes());
+    let line = htpasswd.wait_with_output().unwrap();
+    assert!(line.status.success(), "{line:?}");
+    let mut line = line.stdout.trim_ascii().to_vec();
+    line.push(b'\n');
+    line
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        // What fails here has nothing to remove; a panic on the way out of a failed test would hide it.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        for image in &self.images {
+            let _ = self.command(&["image", "rm", image]).stderr(Stdio::null()).output();
+        }
+    }
+}
