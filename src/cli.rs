@@ -40,7 +40,7 @@ Exit codes:
   1    could not begin, could not reach the control plane for 10 minutes, or was killed
   2    bad usage or configuration";
 
-/// Runs CI jobs: in a shell on this machine, with live output and nothing left behind.
+/// Runs CI jobs: in a shell on this machine or in containers, with live output and nothing left behind.
 #[derive(Debug, Parser)]
 #[command(name = "agent", version, after_help = EXIT_CODES, arg_required_else_help = true)]
 pub struct Cli {

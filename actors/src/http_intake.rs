@@ -301,13 +301,25 @@ impl Handler<Close> for HttpIntake {
 }
 
 impl Handler<UntilDrained> for HttpIntake {
-    type Result = ResponseFuture<()>;
+    // In this actor, so that the reply fails with it.
+    type Result = ResponseActFuture<Self, ()>;
 
     fn handle(&mut self, _: UntilDrained, _: &mut Self::Context) -> Self::Result {
         let mut progress = self.progress.subscribe();
-        Box::pin(async move {
-            // Fails only with this actor.
+        let drained = async move {
+            // Fails only with this actor, and then nobody gets the reply.
             let _ = progress.wait_for(|now| now.closed && now.active == 0).await;
-        })
+        };
+        Box::pin(drained.into_actor(self))
+    }
+}
+
+/// Makes the actor panic as a bug would.
+#[cfg(feature = "testing")]
+impl Handler<crate::testing::PanicNow> for HttpIntake {
+    type Result = ();
+
+    fn handle(&mut self, _: crate::testing::PanicNow, _: &mut Self::Context) {
+        crate::testing::panic_as_asked();
     }
 }

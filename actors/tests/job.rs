@@ -23,7 +23,7 @@ use actors::log_event::LogEvent;
 use actors::metrics::Metrics;
 use actors::ports::DiscardMetrics;
 use actors::pull_delivery::{PullDelivery, Transfer};
-use actors::testing::{Reaction, RecordingMetrics, ScriptedJob};
+use actors::testing::{PanicNow, Reaction, RecordingMetrics, ScriptedJob};
 use tokio::sync::{mpsc, oneshot};
 
 const GRACE: Duration = Duration::from_secs(2);
@@ -442,6 +442,14 @@ async fn a_crash_of_the_jump_point_costs_the_job_nothing_and_access_is_still_clo
     supervisor.send(StopJob { id: None, manner: StopManner::Grace }).await.unwrap();
     assert_eq!(finished.await.unwrap().outcome, Outcome::Stopped);
     assert_eq!(world.calls().last().unwrap(), "close access");
+}
+
+#[actix::test]
+async fn who_waits_for_an_intake_notices_that_it_crashed() {
+    let agent = hosted(&ScriptedJob::default(), 1, false);
+    let drained = agent.intake.send(UntilDrained);
+    agent.intake.do_send(PanicNow);
+    assert!(drained.await.is_err(), "a crashed intake is not a drained one");
 }
 
 /// A supervisor whose jobs are pulled, and its intake.
