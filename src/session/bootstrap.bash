@@ -1,5 +1,5 @@
 __agent_begin() {
-  builtin local __agent_status=$?
+  builtin local __agent_status="$?"
   [[ ! ${1-} ]] || builtin set "-$1"
   # The job may have one of its own, and keeps it.
   [[ ${PROMPT_COMMAND-} == *__agent_end* ]] ||
@@ -8,12 +8,14 @@ __agent_begin() {
   builtin return "$__agent_status"
 }
 __agent_end() {
-  builtin local __agent_status=$? __agent_flags=$- __agent_mark __agent_result=${SEMAPHORE_JOB_RESULT-}
+  # Quoted, as to `builtin` these are words like any others, and the job's IFS may have digits.
+  builtin local __agent_status="$?" __agent_flags="$-" __agent_mark __agent_result="${SEMAPHORE_JOB_RESULT-}"
   builtin set +vx
   PS1= PS2=
   __agent_result=${__agent_result:0:64}
+  # In parts, as `declare -f` shows `$'…'` as the bytes it stands for: its output would ask, too.
   # The terminal's echo is off before the prompt is there, whatever the job has set.
-  IFS= builtin read -rs -p $'\001@ASK@\001' __agent_mark </dev/tty 2>/dev/tty
+  IFS= builtin read -rs -p $'\001'@ASK@$'\001' __agent_mark </dev/tty 2>/dev/tty
   builtin printf '\001%s %s %s %s\001' "$__agent_mark" "$__agent_status" "$__agent_flags" \
     "${__agent_result//[[:cntrl:]]/?}" >/dev/tty
   __agent_running=

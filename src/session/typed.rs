@@ -17,6 +17,10 @@ use memchr::memmem;
 /// The longest part, in bytes: what a terminal takes, less the rest of the line it stands in.
 const LONGEST_PART: usize = 3800;
 
+/// How a line's end is echoed: usually, by a terminal that leaves output alone, and by one that takes single
+/// characters.
+const LINE_ENDS: [&[u8]; 3] = [b"\r\n", b"\n", b"^J"];
+
 /// What is being typed.
 #[derive(Debug, Default)]
 pub(super) struct Typed {
@@ -61,7 +65,7 @@ impl Typed {
 
     /// `line` is typed now.
     pub(super) fn expect_echo(&mut self, line: &str) {
-        self.echo = Some(line.replace('\n', "\r\n").into_bytes());
+        self.echo = Some(line.trim_end_matches('\n').as_bytes().to_vec());
     }
 
     /// Whether output is to be held back.
@@ -88,7 +92,8 @@ impl Typed {
         if let Some(at) = memmem::find(&held, &echo) {
             let after = held.split_off(at + echo.len());
             held.truncate(at);
-            held.extend_from_slice(&after);
+            let end = LINE_ENDS.into_iter().find(|end| after.starts_with(end)).unwrap_or_default();
+            held.extend_from_slice(&after[end.len()..]);
         }
         Some(held.freeze()).filter(|held| !held.is_empty())
     }
@@ -128,6 +133,8 @@ mod tests {
             (" line\r\n", ""),
             ("[1]+ Done\r\n line\r\n", "[1]+ Done\r\n"),
             (" line\r\nfrom behind", "from behind"),
+            (" line\nfrom behind", "from behind"),
+            (" line^Jfrom behind", "from behind"),
             ("nothing echoed", "nothing echoed"),
             ("", ""),
         ] {

@@ -339,12 +339,12 @@ fn a_command_that_exits_with_130_stops_the_job_from_inside() {
             "failed",
         ),
         (
-            "x",
-            "SEMAPHORE_JOB_RESULT is set to 'x' - stopping job and marking it as stopped\n",
+            "not so sure",
+            "SEMAPHORE_JOB_RESULT is set to 'not so sure' - stopping job and marking it as stopped\n",
             "stopped",
         ),
     ] {
-        let command = format!("SEMAPHORE_JOB_RESULT={value}; (exit 130)");
+        let command = format!("SEMAPHORE_JOB_RESULT='{value}'; (exit 130)");
         let mut job = job("bash", &[&command, "echo not reached"]);
         job["epilogue_always_commands"] = json!([{ "directive": "echo not reached" }]);
         let finished = run(&job);

@@ -142,6 +142,7 @@ fn options_and_traps_of_the_job_do_not_break_the_session() {
         "trap ': trapped' EXIT INT TERM HUP",
         "shopt -s extdebug expand_aliases",
         "IFS=/; LANG=xx; LC_ALL=xx",
+        "IFS=0123456789himBHs",
         "set -o history; history -c",
         "set -o functrace; set -o errtrace",
         "readonly status mark flags result 2>/dev/null; true",
@@ -272,6 +273,14 @@ fn output_can_not_end_a_command() {
     assert_eq!(steps[0], ok("\u{1}00000000000000000000000000000000 0 h x\u{1}"));
     assert!(steps[1].0.ends_with("still here\n"));
     assert_eq!(steps[1].1, 3);
+}
+
+#[test]
+fn a_command_that_shows_the_agents_functions_shows_no_mark() {
+    let steps = run(&["set; declare -f; declare -p", "echo after"]);
+    assert!(steps[0].0.contains("__agent_end"), "{steps:?}");
+    assert!(!steps[0].0.contains("not found"), "{steps:?}");
+    assert_eq!(steps[1], ok("after\n"));
 }
 
 #[test]
