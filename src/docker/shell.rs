@@ -65,7 +65,7 @@ impl Inside {
         };
         let parent = "${__agent_path%/*}";
         let text = format!(
-            "__agent_path={path}; [[ -d {parent}/ ]] || mkdir -p -- \"{parent}\" && \
+            "__agent_path={path}; [[ -d {parent}/ ]] || builtin command mkdir -p -- \"{parent}\" && \
              ( builtin umask 077; __agent_receive \"$__agent_path\" )"
         );
         let (exit_code, printed) = self.run(&text, Some(&file.content)).await?;
@@ -73,7 +73,7 @@ impl Inside {
             return Err(StepError(format!("{}: {printed}", file.path)));
         }
         let mode = quoted(Path::new(&file.mode));
-        let text = format!("chmod -- {mode} \"$__agent_path\"; (exit $?)");
+        let text = format!("builtin command chmod -- {mode} \"$__agent_path\"; (exit $?)");
         let (exit_code, printed) = self.run(&text, None).await?;
         if exit_code != 0 {
             let mode = &file.mode;

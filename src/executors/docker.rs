@@ -289,7 +289,7 @@ impl DockerBackend {
         let session = Rc::new(Mutex::new(session));
         self.session = Some(Rc::clone(&session));
         let mut inside = Inside { session: Rc::clone(&session) };
-        inside.run("cd ~ 2>/dev/null; true", None).await?;
+        inside.run("builtin cd ~ 2>/dev/null; builtin true", None).await?;
         for file in self.compose.main.files.clone() {
             inside.inject(&file).await?;
         }

@@ -16,6 +16,7 @@ mod docker_images;
 mod docker_jobs;
 mod docker_login;
 mod docker_newer_engines;
+mod docker_shell;
 mod docker_side_containers;
 mod docker_surroundings;
 mod example_jobs;
