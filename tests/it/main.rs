@@ -7,6 +7,7 @@ mod clone_over_ssh;
 mod containment;
 mod docker_cleanup;
 mod docker_clone;
+mod docker_credentials;
 mod docker_death;
 mod docker_engine;
 mod docker_examples;
