@@ -18,6 +18,7 @@ use futures_util::future::LocalBoxFuture;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Secret;
+use crate::config::start::is_url;
 use crate::http_client::{HttpClients, parse_url};
 use crate::serde_words::without_value;
 
@@ -193,8 +194,9 @@ impl HubApi for Hub {
             let registered: Registered =
                 if answer.is_empty() { Registered::default() } else { decode(answer)? };
             let name = registered.name.filter(|name| !name.is_empty());
-            // The own one may be a pre-signed URL.
-            log::info!(name = name.as_deref().unwrap_or("as it was given"); "the control plane knows this agent");
+            // The own one may be a pre-signed URL, which is a secret.
+            let name = name.as_deref().filter(|name| !is_url(name)).unwrap_or("as it was given");
+            log::info!(name; "the control plane knows this agent");
             shared.access_token.replace(registered.token.unwrap_or_default());
             Ok(())
         }

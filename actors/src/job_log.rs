@@ -25,6 +25,8 @@ pub(crate) struct JobLog {
     spare: Box<dyn LogSpool>,
     published: Published,
     crash_told: Cell<bool>,
+    /// Nobody writes any more.
+    ended: Cell<bool>,
     crashed: CancellationToken,
 }
 
@@ -46,6 +48,7 @@ impl JobLog {
             spare,
             published,
             crash_told: Cell::new(false),
+            ended: Cell::new(false),
             crashed,
         })
     }
@@ -100,6 +103,7 @@ impl JobLog {
             // The buffer is a new one if the old one had crashed.
             let _ = self.append(LogEvent::job_finished(outcome)).await;
         }
+        self.ended.set(true);
         self.seal().await;
     }
 
@@ -114,7 +118,10 @@ impl JobLog {
             if let Ok(range) = self.buffer().send(Follow { line }).await {
                 return range;
             }
-            // A crashed buffer has a successor as soon as the job notices.
+            // A crashed buffer has a successor as soon as the job notices. One that is over does not.
+            if self.ended.get() {
+                self.seal().await;
+            }
             sleep(LOOK_AGAIN).await;
         }
     }

@@ -70,8 +70,8 @@ type StepEnd = Result<ScriptEnd, Interrupted>;
 pub(crate) struct JobSteps {
     pub(crate) job: Rc<Job>,
     pub(crate) hooks: JobHooks,
-    /// Whether there was a shell for the job.
-    pub(crate) was_prepared: Rc<Cell<bool>>,
+    /// The job had a shell, and its post-job hook has not begun.
+    pub(crate) hook_is_due: Rc<Cell<bool>>,
     pub(crate) executor: Addr<Executor>,
     pub(crate) jump_point: Option<Addr<JumpPoint>>,
     pub(crate) log: Rc<JobLog>,
@@ -139,6 +139,7 @@ impl JobSteps {
 
     async fn run_post_job_hook(&self) -> Result<(), Interrupted> {
         if let Some(hook) = &self.hooks.post_job {
+            self.hook_is_due.set(false);
             self.hook(hook.run()).await?;
         }
         Ok(())
@@ -206,7 +207,7 @@ impl JobSteps {
                 return Ok(false);
             }
         }
-        self.was_prepared.set(true);
+        self.hook_is_due.set(true);
         Ok(true)
     }
 

@@ -202,7 +202,7 @@ impl JobSupervisor {
         let executor = Executor::new(backend, log.buffer()).start();
         let interrupts = Interrupts::default();
         let cut_short = CancellationToken::new();
-        let was_prepared = Rc::default();
+        let hook_is_due = Rc::default();
         let access = jump_point.map(Access::new);
         let archive = watch::Sender::default();
         let archived = archive.subscribe();
@@ -226,7 +226,7 @@ impl JobSupervisor {
             steps: JobSteps {
                 job: Rc::clone(&job),
                 hooks: self.config.hooks.clone(),
-                was_prepared: Rc::clone(&was_prepared),
+                hook_is_due: Rc::clone(&hook_is_due),
                 executor,
                 jump_point: access.as_ref().map(|access| access.jump_point.clone()),
                 log: Rc::clone(&log),
@@ -236,7 +236,7 @@ impl JobSupervisor {
             after_stop: AfterStop {
                 factory: Rc::clone(&self.factory),
                 hooks: self.config.hooks.clone(),
-                was_prepared,
+                hook_is_due,
                 cut_short,
             },
             metrics: self.metrics.clone(),
@@ -332,14 +332,14 @@ impl JobTask {
 struct AfterStop {
     factory: Rc<dyn JobPartsFactory>,
     hooks: JobHooks,
-    was_prepared: Rc<Cell<bool>>,
+    hook_is_due: Rc<Cell<bool>>,
     cut_short: CancellationToken,
 }
 
 impl AfterStop {
     /// The post-job hook, in a place of its own: the job's shell is dead.
     async fn run_hook(self, end: &JobEnd, orphaned: CancellationToken) {
-        if self.hooks.post_job.is_none() || !self.was_prepared.get() {
+        if self.hooks.post_job.is_none() || !self.hook_is_due.get() {
             return;
         }
         let JobEnd { job, log, grace, .. } = end;
@@ -354,7 +354,7 @@ impl AfterStop {
         let steps = JobSteps {
             job: Rc::clone(job),
             hooks: self.hooks,
-            was_prepared: self.was_prepared,
+            hook_is_due: self.hook_is_due,
             executor: executor.clone(),
             jump_point: None,
             log: Rc::clone(log),

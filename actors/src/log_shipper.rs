@@ -29,6 +29,9 @@ const MOST_BYTES: u64 = 1 << 20;
 /// Requests that time out shrink to this and no further, in bytes.
 const FEWEST_BYTES: u64 = 64 << 10;
 
+/// After so many batches in a row, more lines are tried: each time it is too many costs a request.
+const MANY_SUCCESSES: u32 = 32;
+
 /// Between two batches while the job runs, and when a full one is waiting; in milliseconds.
 const USUAL_PAUSE: std::ops::Range<u64> = 1500..3000;
 const SHORT_PAUSE: std::ops::Range<u64> = 250..500;
@@ -69,22 +72,27 @@ pub(crate) struct LogShipper {
 struct Limits {
     lines: u64,
     bytes: u64,
+    /// How many batches in a row were taken.
+    successes: u32,
 }
 
 impl Limits {
-    const LARGEST: Self = Self { lines: MOST_LINES, bytes: MOST_BYTES };
+    const LARGEST: Self = Self { lines: MOST_LINES, bytes: MOST_BYTES, successes: 0 };
 
     /// Half of the lines that were too many, as long as there are two.
     fn halved(self, lines: u64) -> Self {
-        Self { lines: (lines / 2).max(1), ..self }
+        Self { lines: (lines / 2).max(1), successes: 0, ..self }
     }
 
     fn after_time_out(self) -> Self {
-        Self { bytes: (self.bytes / 2).max(FEWEST_BYTES), ..self }
+        Self { bytes: (self.bytes / 2).max(FEWEST_BYTES), successes: 0, ..self }
     }
 
     fn after_success(self) -> Self {
-        Self { bytes: (self.bytes * 2).min(MOST_BYTES), ..self }
+        let successes = self.successes + 1;
+        let is_proven = successes.is_multiple_of(MANY_SUCCESSES);
+        let lines = if is_proven { (self.lines * 2).min(MOST_LINES) } else { self.lines };
+        Self { lines, bytes: (self.bytes * 2).min(MOST_BYTES), successes }
     }
 }
 
@@ -113,6 +121,9 @@ impl LogShipper {
         let mut limits = Limits::LARGEST;
         let mut back_off = BackOff::default();
         let mut fresh_token = false;
+        // One for all pauses: each is somebody whom the log buffer has to tell.
+        let sealed = log.sealed();
+        tokio::pin!(sealed);
         loop {
             let line = *acknowledged.borrow();
             let sent = match log.follow(line).await {
@@ -141,7 +152,7 @@ impl LogShipper {
                         let pause = if more { SHORT_PAUSE } else { USUAL_PAUSE };
                         tokio::select! {
                             () = sleep(random(pause)) => {}
-                            () = log.sealed() => {}
+                            () = &mut sealed => {}
                         }
                     }
                     continue;
@@ -164,9 +175,10 @@ impl LogShipper {
                     limits = limits.halved(lines);
                     continue;
                 }
-                PushError::TimedOut => limits = limits.after_time_out(),
+                // The platform cuts what takes longer than it waits, which looks like any failure.
+                PushError::TimedOut | PushError::Failed(_) => limits = limits.after_time_out(),
                 PushError::Unauthorized => fresh_token = false,
-                PushError::TooLarge | PushError::Failed(_) => {}
+                PushError::TooLarge => {}
             }
             let longest = back_off.longest_next();
             sleep(random(longest / 2..longest)).await;
@@ -209,13 +221,20 @@ mod tests {
         for _ in 0..20 {
             limits = limits.after_time_out();
         }
-        assert_eq!(limits, Limits { lines: MOST_LINES, bytes: FEWEST_BYTES });
+        assert_eq!(limits, Limits { bytes: FEWEST_BYTES, ..Limits::LARGEST });
         for _ in 0..20 {
             limits = limits.after_success();
         }
-        assert_eq!(limits, Limits::LARGEST);
+        assert_eq!((limits.lines, limits.bytes), (MOST_LINES, MOST_BYTES));
         assert_eq!(limits.halved(2000).lines, 1000);
         assert_eq!(limits.halved(1).lines, 1);
+        let mut limits = limits.halved(2000);
+        for lines in [1000, 2000, 2000] {
+            assert_eq!(limits.lines, lines);
+            for _ in 0..MANY_SUCCESSES {
+                limits = limits.after_success();
+            }
+        }
     }
 
     #[test]

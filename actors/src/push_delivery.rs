@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use actix::Actor as _;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::job::{Job, LogMethod, PushTarget};
@@ -121,12 +121,14 @@ impl PushDelivery {
 
     /// Waits until the platform has the whole log, then keeps it as an artifact if that is wanted.
     pub(crate) async fn deliver(&self, job: &Job, log: &JobLog, shipping: Option<&Shipping>) {
+        let job_ended = Instant::now();
         let mut trimmed = false;
         if let Some(shipping) = shipping {
             let mut shipped = shipping.shipped.clone();
             let shipped = tokio::select! {
                 shipped = shipped.wait_for(Option::is_some) => shipped.ok().and_then(|end| *end),
-                () = self.give_up(&shipping.acknowledged) => None,
+                () = self.no_progress(&shipping.acknowledged) => None,
+                () = self.time_is_up(job_ended) => None,
             };
             trimmed = shipped == Some(Shipped::Trimmed);
             if trimmed {
@@ -138,30 +140,33 @@ impl PushDelivery {
         let Some(whole) = log.whole().await else {
             return;
         };
-        if let Err(why) = self.uploads.upload(job, &whole, trimmed).await {
+        let uploaded = tokio::select! {
+            uploaded = self.uploads.upload(job, &whole, trimmed) => uploaded,
+            () = self.time_is_up(job_ended) => Err("it took too long".to_owned()),
+        };
+        if let Err(why) = uploaded {
             log::error!(job:% = job.id, why:%; "the job's log was not uploaded");
         }
     }
 
-    /// Resolves when it is time to leave what is not delivered.
-    async fn give_up(&self, acknowledged: &Acknowledged) {
-        let job_ended = Instant::now();
-        let mut urgency = self.urgency.clone();
+    /// Resolves when the platform has not taken a line for too long.
+    async fn no_progress(&self, acknowledged: &Acknowledged) {
         let mut progress = acknowledged.subscribe();
-        let mut last_progress = job_ended;
+        while let Ok(Ok(())) = timeout(WITHOUT_PROGRESS, progress.changed()).await {}
+    }
+
+    /// Resolves when it is time to leave what is not done.
+    async fn time_is_up(&self, job_ended: Instant) {
+        let mut urgency = self.urgency.clone();
         loop {
             let now = *urgency.borrow_and_update();
             let interrupted = now.interrupted_at.map(|at| at.max(job_ended) + INTERRUPTED);
-            let in_all = Some(job_ended + self.patience);
-            let without_progress = Some(last_progress + WITHOUT_PROGRESS);
             let leaving = now.leave_by.map(|by| by - LAST_WORDS);
-            let reasons = [in_all, without_progress, interrupted, leaving];
-            let Some(first) = reasons.into_iter().flatten().min() else {
-                return;
-            };
+            let reasons = [interrupted, leaving];
+            let in_all = job_ended + self.patience;
+            let first = reasons.into_iter().flatten().min().map_or(in_all, |at| at.min(in_all));
             tokio::select! {
                 () = sleep_until(first) => return,
-                Ok(()) = progress.changed() => last_progress = Instant::now(),
                 Ok(()) = urgency.changed() => {}
             }
         }

@@ -42,6 +42,12 @@ const UNABLE_TO_SYNC: Duration = Duration::from_mins(10);
 /// How long leaving may take, from the first word of it.
 const LEAVING: Duration = Duration::from_mins(1);
 
+/// After so much of that, what a stopped job still does is cut short: its log is to be delivered, too.
+const CUT_SHORT: Duration = Duration::from_secs(25);
+
+/// A report that is not answered by then is not waited for if there is more to tell.
+const STALE_REPORT: Duration = Duration::from_secs(5);
+
 /// What of that is left for disconnecting and for all that comes after, whatever the job does...
 const FOR_DISCONNECTING: Duration = Duration::from_secs(10);
 
@@ -100,8 +106,8 @@ pub struct SyncPoller {
     urgency: watch::Sender<Urgency>,
     protocol: SyncProtocol,
     registration: Registration,
-    /// A report is on its way.
-    reporting: bool,
+    /// A report that is on its way, and when it was sent.
+    reporting: Option<(SpawnHandle, Instant)>,
     /// There is more to tell as soon as that one is answered.
     more_to_tell: bool,
     next_report: Option<SpawnHandle>,
@@ -126,7 +132,7 @@ impl SyncPoller {
             urgency,
             protocol: SyncProtocol::default(),
             registration: Registration::Pending,
-            reporting: false,
+            reporting: None,
             more_to_tell: false,
             next_report: None,
             last_taken: Instant::now(),
@@ -157,18 +163,32 @@ impl SyncPoller {
         if self.registration != Registration::Valid {
             return;
         }
-        if self.reporting {
+        if let Some((_, sent)) = self.reporting {
             self.more_to_tell = true;
+            let stale = (sent + STALE_REPORT).saturating_duration_since(Instant::now());
+            ctx.run_later(stale, move |this, ctx| this.give_up_report(sent, ctx));
             return;
         }
         if let Some(timer) = self.next_report.take() {
             ctx.cancel_future(timer);
         }
-        self.reporting = true;
         let report = self.protocol.report();
         let answer = self.hub.sync(&report);
         let answered = answer.into_actor(self);
-        ctx.spawn(answered.map(move |answer, this, ctx| this.reported(&report, answer, ctx)));
+        let answered = answered.map(move |answer, this, ctx| this.reported(&report, answer, ctx));
+        self.reporting = Some((ctx.spawn(answered), Instant::now()));
+    }
+
+    /// Tells what is new instead of waiting on for the answer to what is old.
+    fn give_up_report(&mut self, sent: Instant, ctx: &mut Context<Self>) {
+        if self.more_to_tell
+            && let Some((report, _)) = self.reporting.take_if(|(_, its)| *its == sent)
+        {
+            log::warn!("no answer to a report; there is a newer one");
+            ctx.cancel_future(report);
+            self.more_to_tell = false;
+            self.report(ctx);
+        }
     }
 
     fn reported(
@@ -177,7 +197,7 @@ impl SyncPoller {
         answer: Result<Answer, HubError>,
         ctx: &mut Context<Self>,
     ) {
-        self.reporting = false;
+        self.reporting = None;
         let (decision, pause) = match answer {
             Ok(answer) => {
                 log::debug!(state:? = sent.state, action = answer.action.as_str(); "reported");
@@ -203,7 +223,7 @@ impl SyncPoller {
         };
         let more_to_tell = std::mem::take(&mut self.more_to_tell);
         self.act(decision, ctx);
-        if self.reporting {
+        if self.reporting.is_some() {
             // What there was to tell is in it.
         } else if more_to_tell {
             self.report(ctx);
@@ -218,6 +238,9 @@ impl SyncPoller {
             && self.urgency.borrow().leave_by.is_none()
         {
             self.urgency.send_modify(|urgency| urgency.leave_by = Some(Instant::now() + LEAVING));
+            ctx.run_later(CUT_SHORT, |this, _| {
+                this.supervisor.do_send(StopJob { id: None, manner: StopManner::AtOnce });
+            });
             let latest = LEAVING.saturating_sub(FOR_DISCONNECTING);
             ctx.run_later(latest, move |this, ctx| this.leave(reason, ctx));
         }

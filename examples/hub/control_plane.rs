@@ -287,7 +287,7 @@ impl ControlPlane {
         *self.state.faults.lock().unwrap_or_else(PoisonError::into_inner) = faults;
     }
 
-    /// Hands out a job, as soon as there is an agent for it. Answers its id.
+    /// Hands out a job, as soon as there is an agent for it. Answers its id, made fit for a URL.
     pub fn queue(&self, mut job: Value) -> String {
         let mut known = self.state.known();
         let aliases = [
@@ -302,7 +302,9 @@ impl ControlPlane {
                 }
             }
         }
-        let mut id = job["job_id"].as_str().unwrap_or("job").to_owned();
+        let id = job["job_id"].as_str().unwrap_or("job").chars();
+        let fit = |c: char| if c.is_ascii_alphanumeric() || "-_~".contains(c) { c } else { '-' };
+        let mut id: String = id.map(fit).collect();
         if known.jobs.contains_key(&id) {
             id = format!("{id}-{}", known.jobs.len() + 1);
         }

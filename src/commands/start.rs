@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use actix::{Actor as _, Addr, System};
 use actors::delivery::Delivery;
-use actors::job_supervisor::{AwaitDeath, Config, JobSupervisor, StopJob, StopManner};
+use actors::job_supervisor::{AwaitDeath, Config, GetStatus, JobSupervisor, StopJob, StopManner};
 use actors::metrics::Metrics;
 use actors::ports::DiscardMetrics;
 use actors::push_delivery::{PushDelivery, Urgency};
@@ -18,12 +18,12 @@ use nix::sys::prctl;
 use nix::sys::utsname::uname;
 use tokio::signal::unix::SignalKind;
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::agent_log::AgentLogConfig;
 use crate::commands::run::{GRACE, refuse, tell};
 use crate::commands::serve::{fail, leave_at_once};
-use crate::config::start::{StartConfig, StartOptions};
+use crate::config::start::{StartConfig, StartOptions, is_url};
 use crate::docker::DockerConfig;
 use crate::executors::shell::ShellConfig;
 use crate::exit_code::Exit;
@@ -39,6 +39,12 @@ use crate::state_dir::StateDir;
 
 /// Where logs are kept that could not be delivered, in the state directory.
 const UNDELIVERED: &str = "undelivered";
+
+/// How often to look whether the job that was killed is over.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// What the shutdown hook has of the time for leaving, however long everything else took.
+const LEAST_FOR_HOOK: Duration = Duration::from_secs(4);
 
 /// How long killing what is left may hold up the agent's end.
 const LAST_KILL: Duration = Duration::from_secs(15);
@@ -151,7 +157,7 @@ impl Agent {
         let Self { needs: Needs { config, clients, hub, compression_size }, state, shell } = self;
         // A terminal that goes away must not take a job's result with it.
         let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
-        let mut ends = Signals::heeded(&kinds)?;
+        let mut ends = Ends { signals: Signals::heeded(&kinds)?, count: 0 };
         if let Err(error) = SshAccess::remove_dead(&shell.home, &config.jump_point) {
             log::warn!(error:%; "what an earlier agent left for SSH can't be removed");
         }
@@ -175,6 +181,11 @@ impl Agent {
         };
         let jump_point =
             JumpPointConfig { script: config.jump_point.clone(), for_every_job: false };
+        let mut shell = shell;
+        if is_url(&config.name) {
+            // It is a secret then, and not for jobs.
+            shell.environment.retain(|(_, value)| value.as_os_str() != config.name.as_str());
+        }
         let environment = shell.environment.clone();
         let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
         let jobs = Jobs {
@@ -205,20 +216,40 @@ impl Agent {
         };
         let leaving = async {
             if let Some(hook) = &config.shutdown_hook {
-                let left = by.saturating_duration_since(Instant::now());
+                let left = by.saturating_duration_since(Instant::now()).max(LEAST_FOR_HOOK);
                 run_shutdown_hook(hook, reason, &environment, config.hook_timeout.min(left)).await;
             }
         };
         tokio::select! {
             () = leaving => {}
-            () = ends.next() => return Ok(leave_at_once(Exit::Failure)),
+            () = ends.last() => return Ok(leave_at_once(Exit::Failure)),
         }
         log::info!(reason = reason.as_str(); "ended");
-        Ok(match reason {
+        // Threads may still wait for the answer of a name server.
+        Ok(leave_at_once(match reason {
             ShutdownReason::UnableToSync => Exit::Failure,
             _ if crashed => Exit::Failure,
             _ => Exit::Success,
-        })
+        }))
+    }
+}
+
+/// What asks the agent to end, counted: the third time it does not ask.
+struct Ends {
+    signals: Signals,
+    count: u32,
+}
+
+impl Ends {
+    /// How often it was asked, as soon as it is asked again.
+    async fn next(&mut self) -> u32 {
+        self.signals.next().await;
+        self.count += 1;
+        self.count
+    }
+
+    async fn last(&mut self) {
+        while self.next().await < 3 {}
     }
 }
 
@@ -228,13 +259,13 @@ impl Agent {
 async fn live(
     poller: &Addr<SyncPoller>,
     supervisor: &Addr<JobSupervisor>,
-    ends: &mut Signals,
+    ends: &mut Ends,
 ) -> Option<(Left, bool)> {
     let left = poller.send(AwaitLeave);
     tokio::pin!(left);
     let death = supervisor.send(AwaitDeath);
     tokio::pin!(death);
-    let (mut signals, mut crashed) = (0, false);
+    let mut crashed = false;
     let left = loop {
         tokio::select! {
             left = &mut left => break left,
@@ -243,40 +274,45 @@ async fn live(
                 crashed = true;
                 poller.do_send(LeaveSoon);
             }
-            () = ends.next() => {
-                signals += 1;
-                match signals {
-                    1 => {
-                        log::info!("asked to end; the control plane decides when");
-                        poller.do_send(Interrupt);
-                    }
-                    2 => {
-                        log::warn!("asked again; stopping the job");
-                        poller.do_send(LeaveSoon);
-                    }
-                    _ => {
-                        log::warn!("asked once more; killing everything");
-                        kill_job(supervisor).await;
-                        return None;
-                    }
+            times = ends.next() => match times {
+                1 => {
+                    log::info!("asked to end; the control plane decides when");
+                    poller.do_send(Interrupt);
                 }
-            }
+                2 => {
+                    log::warn!("asked again; stopping the job");
+                    poller.do_send(LeaveSoon);
+                }
+                _ => {
+                    log::warn!("asked once more; killing everything");
+                    kill_job(supervisor, Instant::now() + LAST_KILL).await;
+                    return None;
+                }
+            },
         }
     };
-    // A job whose end was not waited for.
-    kill_job(supervisor).await;
-    let Ok(left) = left else {
+    let left = left.unwrap_or_else(|_| {
         log::error!("the sync poller has crashed");
-        let reason = ShutdownReason::Unknown;
-        return Some((Left::Because { reason, by: Instant::now() + LAST_KILL }, true));
-    };
+        crashed = true;
+        Left::Because { reason: ShutdownReason::Unknown, by: Instant::now() + LAST_KILL }
+    });
+    if let Left::Because { by, .. } = left {
+        // A job whose end was not waited for. It may still have a log to put aside.
+        let end_of_job = async {
+            kill_job(supervisor, by).await;
+            while matches!(supervisor.send(GetStatus).await, Ok(Some(_))) {
+                sleep(LOOK_AGAIN).await;
+            }
+        };
+        let _ = timeout_at(by - LEAST_FOR_HOOK, end_of_job).await;
+    }
     Some((left, crashed))
 }
 
-async fn kill_job(supervisor: &Addr<JobSupervisor>) {
+async fn kill_job(supervisor: &Addr<JobSupervisor>, by: Instant) {
     let kill = supervisor.send(StopJob { id: None, manner: StopManner::AtOnce });
     // An agent without a supervisor has no job either.
-    let _ = timeout_at(Instant::now() + LAST_KILL, kill).await;
+    let _ = timeout_at(by, kill).await;
 }
 
 async fn run_shutdown_hook(

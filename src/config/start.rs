@@ -347,7 +347,8 @@ impl StartOptions {
     }
 }
 
-fn is_url(name: &str) -> bool {
+/// A name that is one may be pre-signed: a secret then.
+pub fn is_url(name: &str) -> bool {
     name.starts_with("https://") || name.starts_with("http://")
 }
 
