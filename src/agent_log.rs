@@ -79,9 +79,10 @@ impl AgentLogConfig {
         let path = file.is_ok().then(|| self.path.clone());
         let destinations = Destinations { stdout: lines.clone(), missed: 0, file: file.ok() };
         Builder::new()
-            .filter_level(self.level)
-            // It tells how its threads come and go.
-            .filter_module("actix_server", LevelFilter::Warn.min(self.level))
+            // What libraries have to say in detail may hold headers and variables.
+            .filter_level(LevelFilter::Warn.min(self.level))
+            .filter_module("semaphore_agent", self.level)
+            .filter_module("actors", self.level)
             .target(Target::Pipe(Box::new(destinations)))
             .format(|out, record| out.write_all(line_of(record).as_bytes()))
             .init();

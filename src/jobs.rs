@@ -81,7 +81,7 @@ impl Jobs {
 impl JobPartsFactory for Jobs {
     fn make(&self, job: &Job) -> io::Result<JobParts> {
         let directory = Rc::new(self.state.make_job_dir()?);
-        let spool = Box::new(FileSpool::create(directory.path().join("log.jsonl"))?);
+        let spool = Box::new(FileSpool::create(directory.log())?);
         let access = self.access(job, &directory);
         let jump_point = access.clone().map(|access| Rc::new(access) as Rc<dyn JumpPointFiles>);
         if let Ok(ExecutorKind::DockerCompose(compose)) = &job.executor {

@@ -82,8 +82,8 @@ pub enum LeadsTo {
     Container {
         /// Its name.
         name: String,
-        /// `DOCKER_HOST`, if it is set.
-        engine: Option<String>,
+        /// The variables that tell where the engine is.
+        engine: Vec<(String, String)>,
     },
 }
 
@@ -92,11 +92,12 @@ const INTO_CONTAINER: &str = r#"
 command -v docker >/dev/null || { echo 'There is no `docker` on this machine, which this needs.' >&2; exit 127; }
 told=
 while :; do
-  state=$(docker inspect -f '{{.State.Status}}' "$container" 2>/dev/null)
+  state=$(docker inspect -f '{{.State.Status}}' "$container" 2>&1 | tail -n 1)
   case $state in
     running) break ;;
-    ''|created|restarting) ;;
-    *) echo "The job's container is gone ($state)." >&2; exit 1 ;;
+    created|restarting|*[Nn]'o such object'*) ;;
+    exited|dead|removing|paused) echo "The job's container is gone ($state)." >&2; exit 1 ;;
+    *) printf '%s\n' "$state" >&2; exit 1 ;;
   esac
   [ -e "$job" ] || { echo 'The job is over.' >&2; exit 1; }
   [ -n "$told" ] || printf "Waiting for the job's container " >&2
@@ -188,9 +189,10 @@ impl SshAccess {
                 "if [ $# -eq 0 ]; then\n  exec bash --login\nfi\nexec \"$@\"\n".to_owned()
             }
             LeadsTo::Container { name, engine } => {
-                let engine = engine.as_deref().map_or_else(String::new, |engine| {
-                    format!("export DOCKER_HOST={}\n", quoted(Path::new(engine)))
-                });
+                let engine: String = engine
+                    .iter()
+                    .map(|(name, value)| format!("export {name}={}\n", quoted(Path::new(value))))
+                    .collect();
                 let name = quoted(Path::new(name));
                 // Gone with the job's containers; the rest stays as long as the log.
                 let job = quoted(&state_dir::scratch_of(&self.job_directory));

@@ -14,6 +14,9 @@ use tokio::time::timeout;
 
 use crate::sys;
 
+/// How much of what a program prints is kept, in bytes.
+const KEPT: usize = 256 << 10;
+
 /// How long to wait for what an ended program has printed.
 const REST_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -30,9 +33,12 @@ pub async fn run_for(
     timeout(patience, program.wait()).await.ok().transpose()
 }
 
-/// Runs a program to its end; answers that, and what it printed. What is left of its process group is killed
-/// then, and if nobody waits any more.
-pub async fn output_of(mut command: StdCommand) -> io::Result<(ExitStatus, Vec<u8>)> {
+/// Runs a program to its end; answers that, and the last of what it printed. What is left of its process group
+/// is killed then, and if nobody waits any more. `started` is told the group.
+pub async fn output_of(
+    mut command: StdCommand,
+    started: impl FnOnce(Option<Pid>),
+) -> io::Result<(ExitStatus, Vec<u8>)> {
     let (reader, writer) = io::pipe()?;
     command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
     sys::start_clean(&mut command);
@@ -40,6 +46,7 @@ pub async fn output_of(mut command: StdCommand) -> io::Result<(ExitStatus, Vec<u
     let mut command = Command::from(command);
     let mut program = command.spawn()?;
     let group = ProcessGroup::of(&program);
+    started(group.0);
     // It holds the pipe's other end.
     drop(command);
     let mut output = Receiver::from_owned_fd(reader.into())?;
@@ -51,6 +58,7 @@ pub async fn output_of(mut command: StdCommand) -> io::Result<(ExitStatus, Vec<u
                 if count? == 0 {
                     break program.wait().await?;
                 }
+                printed.drain(..printed.len().saturating_sub(KEPT));
             }
         }
     };

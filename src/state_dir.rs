@@ -1,5 +1,6 @@
 //! The agent's private directory, and one directory in it for each job.
 
+use std::cell::Cell;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
@@ -9,6 +10,9 @@ use nix::unistd::geteuid;
 
 use crate::docker::watch;
 use crate::session::Mark;
+
+/// What the names of directories begin with whose jobs are dead, but perhaps not all they have elsewhere.
+const DEAD: &str = "dead-";
 
 /// Where the agent keeps what only it may see; mode 0700.
 #[derive(Clone, Debug)]
@@ -51,12 +55,22 @@ impl StateDir {
         let _others_wait = self.lock()?;
         for entry in fs::read_dir(&self.path)? {
             let path = entry?.path();
-            let is_job =
-                path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"job-"));
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let place = name.strip_prefix(DEAD).unwrap_or(name);
+            let is_job = place.starts_with("job-");
             let is_dead = || File::open(&path).is_ok_and(|directory| directory.try_lock().is_ok());
-            if is_job && is_dead() && !watch::end_dead(&path) {
-                remove(&path);
+            if !is_job || !is_dead() {
+                continue;
             }
+            if !watch::may_be_on_engine(&path) {
+                remove(&path);
+                continue;
+            }
+            // Under another name: what is marked with the old one belongs to no living job.
+            let dead = path.with_file_name(format!("{DEAD}{place}"));
+            fs::rename(&path, &dead)?;
+            remove(&scratch_of(&dead));
+            watch::end_dead(place, &dead);
         }
         Ok(())
     }
@@ -84,7 +98,7 @@ impl StateDir {
         DirBuilder::new().mode(0o700).create(&path)?;
         let lock = File::open(&path)?;
         lock.lock()?;
-        let directory = JobDir { path, name, _lock: lock };
+        let directory = JobDir { path, name, stays: Cell::new(false), _lock: lock };
         DirBuilder::new().mode(0o700).create(directory.scratch())?;
         Ok(directory)
     }
@@ -95,6 +109,8 @@ impl StateDir {
 pub struct JobDir {
     path: PathBuf,
     name: String,
+    /// Stays, with no more in it than that the job may have something elsewhere.
+    stays: Cell<bool>,
     /// Held as long as the job's agent lives.
     _lock: File,
 }
@@ -125,6 +141,16 @@ impl JobDir {
         self.scratch().join("environment-1")
     }
 
+    /// A spool for the job's log.
+    pub fn log(&self) -> PathBuf {
+        self.path.join("log.jsonl")
+    }
+
+    /// Leaves the directory there, for who is to end what the job has elsewhere.
+    pub fn let_stay(&self) {
+        self.stays.set(true);
+    }
+
     /// Removes the job's secrets.
     pub fn remove_scratch(&self) {
         remove(&self.scratch());
@@ -138,7 +164,13 @@ pub(crate) fn scratch_of(job_directory: &Path) -> PathBuf {
 
 impl Drop for JobDir {
     fn drop(&mut self) {
-        remove(&self.path);
+        if self.stays.get() {
+            self.remove_scratch();
+            // Gone with all the rest if it can't be removed now.
+            let _ = fs::remove_file(self.log());
+        } else {
+            remove(&self.path);
+        }
     }
 }
 

@@ -35,7 +35,12 @@ const RANGES_AHEAD: usize = 4096;
 /// Runs the job; its exit code is the job's result.
 pub fn run(args: &RunArgs) -> Exit {
     let level = env_logger::Env::new().filter_or("SEMAPHORE_AGENT_LOG_LEVEL", "warn");
-    env_logger::Builder::from_env(level).init();
+    // What these have to say in detail may hold variables.
+    let mut log = env_logger::Builder::from_env(level);
+    for library in ["bollard", "hyper"] {
+        log.filter_module(library, log::LevelFilter::Warn);
+    }
+    log.init();
     let source = Source::from(args.file.as_path());
     let file = match job_file::read(&source) {
         Ok(file) => file,

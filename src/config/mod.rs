@@ -87,7 +87,10 @@ impl FromStr for FileMount {
             Some((host, container))
                 if !host.is_empty() && !container.is_empty() && !container.contains(':') =>
             {
-                Ok(Self { host: host.into(), container: container.into() })
+                // What is not a path from the root would be the name of a volume to engines.
+                let host = PathBuf::from(host);
+                let host = std::path::absolute(&host).unwrap_or(host);
+                Ok(Self { host, container: container.into() })
             }
             _ => Err(format!("`{pair}` is not HOST:CONTAINER, two paths")),
         }

@@ -1,19 +1,21 @@
 //! What containers and networks are made from. Pure.
 
 use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 
 use actors::compose::{Compose, Container};
 use bollard::models::{
-    ContainerCreateBody, DeviceMapping, EndpointSettings, HostConfig, HostConfigLogConfig,
-    NetworkCreateRequest, NetworkingConfig,
+    ContainerCreateBody, DeviceMapping, EndpointSettings, HostConfig, HostConfigLogConfig, Mount,
+    MountType, NetworkCreateRequest, NetworkingConfig,
 };
 
 use crate::config::FileMount;
 
 /// Where jobs find the engine, to run containers of their own.
-const SOCKET: &str = "/var/run/docker.sock:/var/run/docker.sock";
+pub(crate) const SOCKET: &str = "/var/run/docker.sock";
 
-const KVM: &str = "/dev/kvm";
+/// What virtual machines in containers need.
+pub(crate) const KVM: &str = "/dev/kvm";
 
 /// What containers and networks of agents are marked with.
 pub(crate) const PLACE_LABEL: &str = "semaphore-agent.place";
@@ -25,6 +27,8 @@ pub(crate) struct Common {
     /// Unique among all agents of the engine.
     pub(crate) place: String,
     pub(crate) job: String,
+    /// The engine's socket on its own machine; nothing if there is none.
+    pub(crate) socket: Option<PathBuf>,
     pub(crate) files: Vec<FileMount>,
     pub(crate) kvm: bool,
     /// Besides the container's own.
@@ -101,13 +105,19 @@ impl Common {
         (body.tty, body.open_stdin, body.stdin_once) = (Some(true), Some(true), Some(true));
         (body.attach_stdin, body.attach_stdout, body.attach_stderr) =
             (Some(true), Some(true), Some(true));
-        let mounts = self.files.iter().map(|FileMount { host, container }| {
-            format!("{}:{}", host.display(), container.display())
-        });
+        let mount = |source: &Path, target: &Path| Mount {
+            typ: Some(MountType::BIND),
+            source: Some(source.display().to_string()),
+            target: Some(target.display().to_string()),
+            ..Default::default()
+        };
+        let socket = self.socket.iter().map(|socket| mount(socket, SOCKET.as_ref()));
+        let files = self.files.iter().map(|file| mount(&file.host, &file.container));
         if let Some(host) = &mut body.host_config {
             // As the first process, bash would not heed a signal that it sends to itself.
             host.init = Some(true);
-            host.binds = Some(std::iter::once(SOCKET.to_owned()).chain(mounts).collect());
+            // Unlike a bind, a mount makes no directory where its source is missing.
+            host.mounts = Some(socket.chain(files).collect());
             // What is printed goes to the agent, and nowhere else.
             host.log_config = Some(HostConfigLogConfig { typ: Some("none".into()), config: None });
         }
@@ -137,6 +147,7 @@ mod tests {
         Common {
             place: "p".into(),
             job: "j".into(),
+            socket: Some("/run/engine".into()),
             files: vec![FileMount { host: "/h".into(), container: "/c".into() }],
             kvm: false,
             environment: vec![("HTTP_PROXY".into(), "p".into())],
@@ -170,7 +181,7 @@ mod tests {
         assert_eq!(body.labels.unwrap()[PLACE_LABEL], "p");
         let host = body.host_config.unwrap();
         assert_eq!(
-            (host.binds, host.devices, host.network_mode.as_deref()),
+            (host.mounts, host.devices, host.network_mode.as_deref()),
             (None, None, Some("semaphore-p"))
         );
     }
@@ -181,7 +192,12 @@ mod tests {
         assert_eq!(body.cmd, Some(vec!["bash".into()]));
         assert_eq!(body.entrypoint, Some(vec!["/init".into()]));
         let host = body.host_config.unwrap();
-        assert_eq!(host.binds, Some(vec![SOCKET.into(), "/h:/c".into()]));
+        let mounts = host.mounts.unwrap();
+        let mounts: Vec<_> = mounts
+            .iter()
+            .map(|mount| (mount.source.as_deref().unwrap(), mount.target.as_deref().unwrap()))
+            .collect();
+        assert_eq!(mounts, [("/run/engine", SOCKET), ("/h", "/c")]);
         assert_eq!(host.devices.unwrap()[0].path_on_host.as_deref(), Some(KVM));
     }
 }

@@ -133,6 +133,8 @@ pub struct Engine {
     /// For everything but terminals.
     pub api: Docker,
     address: EngineAddress,
+    /// The socket on this machine, if it is there.
+    pub socket: Option<PathBuf>,
     /// The kind of processor that it runs on.
     pub architecture: String,
     /// What paths begin with.
@@ -159,6 +161,10 @@ impl Engine {
                 (EngineAddress::Unix(relay.socket.clone()), Some(Arc::new(relay)))
             }
         };
+        let socket = match (&address, &relay) {
+            (EngineAddress::Unix(path), None) => Some(path.clone()),
+            _ => None,
+        };
         if let EngineAddress::Unix(path) = &address {
             // The client's own words name neither.
             probe(path).map_err(|error| absent(error.to_string()))?;
@@ -177,7 +183,7 @@ impl Engine {
         let prefix = format!("/v{major}.{minor}");
         let api = client(&address, prefix.clone()).map_err(|error| absent(error.to_string()))?;
         let architecture = version.arch.unwrap_or_default();
-        Ok(Self { api, address, architecture, prefix, _relay: relay })
+        Ok(Self { api, address, socket, architecture, prefix, _relay: relay })
     }
 
     /// The terminal of a container, which may not have been started yet.

@@ -45,10 +45,14 @@ impl DockerConfig {
         Self { environment, home, ..Self::default() }
     }
 
-    /// Where the engine is, if that is said.
-    pub fn engine(&self) -> Option<String> {
-        let host =
-            self.environment.iter().find(|(name, host)| name == "DOCKER_HOST" && !host.is_empty());
-        host.map(|(_, host)| host.to_string_lossy().into_owned())
+    /// The variables that tell where the engine is, those of them that are set.
+    pub fn engine(&self) -> Vec<(String, String)> {
+        const NAMES: [&str; 3] = ["DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH"];
+        let text = |text: &OsString| text.to_string_lossy().into_owned();
+        let set = self
+            .environment
+            .iter()
+            .filter(|(name, value)| NAMES.iter().any(|known| name == known) && !value.is_empty());
+        set.map(|(name, value)| (text(name), text(value))).collect()
     }
 }

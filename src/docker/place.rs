@@ -16,9 +16,10 @@ use bollard::query_parameters::{
 };
 use futures_util::FutureExt as _;
 use futures_util::future::{LocalBoxFuture, join_all};
+use nix::unistd::Pid;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::bodies::PLACE_LABEL;
 use super::engine::Engine;
@@ -83,9 +84,8 @@ impl Place {
         self.shared.directory.scratch()
     }
 
-    /// Where it is. From now on it goes even if the agent dies.
-    pub fn is_on(&self, engine: &Engine, environment: &[(OsString, OsString)]) {
-        self.shared.engine.replace(Some(engine.clone()));
+    /// From now on what the job has goes even if the agent dies.
+    pub fn watch(&self, environment: &[(OsString, OsString)]) {
         let directory = &self.shared.directory;
         let spec = WatchSpec {
             place: directory.name().to_owned(),
@@ -94,9 +94,30 @@ impl Place {
         };
         match Watch::start(&spec, environment) {
             Ok(watch) => drop(self.shared.watch.replace(Some(watch))),
-            Err(error) => {
-                log::error!(error:%; "a job's containers would stay if this agent were killed");
-            }
+            Err(error) => self.unwatched(&error),
+        }
+    }
+
+    fn unwatched(&self, error: &std::io::Error) {
+        log::error!(place = self.id(), error:%; "a job's containers would stay if this agent were killed");
+    }
+
+    /// Where it is.
+    pub fn is_on(&self, engine: &Engine) {
+        self.shared.engine.replace(Some(engine.clone()));
+        if let Some(watch) = &mut *self.shared.watch.borrow_mut()
+            && let Err(error) = watch.on_engine()
+        {
+            self.unwatched(&error);
+        }
+    }
+
+    /// A process group of this machine belongs to it; nothing for none.
+    pub fn has_group(&self, group: Option<Pid>) {
+        if let Some(watch) = &mut *self.shared.watch.borrow_mut()
+            && let Err(error) = watch.group(group)
+        {
+            self.unwatched(&error);
         }
     }
 
@@ -130,12 +151,18 @@ fn filters(id: &str) -> HashMap<String, Vec<String>> {
 /// Removes all that the place called `id` has on `engine`, and what appears there meanwhile.
 pub(super) async fn remove_all(engine: &Engine, id: &str) -> Result<(), LeftBehind> {
     let give_up = Instant::now() + PATIENCE;
+    let mut first = true;
     loop {
-        let why = match remove_what_is_there(engine, id).await {
-            Ok(true) => return Ok(()),
+        let why = match timeout_at(give_up, remove_what_is_there(engine, id)).await {
+            Ok(Ok(true)) => return Ok(()),
             // Once more, for what was made meanwhile.
-            Ok(false) => continue,
-            Err(error) => error.to_string(),
+            Ok(Ok(false)) if first => {
+                first = false;
+                continue;
+            }
+            Ok(Ok(false)) => "somebody else is removing them".to_owned(),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "the engine takes too long".to_owned(),
         };
         if Instant::now() >= give_up {
             return Err(LeftBehind { what: format!("containers of {id}: {why}") });
@@ -191,7 +218,13 @@ impl Shared {
         let _ = timeout(PATIENCE, join_all(asked)).await;
         let engine = self.engine.borrow().clone();
         if let Some(engine) = engine {
-            remove_all(&engine, self.directory.name()).await?;
+            let removed = remove_all(&engine, self.directory.name()).await;
+            if removed.is_err() {
+                // Who watches tries on, and needs to know what.
+                self.directory.let_stay();
+                drop(self.watch.take());
+                return removed;
+            }
         }
         self.directory.remove_scratch();
         if let Some(watch) = self.watch.take() {

@@ -235,7 +235,8 @@ pub struct Registries {
 impl Registries {
     /// What the agent's user has. A configuration that can't be read is as good as none.
     pub fn of_user(home: &Path, environment: &[(OsString, OsString)]) -> Self {
-        let directory = environment.iter().find(|(name, _)| name == "DOCKER_CONFIG");
+        let directory =
+            environment.iter().find(|(name, path)| name == "DOCKER_CONFIG" && !path.is_empty());
         let directory =
             directory.map_or_else(|| home.join(".docker"), |(_, path)| PathBuf::from(path));
         let path = directory.join("config.json");

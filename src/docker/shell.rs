@@ -59,9 +59,9 @@ impl Inside {
     /// Puts a file where it belongs, as the container's user.
     pub(crate) async fn inject(&mut self, file: &InjectedFile) -> Result<(), StepError> {
         let path = match file.path.strip_prefix("~/") {
-            Some(below) => format!("~/{}", quoted(Path::new(below))),
+            Some(below) => format!("\"$__agent_home\"/{}", quoted(Path::new(below))),
             None if file.path.starts_with('/') => quoted(Path::new(&file.path)),
-            None => format!("~/{}", quoted(Path::new(&file.path))),
+            None => format!("\"$__agent_home\"/{}", quoted(Path::new(&file.path))),
         };
         let parent = "${__agent_path%/*}";
         let text = format!(
@@ -121,8 +121,8 @@ pub(crate) fn no_shell() -> StepError {
 pub(crate) fn show_to_logins(path: &str) -> String {
     format!(
         r#" && {{
-[[ -e ~/.bash_profile ]] || builtin printf '%s\n' 'if [ -r ~/.bash_login ]; then . ~/.bash_login; elif [ -r ~/.profile ]; then . ~/.profile; fi' >|~/.bash_profile
-builtin printf '%s\n' "[ ! -r '{path}' ] || . '{path}'" >>~/.bash_profile
+[[ -e "$__agent_home/.bash_profile" ]] || builtin printf '%s\n' 'if [ -r ~/.bash_login ]; then . ~/.bash_login; elif [ -r ~/.profile ]; then . ~/.profile; fi' >|"$__agent_home/.bash_profile"
+builtin printf '%s\n' "[ ! -r '{path}' ] || . '{path}'" >>"$__agent_home/.bash_profile"
 true
 }} 2>/dev/null"#
     )

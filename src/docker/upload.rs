@@ -37,11 +37,15 @@ impl ContainerUser {
     /// Who `user` of a container is (`NAME`, `NUMBER`, or one of these and `:GROUP`), by the users that are
     /// known there.
     pub async fn of(engine: &Engine, container: &str, user: &str) -> Self {
-        let passwd = download(engine, container, "/etc/passwd").await.unwrap_or_default();
-        Self::find(user, &String::from_utf8_lossy(&passwd))
+        let file = async |path| {
+            let content = download(engine, container, path).await.unwrap_or_default();
+            String::from_utf8_lossy(&content).into_owned()
+        };
+        let groups = if user.contains(':') { file("/etc/group").await } else { String::new() };
+        Self::find(user, &file("/etc/passwd").await, &groups)
     }
 
-    fn find(user: &str, passwd: &str) -> Self {
+    fn find(user: &str, passwd: &str, groups: &str) -> Self {
         let (name, group) = user.split_once(':').unwrap_or((user, ""));
         let name = if name.is_empty() { "0" } else { name };
         let entry = passwd.lines().find_map(|line| {
@@ -53,7 +57,13 @@ impl ContainerUser {
         });
         let (uid, gid, home) = entry.unwrap_or((name, "0", "/"));
         let number = |text: &str| text.parse().unwrap_or(0);
-        let gid = if group.is_empty() { number(gid) } else { group.parse().unwrap_or(number(gid)) };
+        let group_of = |line: &str| {
+            let mut fields = line.split(':');
+            let is_it = fields.next() == Some(group);
+            fields.nth(1).filter(|_| is_it).and_then(|gid| gid.parse().ok())
+        };
+        let named = || groups.lines().find_map(group_of);
+        let gid = group.parse().ok().or_else(named).unwrap_or(number(gid));
         Self { uid: number(uid), gid, home: home.into() }
     }
 
@@ -171,21 +181,25 @@ mod tests {
     const PASSWD: &str =
         "root:x:0:0:root:/root:/bin/sh\ndev:x:1000:100::/home/dev:/bin/bash\nbad\n";
 
+    const GROUPS: &str = "root:x:0:\nstaff:x:50:dev\nbad\n";
+
     #[test]
     fn users_are_found_by_name_or_number() {
         let of = |user| {
-            let ContainerUser { uid, gid, home } = ContainerUser::find(user, PASSWD);
+            let ContainerUser { uid, gid, home } = ContainerUser::find(user, PASSWD, GROUPS);
             (uid, gid, home.display().to_string())
         };
         assert_eq!(of(""), (0, 0, "/root".into()));
         assert_eq!(of("dev"), (1000, 100, "/home/dev".into()));
         assert_eq!(of("1000:5"), (1000, 5, "/home/dev".into()));
         assert_eq!(of("7"), (7, 0, "/".into()));
+        assert_eq!(of("dev:staff"), (1000, 50, "/home/dev".into()));
+        assert_eq!(of("dev:unknown"), (1000, 100, "/home/dev".into()));
     }
 
     #[test]
     fn paths_are_below_the_home_unless_they_are_absolute() {
-        let user = ContainerUser::find("dev", PASSWD);
+        let user = ContainerUser::find("dev", PASSWD, GROUPS);
         for (path, absolute) in [
             ("a/b", "/home/dev/a/b"),
             ("~/.ssh/id", "/home/dev/.ssh/id"),
@@ -198,7 +212,7 @@ mod tests {
 
     #[test]
     fn an_archive_has_owner_mode_and_content() {
-        let user = ContainerUser::find("dev", PASSWD);
+        let user = ContainerUser::find("dev", PASSWD, GROUPS);
         let path = user.absolute("new/key");
         let archive = user.archive(&["/home/dev/new".into()], &path, b"secret", 0o640).unwrap();
         let mut archive = tar::Archive::new(&archive[..]);

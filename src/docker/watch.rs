@@ -1,8 +1,9 @@
-//! A process beside the agent that ends what a job has on an engine if the agent dies. It is this program
+//! A process beside the agent that ends what a job in containers has if the agent dies. It is this program
 //! again, as `agent docker-watch`.
 //!
-//! Its standard input is a pipe from the agent: first a [`WatchSpec`] in JSON, a line; then nothing, until
-//! `done`, or the end, which is that of the agent.
+//! Its standard input is a pipe from the agent: first a [`WatchSpec`] in JSON, a line; then `group NUMBER` for
+//! a process group of this machine that is the job's (0 for none), `engine` as soon as there may be
+//! something on the engine, and `done`. If it ends without that, the agent has.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -13,9 +14,10 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Duration;
 
 use actix::System;
-use nix::unistd::setsid;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::{Pid, setsid};
 use serde::{Deserialize, Serialize};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::engine::Engine;
 use super::place::remove_all;
@@ -27,26 +29,27 @@ use crate::sys;
 /// How long what the agent asked of the engine in its last moment may take to appear.
 const LAST_REQUESTS: Duration = Duration::from_secs(3);
 
-/// Is in the directory of a job that has something on an engine.
+/// How long to try while the engine is away, and the longest pause; pauses double.
+const PATIENCE: Duration = Duration::from_hours(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// Is in the directory of a job that may have something on an engine.
 const MARK: &str = "on-engine";
 
-/// Ends what a job has on an engine whose agent died with all that could do that; whether there may be
-/// something.
-pub fn end_dead(job_directory: &Path) -> bool {
-    let place = job_directory.file_name().and_then(|name| name.to_str());
-    let Some(place) = place.filter(|_| job_directory.join(MARK).exists()) else {
-        return false;
-    };
-    let spec = WatchSpec {
-        place: place.to_owned(),
-        job_directory: job_directory.to_owned(),
-        access: None,
-    };
-    match Watch::start(&spec, &agent_environment()) {
-        Ok(watch) => drop(watch),
-        Err(error) => log::warn!(place, error:%; "a dead job's containers may still be there"),
+/// Whether the job of this directory may have something on an engine.
+pub fn may_be_on_engine(job_directory: &Path) -> bool {
+    job_directory.join(MARK).exists()
+}
+
+/// Ends what the job called `place` has on an engine, whose agent died with all that could do that. The
+/// directory goes with it.
+pub fn end_dead(place: &str, job_directory: &Path) {
+    let place = place.to_owned();
+    let spec = WatchSpec { place, job_directory: job_directory.to_owned(), access: None };
+    let watched = Watch::start(&spec, &agent_environment()).and_then(|mut watch| watch.on_engine());
+    if let Err(error) = watched {
+        log::warn!(place = spec.place, error:%; "a dead job's containers may still be there");
     }
-    true
 }
 
 /// What to end.
@@ -62,6 +65,7 @@ pub struct WatchSpec {
 
 /// The agent's hand on that process. Without a word more, the end of this value is that of the job.
 pub struct Watch {
+    job_directory: PathBuf,
     pipe: Option<ChildStdin>,
     process: Option<Child>,
 }
@@ -75,22 +79,32 @@ impl Watch {
         command.stdin(Stdio::piped()).stdout(Stdio::null());
         sys::start_clean(&mut command);
         let mut process = command.spawn()?;
-        let mut watch = Self { pipe: process.stdin.take(), process: Some(process) };
-        File::create(spec.job_directory.join(MARK))?;
-        let mut line = serde_json::to_vec(spec)?;
-        line.push(b'\n');
-        watch.tell(&line)?;
+        let job_directory = spec.job_directory.clone();
+        let mut watch = Self { job_directory, pipe: process.stdin.take(), process: Some(process) };
+        watch.tell(&serde_json::to_string(spec)?)?;
         Ok(watch)
+    }
+
+    /// From now on there may be something on the engine.
+    pub fn on_engine(&mut self) -> io::Result<()> {
+        File::create(self.job_directory.join(MARK))?;
+        self.tell("engine")
+    }
+
+    /// This process group is the job's; nothing for none.
+    pub fn group(&mut self, group: Option<Pid>) -> io::Result<()> {
+        self.tell(&format!("group {}", group.map_or(0, Pid::as_raw)))
     }
 
     /// There is nothing left to end.
     pub fn call_off(mut self) {
         // One that is gone has nothing to do either.
-        let _ = self.tell(b"done\n");
+        let _ = self.tell("done");
     }
 
-    fn tell(&mut self, line: &[u8]) -> io::Result<()> {
-        self.pipe.as_mut().ok_or(io::ErrorKind::BrokenPipe)?.write_all(line)
+    fn tell(&mut self, line: &str) -> io::Result<()> {
+        let pipe = self.pipe.as_mut().ok_or(io::ErrorKind::BrokenPipe)?;
+        pipe.write_all(format!("{line}\n").as_bytes())
     }
 }
 
@@ -111,19 +125,48 @@ pub fn run() -> io::Result<()> {
     let mut lines = io::stdin().lock().lines();
     let spec = lines.next().ok_or(io::ErrorKind::UnexpectedEof)??;
     let spec: WatchSpec = serde_json::from_str(&spec)?;
-    if matches!(lines.next(), Some(Ok(word)) if word == "done") {
-        return Ok(());
+    let (mut on_engine, mut group) = (false, 0);
+    for line in lines.map_while(Result::ok) {
+        match line.split_once(' ') {
+            None if line == "done" => return Ok(()),
+            None => on_engine |= line == "engine",
+            Some((_, number)) => group = number.parse().unwrap_or(0),
+        }
     }
-    let closed = spec.access.map_or(Ok(()), |access| access.close_now());
+    if group > 0 {
+        // It may have ended by itself.
+        let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+    }
+    let closed = spec.access.as_ref().map_or(Ok(()), SshAccess::close_now);
     let scratch = state_dir::scratch_of(&spec.job_directory);
-    let removed = System::new().block_on(async {
-        let environment: Vec<_> = std::env::vars_os().collect();
-        let engine = Engine::connect(&environment, &scratch).await.map_err(io::Error::other)?;
-        remove_all(&engine, &spec.place).await.map_err(io::Error::other)?;
-        sleep(LAST_REQUESTS).await;
-        remove_all(&engine, &spec.place).await.map_err(io::Error::other)
-    });
+    state_dir::remove(&scratch);
+    let removed = if on_engine {
+        System::new().block_on(remove_patiently(&spec.place, &scratch))
+    } else {
+        Ok(())
+    };
+    if removed.is_ok() {
+        state_dir::remove(&spec.job_directory);
+    }
     // Where it fails, the next agent tries again.
-    state_dir::remove(if removed.is_ok() { &spec.job_directory } else { &scratch });
     removed.and(closed)
+}
+
+async fn remove_patiently(place: &str, scratch: &Path) -> io::Result<()> {
+    let environment: Vec<_> = std::env::vars_os().collect();
+    let give_up = Instant::now() + PATIENCE;
+    let mut pause = Duration::from_secs(1);
+    loop {
+        let removed = async {
+            let engine = Engine::connect(&environment, scratch).await.map_err(io::Error::other)?;
+            remove_all(&engine, place).await.map_err(io::Error::other)?;
+            sleep(LAST_REQUESTS).await;
+            remove_all(&engine, place).await.map_err(io::Error::other)
+        };
+        match removed.await {
+            Err(_) if Instant::now() < give_up => sleep(pause).await,
+            removed => return removed,
+        }
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
 }

@@ -22,7 +22,7 @@ use tokio::sync::{Mutex, mpsc};
 use tokio::time::{Instant, timeout};
 
 use crate::docker::DockerConfig;
-use crate::docker::bodies::Common;
+use crate::docker::bodies::{Common, KVM, SOCKET};
 use crate::docker::engine::Engine;
 use crate::docker::hijack::ContainerTerminal;
 use crate::docker::place::Place;
@@ -90,8 +90,9 @@ impl DockerBackend {
         let common = Common {
             place: id.to_owned(),
             job: job.as_str().to_owned(),
+            socket: None,
             files: Vec::new(),
-            kvm: config.expose_kvm && Path::new("/dev/kvm").exists(),
+            kvm: false,
             environment: Vec::new(),
         };
         let script = format!("/dev/shm/.agent-{id}");
@@ -140,6 +141,7 @@ impl DockerBackend {
     }
 
     async fn set_up_host(&mut self) -> Result<(), PreparationError> {
+        self.place.watch(&self.config.environment);
         self.find_files()?;
         if !self.is_spare {
             for command in &self.compose.host_setup_commands {
@@ -148,7 +150,11 @@ impl DockerBackend {
         }
         let engine = Engine::connect(&self.config.environment, &self.place.scratch()).await;
         let engine = engine.map_err(|error| StepError(error.to_string()))?;
-        self.place.is_on(&engine, &self.config.environment);
+        self.place.is_on(&engine);
+        // Another machine's engine usually has it where everybody has it; its devices nobody can see.
+        self.common.socket = engine.socket.clone().or_else(|| Some(SOCKET.into()));
+        let is_here = engine.socket.is_some();
+        self.common.kvm = self.config.expose_kvm && is_here && Path::new(KVM).exists();
         self.engine = Some(engine);
         let registries = Registries::of_user(&self.config.home, &self.config.environment);
         self.common.environment = registries.proxy_variables();
@@ -177,7 +183,8 @@ impl DockerBackend {
         let mut command = Command::new("bash");
         command.args(["-c", directive]).env_clear().envs(self.config.environment.iter().cloned());
         command.current_dir(&self.config.home);
-        let ended = output_of(command).await;
+        let ended = output_of(command, |group| self.place.has_group(group)).await;
+        self.place.has_group(None);
         let (status, printed) = ended.map_err(|error| failed(&format!("can't be run: {error}")))?;
         for line in String::from_utf8_lossy(&printed).lines() {
             log::info!(line; "host setup");
@@ -289,7 +296,9 @@ impl DockerBackend {
         let session = Rc::new(Mutex::new(session));
         self.session = Some(Rc::clone(&session));
         let mut inside = Inside { session: Rc::clone(&session) };
-        inside.run("builtin cd ~ 2>/dev/null; builtin true", None).await?;
+        let at_home = "__agent_home=$HOME; builtin cd ~ 2>/dev/null; builtin true";
+        let there = timeout(SHELL_PATIENCE, inside.run(at_home, None)).await;
+        there.map_err(|_| StepError("the shell does not react".into()))??;
         for file in self.compose.main.files.clone() {
             inside.inject(&file).await?;
         }
@@ -360,7 +369,16 @@ impl DockerBackend {
     ) -> Result<Session<ContainerTerminal>, StepError> {
         let main = &self.compose.main;
         let body = self.common.main_container(main);
-        let id = self.create(engine, main.name.as_str(), body).await.map_err(StepError)?;
+        let created = self.create(engine, main.name.as_str(), body).await;
+        let created = match created {
+            // The engine has its socket somewhere else: a job can do without.
+            Err(why) if engine.socket.is_none() && why.contains(SOCKET) => {
+                let without = Common { socket: None, ..self.common.clone() };
+                self.create(engine, main.name.as_str(), without.main_container(main)).await
+            }
+            created => created,
+        };
+        let id = created.map_err(StepError)?;
         self.place.has_main(&id);
         let terminal = engine.attach(&id).await.map_err(|error| StepError(error.to_string()))?;
         // Nothing announces the shell's end but that of the stream.

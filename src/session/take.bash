@@ -1,8 +1,17 @@
 __agent_receive() {
-  builtin local __agent_part
+  builtin local __agent_part __agent_ask=$'\001'@TAKE@$'\001'
   : >|"$1" || builtin return
-  while IFS= builtin read -rs -p $'\001'@TAKE@$'\001' __agent_part </dev/tty 2>/dev/tty && [[ $__agent_part ]]; do
+  while :; do
+    IFS= builtin read -rs -p "$__agent_ask" __agent_part </dev/tty 2>/dev/tty
+    case $? in
+      0) ;;
+      # As above.
+      129 | 1[3-9]? | 2??) __agent_ask= && builtin continue ;;
+      *) builtin return 1 ;;
+    esac
+    [[ $__agent_part ]] || builtin return 0
     builtin printf %b "$__agent_part" >>"$1" || builtin return
+    __agent_ask=$'\001'@TAKE@$'\001'
   done
 }
 __agent_take() {

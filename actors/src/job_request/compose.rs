@@ -86,7 +86,7 @@ impl RawContainer {
             problems.push(problem(format!("{at}image"), "an image is needed"));
         }
         let mut words = |field: &str, text: &str| {
-            let words = shlex::split(text);
+            let words = shlex::split(&without_comments(text));
             if words.is_none() {
                 let why = "has a quote that is not closed, or ends with a backslash";
                 problems.push(problem(format!("{at}{field}"), why));
@@ -96,13 +96,16 @@ impl RawContainer {
         let entrypoint = words("entrypoint", &self.entrypoint);
         // The main container runs the job's shell instead.
         let command = if is_main { Vec::new() } else { words("command", &self.command) };
-        let mut kept = |decoded: Result<Vec<EnvVar>, Problems>| {
-            decoded.unwrap_or_else(|its| {
-                problems.extend(its);
-                Vec::new()
-            })
-        };
-        let environment = kept(decode_environment(at, &self.env_vars));
+        let environment = decode_environment(at, &self.env_vars).unwrap_or_else(|its| {
+            problems.extend(its);
+            Vec::new()
+        });
+        // Engines take text only.
+        let is_no_text = |variable: &&EnvVar| std::str::from_utf8(&variable.value).is_err();
+        problems.extend(environment.iter().filter(is_no_text).map(|variable| {
+            let name = variable.name.as_str();
+            problem(format!("{at}env_vars"), format!("the value of `{name}` is not UTF-8"))
+        }));
         let files: Vec<InjectedFile> = decode_files(at, &self.files, false).unwrap_or_else(|its| {
             problems.extend(its);
             Vec::new()
@@ -120,6 +123,28 @@ impl RawContainer {
             _ => Err(problems),
         }
     }
+}
+
+/// `text` so that the splitter takes no word for a comment: Compose knows none.
+fn without_comments(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    // The quote that is open, and whether the character before was a backslash, or no part of a word.
+    let (mut quote, mut backslash, mut between) = (None, false, true);
+    for c in text.chars() {
+        if c == '#' && between && !backslash && quote.is_none() {
+            escaped.push('\\');
+        }
+        escaped.push(c);
+        match quote {
+            _ if backslash => backslash = false,
+            _ if c == '\\' && quote != Some('\'') => backslash = true,
+            Some(open) if c == open => quote = None,
+            None if c == '\'' || c == '"' => quote = Some(c),
+            _ => {}
+        }
+        between = c.is_ascii_whitespace() && quote.is_none() && !backslash;
+    }
+    escaped
 }
 
 fn decode_credentials(
@@ -238,6 +263,21 @@ mod tests {
         assert_eq!(db.command, ["postgres", "-c", "a b=\"c\""]);
         assert_eq!(db.entrypoint, ["/init", "--"]);
         assert_eq!(&db.environment[0].value[..], b"p");
+    }
+
+    #[test]
+    fn nothing_in_a_command_is_a_comment() {
+        for (command, words) in [
+            (
+                "redis-server --requirepass #secret x",
+                &["redis-server", "--requirepass", "#secret", "x"][..],
+            ),
+            ("#a 'b #c' \"#d\" \\#e f#g", &["#a", "b #c", "#d", "#e", "f#g"]),
+        ] {
+            let side = json!({"name": "side", "image": "a", "command": command});
+            let compose = decode(json!({"containers": [{"name": "main", "image": "a"}, side]}));
+            assert_eq!(compose.unwrap().side_containers[0].command, words);
+        }
     }
 
     #[test]
