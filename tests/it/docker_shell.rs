@@ -68,6 +68,9 @@ fn options_and_traps_of_the_job_do_not_break_the_session() {
         "stty -opost; stty opost",
         "exec 3>&1 4</dev/null 5>/dev/null",
         "unset PROMPT_COMMAND PS1",
+        "readonly PROMPT_COMMAND",
+        "readonly PS1 PS2",
+        "set -o posix; trap : USR1; (while kill -USR1 $$; do usleep 2000; done) 2>/dev/null & true",
         "enable -n cd test",
         "PATH=",
         "PROMPT_COMMAND='PATH=/nowhere'",
@@ -161,6 +164,7 @@ fn startup_files_of_the_container_print_nothing_into_the_log() {
         "PS0='ps0> '; PS1='prompt> '; PROMPT_COMMAND+=('echo one' 'echo two'); MAILCHECK=0",
         "echo welcome; set -xv",
         "set -u; set -o vi; stty echo; sleep 1",
+        "readonly PROMPT_COMMAND=true PS0 MAILCHECK",
         "alias cd=false mkdir=false chmod=false cat=false; trap 'echo debug >/dev/null' DEBUG",
         "cd /tmp; umask 077; FROM_STARTUP=yes; bind 'set bracketed-paste-mode on'",
     ];

@@ -57,7 +57,7 @@ fn commands_begin_when_health_checks_are_content() {
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
 fn an_unhealthy_container_is_a_warning_with_its_last_lines_and_the_job_goes_on() {
-    let script = "seq 30; echo 'out of memory' >&2; exec httpd -f -p 8080 -h /www";
+    let script = "exec >&2; seq 30; echo 'out of memory'; exec httpd -f -p 8080 -h /www";
     let finished = run(&job_with(scripted("service:sick", script)));
     let shown = shown_at_start(&finished);
     let expected = "Warning: web is unhealthy, says its health check; its last output:\n";
