@@ -22,10 +22,14 @@ __agent_end() {
     [[ $? -gt 128 ]] || builtin break
     __agent_ask=
   done
-  builtin printf '\001%s %s %s %s\001' "$__agent_mark" "$__agent_status" "$__agent_flags" \
-    "${__agent_result//[[:cntrl:]]/?}" >/dev/tty
+  builtin printf -v __agent_ask '\001%s %s %s %s\001' "$__agent_mark" "$__agent_status" "$__agent_flags" \
+    "${__agent_result//[[:cntrl:]]/?}"
   __agent_running=
+  __agent_tell "$__agent_ask"
   builtin return "$__agent_status"
+}
+__agent_tell() {
+  builtin printf %s "$1" >/dev/tty
 }
 builtin unset PROMPT_COMMAND 2>/dev/null || __agent_no_prompt=1
 builtin unset PS0 MAILCHECK 2>/dev/null

@@ -110,7 +110,7 @@ impl<T: Terminal> Session<T> {
         let file = self.typed.file();
         let line = format!(" __agent_take{argument} && [[ 1 ]]; . '{file}'; {END}\n");
         self.typed.expect_echo(&line);
-        self.type_line(&line).await
+        self.type_line(&format!("{GO}{line}")).await
     }
 
     /// `script` as it must stand in its file.
@@ -229,6 +229,10 @@ impl<T: Terminal> Session<T> {
         if rest.is_empty() { SessionEvent::ShellEnded } else { SessionEvent::Output(rest) }
     }
 }
+
+/// A shell whose scripts are typed waits for this with its echo off, and then reads the line behind it. Before
+/// that line it means nothing.
+const GO: &str = " ";
 
 /// Ends every typed line. In a group, so that its trace goes nowhere; in a list, so that a failed
 /// script's exit code neither trips `set -e` nor the ERR trap again.

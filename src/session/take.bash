@@ -25,6 +25,16 @@ __agent_take() {
   fi
   builtin return "$__agent_status"
 }
+# Waits for the first character of the next line: all of it is typed while the echo is off, however it
+# was set.
+__agent_tell() {
+  builtin local __agent_ask="$1" __agent_go
+  while :; do
+    IFS= builtin read -rs -n 1 -p "$__agent_ask" __agent_go </dev/tty 2>/dev/tty
+    [[ $? -gt 128 ]] || builtin break
+    __agent_ask=
+  done
+}
 __agent_umask=$(builtin umask)
 builtin umask 077
 : >|'@FILE@'
