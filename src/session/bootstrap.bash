@@ -11,6 +11,8 @@ __agent_end() {
   # Quoted, as to `builtin` these are words like any others, and the job's IFS may have digits.
   builtin local __agent_status="$?" __agent_flags="$-" __agent_mark __agent_result="${SEMAPHORE_JOB_RESULT-}" __agent_ask
   builtin set +vx
+  # A line editor shows what is typed.
+  [[ :$SHELLOPTS: != *:emacs:* && :$SHELLOPTS: != *:vi:* ]] || __agent_flags+=@
   [[ ! ${PS1-}${PS2-} ]] || builtin unset PS1 PS2 2>/dev/null
   __agent_result=${__agent_result:0:64}
   # In parts, as `declare -f` shows `$'…'` as the bytes it stands for: its output would ask, too.

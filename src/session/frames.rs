@@ -6,7 +6,7 @@
 //! | frame | meaning |
 //! | --- | --- |
 //! | `\1ASK\1` | a script may be over; the shell waits for the script's mark on its input |
-//! | `\1TAKE\1` | the shell has read the typed line, or wants the next part of a typed script |
+//! | `\1TAKE\1` | the shell wants the next part of what is typed, or its line editor has shown all of a line |
 //! | `\1MARK EXIT-CODE FLAGS RESULT\1` | the script is over |
 //! | `\1GONE\1` | the shell itself is over |
 //!

@@ -45,10 +45,15 @@ pub struct Session<T> {
     to_type: BytesMut,
     /// For a shell that can't read this machine's files.
     typed: Typed,
+    /// The shell has a line editor, which shows what is typed.
+    is_editing: bool,
     /// The tracing options (`set -v`, `set -x`) that the job has turned on.
     tracing: String,
     untraced: bool,
 }
+
+/// Among the shell's flags if it has a line editor.
+const IS_EDITING: char = '@';
 
 /// Shell options that the session turns off between scripts and on again for the next one, since
 /// they would show what the agent types.
@@ -64,6 +69,7 @@ impl<T: Terminal> Session<T> {
             received: BytesMut::with_capacity(READ),
             to_type: BytesMut::new(),
             typed: Typed::default(),
+            is_editing: false,
             tracing: String::new(),
             untraced: true,
         })
@@ -109,7 +115,9 @@ impl<T: Terminal> Session<T> {
         let argument = self.typed.begin(self.file_of(script).as_bytes(), received);
         let file = self.typed.file();
         let line = format!(" __agent_take{argument} && [[ 1 ]]; . '{file}'; {END}\n");
-        self.typed.expect_echo(&line);
+        if self.is_editing {
+            self.typed.expect_echo(&line);
+        }
         self.type_line(&format!("{GO}{line}")).await
     }
 
@@ -203,6 +211,7 @@ impl<T: Terminal> Session<T> {
                 Piece::End { exit_code, flags, job_result } => {
                     self.received.advance(taken);
                     self.frames.script = None;
+                    self.is_editing = flags.contains(IS_EDITING);
                     if !self.untraced {
                         self.tracing = flags.matches(TRACING).collect();
                     }

@@ -18,7 +18,7 @@ __agent_take() {
   builtin local __agent_status="$?"
   __agent_begin
   if [[ ${1-} ]]; then
-    builtin printf '\001%s\001' '@TAKE@' >/dev/tty
+    [[ :$SHELLOPTS: != *:emacs:* && :$SHELLOPTS: != *:vi:* ]] || builtin printf '\001%s\001' '@TAKE@' >/dev/tty
     builtin printf %b "$1" >|'@FILE@'
   else
     __agent_receive '@FILE@'

@@ -6,8 +6,8 @@
 //! terminal's echo is off. So does what a script receives while it runs.
 //!
 //! The typed line itself is not echoed, as the shell waits for it with the echo off; but a line editor that
-//! the job has turned on shows it. The shell answers it with TAKE before it does anything else, so what is
-//! shown of it stands before TAKE, and is taken out there.
+//! the job has turned on shows it. Then the shell answers it with TAKE before it does anything else, so what
+//! is shown of it stands before TAKE, and is taken out there.
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
