@@ -147,6 +147,9 @@ impl Layers {
     }
 
     fn shown(&self) -> String {
+        if self.by_id.is_empty() {
+            return "no layer is missing".to_owned();
+        }
         let done = self.by_id.values().filter(|layer| layer.done).count();
         let bytes: i64 = self.by_id.values().map(|layer| layer.got).sum();
         let (megabytes, tenths) = (bytes / 1_000_000, bytes / 100_000 % 10);
@@ -169,6 +172,7 @@ mod tests {
     #[test]
     fn progress_is_layers_and_bytes() {
         let mut layers = Layers::default();
+        assert_eq!(layers.shown(), "no layer is missing");
         for seen in [
             info("latest", "Pulling from x/y", None),
             info("a", "Pulling fs layer", None),
