@@ -140,6 +140,7 @@ struct ScriptedState {
     fail_prepare: Cell<bool>,
     panic_at_the_end: Cell<bool>,
     hang_at_the_end: Cell<bool>,
+    hang_in_upload: Cell<bool>,
     refused_callbacks: Cell<u32>,
     /// The last job's.
     spool: RefCell<MemorySpool>,
@@ -178,6 +179,13 @@ impl ScriptedJob {
     #[must_use]
     pub fn hanging_at_the_end(self) -> Self {
         self.0.hang_at_the_end.set(true);
+        self
+    }
+
+    /// Uploads never end.
+    #[must_use]
+    pub fn hanging_in_upload(self) -> Self {
+        self.0.hang_in_upload.set(true);
         self
     }
 
@@ -272,6 +280,9 @@ impl LogUploads for ScriptedJob {
         trimmed: bool,
     ) -> LocalBoxFuture<'a, Result<(), String>> {
         self.call(if trimmed { "upload trimmed" } else { "upload" });
+        if self.0.hang_in_upload.get() {
+            return std::future::pending().boxed_local();
+        }
         std::future::ready(Ok(())).boxed_local()
     }
 }

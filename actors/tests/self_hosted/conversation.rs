@@ -241,3 +241,15 @@ async fn reports_that_are_not_taken_are_repeated_soon_and_nothing_is_lost() {
     let left = agent.poller.send(AwaitLeave);
     assert!(tokio::time::timeout(minutes(1), left).await.is_err(), "it stays");
 }
+
+#[actix::test]
+async fn what_is_new_does_not_wait_for_the_answer_to_what_is_old() {
+    let agent = Agent::with_job_of(seconds(30));
+    agent.until("report running-job 1").await;
+    // The next report is answered when nobody cares any more.
+    agent.hub.take(minutes(5));
+    agent.until("end everything within 2s").await;
+    agent.until("report finished-job 1 passed").await;
+    let late = agent.time_of("report finished-job 1 passed") - agent.time_of("log is whole");
+    assert!(late <= seconds(5), "{late:?}");
+}

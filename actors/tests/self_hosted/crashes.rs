@@ -115,3 +115,13 @@ async fn a_crash_of_the_poller_is_the_failed_reply_of_who_waits_for_it() {
     agent.until("close access").await;
     agent.assert_delivered();
 }
+
+#[actix::test]
+async fn a_crash_of_the_log_buffer_after_the_jobs_end_costs_nothing() {
+    let agent = Agent::with_job(vec![Reaction::EndAfter(seconds(30), "so far\n", 0)]);
+    agent.uplink.take(seconds(20));
+    agent.until("end everything within 2s").await;
+    agent.wait(seconds(1)).await;
+    agent.crash(PanicIn::LogBuffer).await;
+    agent.until_delivered("passed").await;
+}

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use actors::ports::PushError;
 use actors::sync_poller::Interrupt;
-use actors::testing::{Reaction, Reply};
+use actors::testing::{Reaction, Reply, ScriptedJob};
 
 use crate::support::{Agent, PATIENCE, away, case, chatter, job, minutes, seconds};
 
@@ -125,4 +125,28 @@ async fn the_next_job_is_delivered_as_if_nothing_had_been() {
     assert_eq!(agent.uplink.log(), agent.world.log());
     agent.assert_order(&["keep 1", "prepare", "log is whole", "report finished-job 2 passed"]);
     assert_eq!(agent.count("keep 2"), 0);
+}
+
+#[actix::test]
+async fn an_upload_that_hangs_holds_up_the_result_no_longer_than_a_delivery() {
+    let reactions = [Reaction::EndAfter(JOB, "so far\n", 0)];
+    let agent = Agent::idle(ScriptedJob::new(reactions).hanging_in_upload());
+    agent.hub.queue("1", job("1", 1));
+    agent.until("report finished-job 1 passed").await;
+    let ended = agent.time_of("end everything within 2s");
+    about(agent.time_of("report finished-job 1 passed") - ended, PATIENCE);
+    assert_eq!(agent.uplink.log(), agent.world.log());
+}
+
+#[actix::test]
+async fn an_upload_that_hangs_ends_with_the_patience_of_an_interrupted_agent() {
+    let reactions = [Reaction::EndAfter(JOB, "so far\n", 0)];
+    let agent = Agent::idle(ScriptedJob::new(reactions).hanging_in_upload());
+    agent.hub.queue("1", job("1", 1));
+    agent.until("upload").await;
+    agent.poller.send(Interrupt).await.unwrap();
+    let interrupted = agent.began.elapsed();
+    let finished = "report finished-job 1 passed interrupted";
+    agent.until(finished).await;
+    about(agent.time_of(finished) - interrupted, minutes(1));
 }
