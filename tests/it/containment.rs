@@ -4,7 +4,7 @@ use std::path::Path;
 
 use nix::sys::signal::Signal;
 
-use crate::support::{Finished, World, base64, job_of, lives_with};
+use crate::support::{self, Finished, World, job_of, lives_with};
 
 /// Ways to get away from a shell; each prints `away` when it has.
 const ESCAPES: [&str; 8] = [
@@ -25,18 +25,15 @@ const ESCAPES: [&str; 8] = [
 /// A user without privileges.
 const NOBODY: u32 = 65534;
 
-/// A variable that all processes of one test's job have.
-fn marked(name: &str, commands: &[&str]) -> (String, String) {
-    let marker = format!("{name}-{}", std::process::id());
-    let mut job: serde_json::Value = serde_json::from_str(&job_of(commands)).unwrap();
-    job["env_vars"] =
-        serde_json::json!([{ "name": "TEST_MARKER", "value": base64(marker.as_bytes()) }]);
-    (job.to_string(), format!("TEST_MARKER={marker}"))
+/// A job of these commands, as JSON, all of whose processes have a marker.
+fn marked(commands: &[&str]) -> (String, String) {
+    let (job, marker) = support::marked(serde_json::from_str(&job_of(commands)).unwrap());
+    (job.to_string(), marker)
 }
 
 #[test]
 fn nothing_survives_the_normal_end() {
-    let (job, marker) = marked("normal-end", &ESCAPES);
+    let (job, marker) = marked(&ESCAPES);
     let finished = World::new().run(&job);
     assert_eq!(finished.result(), "passed", "{finished:?}");
     assert_eq!(lives_with(&marker), [""; 0]);
@@ -51,7 +48,7 @@ fn nothing_survives_where_the_agent_has_no_privileges() {
     }
     let mut commands = ESCAPES.to_vec();
     commands.push("id -u; ! grep semaphore-agent /proc/self/cgroup");
-    let (job, marker) = marked("unprivileged", &commands);
+    let (job, marker) = marked(&commands);
     let world = World::new();
     let path = world.file("job.json", job);
     let program = world.file("agent", std::fs::read(env!("CARGO_BIN_EXE_agent")).unwrap());
@@ -77,7 +74,7 @@ fn nothing_survives_a_stop() {
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         let mut commands = ESCAPES.to_vec();
         commands.push("echo running; sleep 1000; touch ~/deployed");
-        let (job, marker) = marked("stop", &commands);
+        let (job, marker) = marked(&commands);
         let world = World::new();
         let mut running = world.start(&job);
         running.wait_for_output("running\n");
@@ -94,7 +91,7 @@ fn nothing_survives_a_stop() {
 fn nothing_survives_the_agents_own_violent_death() {
     let mut commands = ESCAPES.to_vec();
     commands.push("echo running; sleep 1000");
-    let (job, marker) = marked("violent-death", &commands);
+    let (job, marker) = marked(&commands);
     let world = World::new();
     let mut running = world.start(&job);
     running.wait_for_output("running\n");
@@ -109,7 +106,7 @@ fn nothing_survives_the_agents_own_violent_death() {
 fn nothing_survives_the_death_of_the_jobs_first_process() {
     let mut commands = ESCAPES.to_vec();
     commands.push("kill -9 $PPID; sleep 1000; touch ~/deployed");
-    let (job, marker) = marked("first-process", &commands);
+    let (job, marker) = marked(&commands);
     let world = World::new();
     let finished = world.run(&job);
     assert_eq!(finished.result(), "failed");
@@ -121,7 +118,7 @@ fn nothing_survives_the_death_of_the_jobs_first_process() {
 fn a_shell_that_ended_leaves_nothing_either() {
     let mut commands = ESCAPES.to_vec();
     commands.push("exec sleep 0");
-    let (job, marker) = marked("ended-shell", &commands);
+    let (job, marker) = marked(&commands);
     assert_eq!(World::new().run(&job).result(), "failed");
     assert_eq!(lives_with(&marker), [""; 0]);
 }
@@ -130,7 +127,7 @@ fn a_shell_that_ended_leaves_nothing_either() {
 fn a_tree_of_hundreds_is_ended() {
     let tree = "b() { (($1 > 0)) || exec sleep 1000; b $(($1 - 1)) & b $(($1 - 1)) & wait; }";
     let plant = format!("{tree}; trap '' TERM; b 7 >/dev/null 2>&1 & echo planted");
-    let (job, marker) = marked("tree", &[&plant]);
+    let (job, marker) = marked(&[&plant]);
     assert_eq!(World::new().run(&job).result(), "passed");
     assert_eq!(lives_with(&marker), [""; 0]);
 }
@@ -139,7 +136,7 @@ fn a_tree_of_hundreds_is_ended() {
 fn a_moving_target_is_ended() {
     // Each process leaves a successor behind and ends.
     let relay = "trap '' TERM HUP; m() { (sleep 0.002; m) & }; m >/dev/null 2>&1; echo off";
-    let (job, marker) = marked("relay", &[relay]);
+    let (job, marker) = marked(&[relay]);
     assert_eq!(World::new().run(&job).result(), "passed");
     assert_eq!(lives_with(&marker), [""; 0]);
 }

@@ -7,9 +7,9 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::support::docker::{
-    Owned, container, docker, docker_prints, job, job_in, left_of, make_images, unique,
+    Owned, container, docker, docker_prints, job, job_in, left_of, make_images,
 };
-use crate::support::{Finished, Running, World};
+use crate::support::{Finished, Running, World, unique};
 
 /// An image whose containers have an anonymous volume at `/data`.
 fn with_volume() -> Owned {

@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde_json::{Value, json};
 
 use crate::support::docker::{
-    Owned, container, docker, docker_prints, job, job_in, left_of, make_images, unique, variables,
+    Owned, container, docker, docker_prints, job, job_in, left_of, make_images, variables,
 };
 use crate::support::hosted::Hosted;
 use crate::support::registry::{PASSWORD, Registry, USER};
-use crate::support::{Finished, Step, World, base64};
+use crate::support::{Finished, Step, World, base64, unique};
 
 const CREDENTIALS: &str = "Setting up image pull credentials";
 const PULL: &str = "Pulling docker images...";

@@ -7,12 +7,10 @@ use actors::log_event::LogEvent;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::docker::{
-    Owned, container, job, job_in, left_of, make_images, unique, variables,
-};
+use crate::support::docker::{Owned, container, job, job_in, left_of, make_images, variables};
 use crate::support::hosted::{Hosted, RUN_FOR_EVER, RUNNING, wait_until};
 use crate::support::start_agent::{StartAgent, finished, hub, wait_for_log};
-use crate::support::{Finished, World, lives_with, wait_for_file};
+use crate::support::{Finished, Running, World, lives_with, unique, wait_for_file};
 
 const PRE_JOB: &str = "Running the pre-job hook configured in the agent";
 const POST_JOB: &str = "Running the post-job hook configured in the agent";
@@ -23,6 +21,16 @@ fn after(setup: &[&str], commands: &[&str]) -> Value {
     let setup: Value = setup.iter().map(|text| json!({ "directive": text })).collect();
     job["compose"]["host_setup_commands"] = setup;
     job
+}
+
+/// A run of this job by an agent all of whose processes have a marker.
+fn start_marked(world: &World, job: &Value) -> (Running, String) {
+    let value = unique();
+    let path = world.file("job.json", job.to_string());
+    let running = world.start_file_with(&path, |command| {
+        command.env("TEST_MARKER", &value);
+    });
+    (running, format!("TEST_MARKER={value}"))
 }
 
 fn step(log: &Finished, title: &str) -> (String, i32) {
@@ -70,13 +78,8 @@ fn a_host_setup_command_that_fails_fails_the_job_and_its_output_is_in_the_agents
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
 fn a_host_setup_command_is_over_when_it_ends_whatever_it_leaves_running() {
     let job = after(&["sleep 1000 & echo started"], &["echo hi"]);
-    let marker = format!("TEST_MARKER={}", unique());
     let world = World::new();
-    let path = world.file("job.json", job.to_string());
-    let (name, value) = marker.split_once('=').unwrap();
-    let running = world.start_file_with(&path, |command| {
-        command.env(name, value);
-    });
+    let (running, marker) = start_marked(&world, &job);
     let finished = running.finish();
     assert_eq!(finished.commands(), [("hi\n".into(), 0)]);
     assert_eq!(lives_with(&marker), [""; 0]);
@@ -86,13 +89,8 @@ fn a_host_setup_command_is_over_when_it_ends_whatever_it_leaves_running() {
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
 fn a_stop_ends_a_host_setup_command_with_all_that_it_started() {
     let job = after(&["touch ~/running; sleep 1000; touch ~/next"], &["echo hi"]);
-    let marker = format!("TEST_MARKER={}", unique());
     let world = World::new();
-    let path = world.file("job.json", job.to_string());
-    let (name, value) = marker.split_once('=').unwrap();
-    let running = world.start_file_with(&path, |command| {
-        command.env(name, value);
-    });
+    let (running, marker) = start_marked(&world, &job);
     wait_for_file(&world.home().join("running"));
     running.signal(Signal::SIGTERM);
     assert_eq!(running.finish().result(), "stopped");

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use crate::support::hosted::{
     Answer, Hosted, RUN_FOR_EVER, SECRET, good_authorization, job, token,
 };
-use crate::support::{World, wait_for_end};
+use crate::support::{World, config_keys, wait_for_end};
 
 /// Documented, but not to be had at will: a broken or slow body, one that has not come when the agent
 /// ends, and bugs. Other tests have these.
@@ -191,14 +191,6 @@ fn every_field_of_a_job_is_documented_and_nothing_else() {
     }
 }
 
-/// The keys of a configuration file, those that are commented out included.
-fn keys(text: &str) -> BTreeSet<String> {
-    let lines = text.lines().map(|line| line.strip_prefix("# ").unwrap_or(line));
-    let keys = lines.filter_map(|line| line.split_once(": ").map(|(key, _)| key));
-    let is_key = |key: &&str| key.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-');
-    keys.filter(is_key).map(str::to_owned).collect()
-}
-
 #[test]
 fn the_example_configuration_has_every_option_with_its_default() {
     let example = read("config/serve.example.yaml");
@@ -207,7 +199,7 @@ fn the_example_configuration_has_every_option_with_its_default() {
     let options = serve.get_arguments().filter_map(|option| Some((option.get_long()?, option)));
     let options: Vec<_> = options.filter(|(name, _)| *name != "config-file").collect();
     let names: BTreeSet<_> = options.iter().map(|(name, _)| (*name).to_owned()).collect();
-    assert_eq!(keys(&example), names);
+    assert_eq!(config_keys(&example), names);
 
     let set: serde_json::Map<String, Value> = serde_yaml::from_str(&example).unwrap();
     for (name, option) in options {

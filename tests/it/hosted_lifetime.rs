@@ -16,7 +16,7 @@ use crate::support::hosted::{
     Answer, CallbackServer, Hosted, RUN_UNTIL_GO, RUNNING, encode_request, good_authorization, job,
     wait_until,
 };
-use crate::support::{World, base64, lives_with};
+use crate::support::{self, World, base64, lives_with};
 
 /// Long enough for a busy machine, and much shorter than all that an end could wait for.
 const AT_ONCE: Duration = Duration::from_secs(5);
@@ -42,12 +42,10 @@ fn world() -> World {
 }
 
 /// A job that people may log in to, all of whose processes have a marker.
-fn marked(name: &str, commands: &[&str]) -> (Value, String) {
-    let marker = format!("{name}-{}", std::process::id());
+fn marked(commands: &[&str]) -> (Value, String) {
     let mut job = job("1", commands);
-    job["env_vars"] = json!([{ "name": "TEST_MARKER", "value": base64(marker.as_bytes()) }]);
     job["ssh_public_keys"] = json!([base64(b"ssh-ed25519 AAAA of-the-job")]);
-    (job, format!("TEST_MARKER={marker}"))
+    support::marked(job)
 }
 
 fn telling(server: &CallbackServer, mut job: Value) -> Value {
@@ -169,7 +167,7 @@ fn many_jobs_in_a_lifetime_pile_nothing_up() {
     let mut agent = Hosted::start(&world);
     let of_agent = |what: &str| names_in(format!("/proc/{}/{what}", agent.pid()).as_ref()).len();
     let run = |id: usize| {
-        let (mut request, marker) = marked("many", &["(sleep 1000 &) ; echo $TEST_MARKER"]);
+        let (mut request, marker) = marked(&["(sleep 1000 &) ; echo $TEST_MARKER"]);
         request["job_id"] = id.to_string().into();
         assert_eq!(agent.run_to_end(&request).result(), "passed");
         let left = left_behind(&world, &marker);
@@ -196,7 +194,7 @@ fn an_agent_for_a_single_job_ends_after_its_teardown() {
         command.arg("--single-job");
     });
     agent.post_job(&json!({ "job_id": "" })).of_status(422);
-    let (request, marker) = marked("single", &["false"]);
+    let (request, marker) = marked(&["false"]);
     let request = telling(&server, request);
     assert_eq!(agent.post_job(&request).message(), "ok");
     assert_finished(&server, "failed");
@@ -268,7 +266,7 @@ fn an_agent_that_is_asked_to_end_stops_its_job_and_delivers_its_end() {
         let (open, server) = gated(0);
         let world = world();
         let mut agent = Hosted::start(&world);
-        let (request, marker) = marked(&format!("asked-{signal}"), &STUBBORN);
+        let (request, marker) = marked(&STUBBORN);
         run(&agent, &telling(&server, request));
         assert!(!lives_with(&marker).is_empty());
         agent.signal(signal);
@@ -307,7 +305,7 @@ fn a_job_in_its_first_moments_is_stopped_and_delivered_too() {
     for delay in [0, 2, 5, 10, 20] {
         let world = world();
         let mut agent = Hosted::start(&world);
-        let (request, marker) = marked("first-moments", &["sleep 1000; touch ~/never"]);
+        let (request, marker) = marked(&["sleep 1000; touch ~/never"]);
         agent.post_job(&request).of_status(200);
         // Not to win a race: every moment is to be tried, and each must be right.
         std::thread::park_timeout(Duration::from_millis(delay));
@@ -325,7 +323,7 @@ fn a_job_may_go_on_for_the_grace_period() {
         let server = CallbackServer::start();
         let world = world();
         let mut agent = start(&world, grace);
-        let (mut request, marker) = marked("grace", &[RUN_UNTIL_GO, "echo next"]);
+        let (mut request, marker) = marked(&[RUN_UNTIL_GO, "echo next"]);
         request["epilogue_always_commands"] = json!([{ "directive": "rm ~/go; echo epilogue" }]);
         run(&agent, &telling(&server, request));
         let began = Instant::now();
@@ -354,7 +352,7 @@ fn a_second_signal_kills_what_would_not_go() {
     for (first, second, grace) in [(term, term, 100), (int, term, 100), (term, int, 0)] {
         let world = world();
         let mut agent = start(&world, grace);
-        let (request, marker) = marked(&format!("second-{first}-{grace}"), &STUBBORN);
+        let (request, marker) = marked(&STUBBORN);
         run(&agent, &request);
         ask_to_end(&agent, first);
         agent.signal(second);
@@ -374,7 +372,7 @@ fn a_second_signal_gives_up_archivators_and_callbacks() {
     {
         let world = world();
         let mut agent = Hosted::start(&world);
-        let (request, marker) = marked("second-waiting", &["echo running; (sleep 1000 &)"]);
+        let (request, marker) = marked(&["echo running; (sleep 1000 &)"]);
         agent.post_job(&telling(server, request)).of_status(200);
         assert_finished(server, "passed");
         if what == "archivator" {
@@ -392,7 +390,7 @@ fn a_second_signal_gives_up_archivators_and_callbacks() {
 fn a_job_is_gone_soon_after_the_agents_violent_death() {
     let world = world();
     let mut agent = Hosted::start(&world);
-    let (request, marker) = marked("violent", &STUBBORN);
+    let (request, marker) = marked(&STUBBORN);
     run(&agent, &request);
     assert!(!lives_with(&marker).is_empty());
     nix::sys::signal::kill(agent.pid(), Signal::SIGKILL).unwrap();

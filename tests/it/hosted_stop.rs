@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::support::hosted::{
     Answer, Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, encode_request, good_authorization, job,
 };
-use crate::support::{Finished, World, base64, lives_with};
+use crate::support::{Finished, World, lives_with, marked};
 
 const EXPORTS: &str = "Exporting environment variables";
 
@@ -214,15 +214,12 @@ fn a_stop_that_meets_the_end_leaves_one_result() {
 #[test]
 fn nothing_survives_a_stop() {
     let agent = Hosted::start(&World::new());
-    let marker = format!("hosted-stop-{}", std::process::id());
-    let mut request = job(
+    let (request, marker) = marked(job(
         "1",
         &["setsid -f bash -c \"trap '' TERM HUP INT; sleep 1000; sleep 1000\"", RUN_FOR_EVER],
-    );
-    request["env_vars"] = json!([{ "name": "TEST_MARKER", "value": base64(marker.as_bytes()) }]);
+    ));
     agent.post_job(&request).of_status(200);
     agent.wait_for_log("1", RUNNING);
-    let marker = format!("TEST_MARKER={marker}");
     assert!(!lives_with(&marker).is_empty());
     agent.post("/stop", b"").of_status(200);
     assert_eq!(agent.finish("1").result(), "stopped");

@@ -1,6 +1,5 @@
 //! How the self-hosted mode is set up: flags, variables, a file, and what is wrong in them.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -9,10 +8,10 @@ use clap::CommandFactory as _;
 use semaphore_agent::cli::Cli;
 use serde_json::{Map, Value};
 
-use crate::support::World;
 use crate::support::start_agent::{
     StartAgent, TOKEN, command, finished, hub, job, refusal, run, wait_for_log,
 };
+use crate::support::{World, config_keys};
 
 /// What is needed, in a file.
 const NEEDED: &str = "endpoint: hub.example.com\ntoken: canary-registration-token\n";
@@ -365,14 +364,6 @@ fn variables_for_jobs_come_as_they_were_given() {
     drop(agent);
 }
 
-/// The keys of a configuration file, those that are commented out included.
-fn keys(text: &str) -> BTreeSet<String> {
-    let lines = text.lines().map(|line| line.strip_prefix("# ").unwrap_or(line));
-    let keys = lines.filter_map(|line| line.split_once(": ").map(|(key, _)| key));
-    let is_key = |key: &&str| key.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-');
-    keys.filter(is_key).map(str::to_owned).collect()
-}
-
 #[test]
 fn the_example_configuration_has_every_option_with_its_default() {
     let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/agent.example.yaml");
@@ -382,7 +373,7 @@ fn the_example_configuration_has_every_option_with_its_default() {
     let flags = start.get_arguments().filter_map(clap::Arg::get_long);
     let not_in_files = ["config-file", "print-config", "help"];
     let flags = flags.filter(|flag| !not_in_files.contains(flag)).map(str::to_owned);
-    assert_eq!(keys(&example), flags.collect());
+    assert_eq!(config_keys(&example), flags.collect());
 
     let world = World::new();
     let secret = world.file("token", TOKEN);

@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use crate::support::control_plane::{Asked, Fault};
 use crate::support::hosted::{RUN_UNTIL_GO, RUNNING, job, wait_until};
-use crate::support::self_hosted::{FAR_OFF, Hub, SOON, SelfHosted, marked};
-use crate::support::{World, lives_with};
+use crate::support::self_hosted::{FAR_OFF, Hub, SOON, SelfHosted};
+use crate::support::{World, lives_with, marked, unique};
 
 /// Longer than any test.
 const LONG_GRACE: u64 = 10_000;
@@ -49,11 +49,6 @@ fn run(world: &World, hub: &Hub, grace: u64, commands: &[&str]) -> (SelfHosted, 
     let agent = start(world, hub, grace);
     wait_until_it_runs(hub, &job);
     (agent, job.0, job.1)
-}
-
-/// Markers of tests that run at the same time must differ.
-fn unique() -> String {
-    format!("signals-{:?}", std::thread::current().id()).replace(['(', ')'], "-")
 }
 
 /// It ended in order: nothing was left to be said but that it went, once, and why.

@@ -2,7 +2,6 @@
 
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::{Value, json};
 
@@ -29,12 +28,6 @@ pub fn docker_prints(arguments: &[&str]) -> String {
     printed.trim().to_owned()
 }
 
-/// A name that nothing else on this machine has.
-pub fn unique() -> String {
-    static COUNT: AtomicUsize = AtomicUsize::new(0);
-    format!("test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::SeqCst))
-}
-
 /// A job with one container, of this test image.
 pub fn job(image: &str, commands: &[&str]) -> Value {
     job_in(json!([container("main", image)]), commands)
@@ -50,7 +43,7 @@ pub fn container(name: &str, image: &str) -> Value {
 pub fn job_in(containers: Value, commands: &[&str]) -> Value {
     make_images();
     let mut job: Value = serde_json::from_str(&super::job_of(commands)).unwrap();
-    job["job_id"] = unique().into();
+    job["job_id"] = super::unique().into();
     job["executor"] = "dockercompose".into();
     job["compose"] = json!({ "containers": containers });
     job

@@ -12,16 +12,19 @@ pub mod self_hosted;
 pub mod ssh;
 pub mod start_agent;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use actors::log_event::LogEvent;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::Value;
 use tempfile::TempDir;
 
 /// A machine's user who runs jobs.
@@ -228,6 +231,23 @@ pub fn feed(child: &mut Child, bytes: &[u8]) {
     child.stdin.take().unwrap().write_all(bytes).unwrap();
 }
 
+/// A name that nothing else on this machine has, and that no other such name begins with.
+pub fn unique() -> String {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    format!("test-{}-{:04}", std::process::id(), COUNT.fetch_add(1, Ordering::SeqCst))
+}
+
+/// A job all of whose processes have a marker.
+pub fn marked(mut job: Value) -> (Value, String) {
+    let marker = unique();
+    let variable = serde_json::json!({ "name": "TEST_MARKER", "value": base64(marker.as_bytes()) });
+    match job["env_vars"].as_array_mut() {
+        Some(variables) => variables.push(variable),
+        None => job["env_vars"] = Value::Array(vec![variable]),
+    }
+    (job, format!("TEST_MARKER={marker}"))
+}
+
 /// Whether a process has this marker in its environment.
 pub fn lives_with(marker: &str) -> Vec<String> {
     let mut found = Vec::new();
@@ -242,6 +262,14 @@ pub fn lives_with(marker: &str) -> Vec<String> {
         }
     }
     found
+}
+
+/// The keys of a configuration file, those that are commented out included.
+pub fn config_keys(text: &str) -> BTreeSet<String> {
+    let lines = text.lines().map(|line| line.strip_prefix("# ").unwrap_or(line));
+    let keys = lines.filter_map(|line| line.split_once(": ").map(|(key, _)| key));
+    let is_key = |key: &&str| key.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-');
+    keys.filter(is_key).map(str::to_owned).collect()
 }
 
 /// As values and contents are written in job files.

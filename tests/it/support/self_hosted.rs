@@ -198,19 +198,6 @@ pub fn jump_point(world: &World) -> PathBuf {
     world.home().with_file_name("ssh_jump_point")
 }
 
-/// A job all of whose processes have a marker.
-pub fn marked(mut job: Value) -> (Value, String) {
-    let marker = format!("{}-{}", job["job_id"].as_str().unwrap(), std::process::id());
-    let variable = serde_json::json!(
-        { "name": "TEST_MARKER", "value": super::base64(marker.as_bytes()) }
-    );
-    match job["env_vars"].as_array_mut() {
-        Some(variables) => variables.push(variable),
-        None => job["env_vars"] = Value::Array(vec![variable]),
-    }
-    (job, format!("TEST_MARKER={marker}"))
-}
-
 /// A command of parts, each of which prints and waits then until [`go`] lets it go on.
 pub fn in_parts(parts: &[&str]) -> String {
     let part = |(number, part): (usize, &&str)| {
