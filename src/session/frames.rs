@@ -11,7 +11,7 @@
 //! | `\1GONE\1` | the shell itself is over |
 //!
 //! ASK, TAKE and GONE are 128-bit random words of the session, MARK one of the script, made only when the
-//! shell asks for it. Everything else is output, byte for byte.
+//! shell asks for it. Everything else is output, byte for byte, but for an echo of MARK.
 
 use std::ops::Range;
 
@@ -70,6 +70,8 @@ pub(super) enum Piece {
         /// The shell's `$SEMAPHORE_JOB_RESULT`.
         job_result: String,
     },
+    /// What the terminal showed of the script's mark when it was typed.
+    Echo,
     /// The shell is over.
     Gone,
     /// The rest can't be told from the beginning of a frame until more bytes come.
@@ -98,7 +100,7 @@ impl Frames {
     pub(super) fn next_piece(&self, bytes: &[u8]) -> (Piece, usize) {
         let edge = memchr::memchr(EDGE, bytes).unwrap_or(bytes.len());
         if edge > 0 {
-            return (Piece::Output(0..edge), edge);
+            return self.output(&bytes[..edge], edge < bytes.len());
         }
         if bytes.is_empty() {
             return (Piece::Incomplete, 0);
@@ -134,7 +136,36 @@ impl Frames {
         let next_edge = memchr::memchr(EDGE, body).map_or(bytes.len(), |at| at + 1);
         (Piece::Output(0..next_edge), next_edge)
     }
+
+    /// The first piece of `output`, in which no frame begins. `is_followed` by one, perhaps.
+    ///
+    /// The shell waits for its script's mark with the echo off; but in POSIX mode a trapped signal ends its
+    /// wait, and what is typed before the next one is echoed.
+    fn output(&self, output: &[u8], is_followed: bool) -> (Piece, usize) {
+        let Some(mark) = &self.script else {
+            return (Piece::Output(0..output.len()), output.len());
+        };
+        let may_begin = |at: &usize| starts_with(&output[*at..], &mark.0) != Some(false);
+        let length = match (0..output.len()).find(may_begin) {
+            Some(0) => match output.get(mark.0.len()..) {
+                None if !is_followed => return (Piece::Incomplete, 0),
+                None => output.len(),
+                Some(after) => match LINE_ENDS.iter().find(|end| after.starts_with(end)) {
+                    Some(end) => return (Piece::Echo, mark.0.len() + end.len()),
+                    None if after.len() < 2 && !is_followed => return (Piece::Incomplete, 0),
+                    None => return (Piece::Echo, mark.0.len()),
+                },
+            },
+            Some(at) => at,
+            None => output.len(),
+        };
+        (Piece::Output(0..length), length)
+    }
 }
+
+/// How a line's end is echoed: usually, by a terminal that leaves output alone, and by one that takes single
+/// characters.
+pub(super) const LINE_ENDS: [&[u8]; 3] = [b"\r\n", b"\n", b"^J"];
 
 /// Whether `bytes` starts with `word`; nothing if there are too few to tell.
 fn starts_with(bytes: &[u8], word: &[u8]) -> Option<bool> {
@@ -218,6 +249,21 @@ mod tests {
     fn nobody_ends_a_script_whose_mark_was_not_asked_for() {
         let stream = framed(&format!("{} 0 hB ", SCRIPT.as_str()));
         assert_eq!(parse(&frames(None), &[&stream]), (stream.clone(), vec![]));
+    }
+
+    #[test]
+    fn the_echo_of_a_mark_is_no_output_wherever_the_stream_is_split() {
+        let mark = SCRIPT.as_str();
+        let end = framed(&format!("{mark} 0 hB "));
+        for line_end in LINE_ENDS {
+            let stream = [b"out", mark.as_bytes(), line_end, b"\rput 555", &end].concat();
+            for at in 0..stream.len() {
+                let chunks = [&stream[..at], &stream[at..]];
+                let (output, pieces) = parse(&frames(Some(SCRIPT)), &chunks);
+                assert_eq!(output, b"out\rput 555", "split at {at}");
+                assert!(matches!(pieces[..], [Piece::Echo, Piece::End { .. }]), "{pieces:?}");
+            }
+        }
     }
 
     #[test]

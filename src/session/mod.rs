@@ -217,6 +217,7 @@ impl<T: Terminal> Session<T> {
                     }
                     return SessionEvent::ScriptEnded(ScriptEnd { exit_code, job_result });
                 }
+                Piece::Echo => self.received.advance(taken),
                 Piece::Gone => return SessionEvent::ShellEnded,
                 Piece::Incomplete => {
                     self.received.reserve(READ);

@@ -15,12 +15,10 @@ use std::fmt::Write as _;
 use bytes::{Bytes, BytesMut};
 use memchr::memmem;
 
+use super::frames::LINE_ENDS;
+
 /// The longest part, in bytes: what a terminal takes, less the rest of the line it stands in.
 const LONGEST_PART: usize = 3800;
-
-/// How a line's end is echoed: usually, by a terminal that leaves output alone, and by one that takes single
-/// characters.
-const LINE_ENDS: [&[u8]; 3] = [b"\r\n", b"\n", b"^J"];
 
 /// What is being typed.
 #[derive(Debug, Default)]
