@@ -55,7 +55,7 @@ pub struct Spec {
     pub shell: Vec<String>,
     /// Where it starts.
     pub home: PathBuf,
-    /// Printed on the terminal between two bytes 1 when the shell has ended.
+    /// Printed on the terminal when the shell has ended: between two bytes 1, with words that say how behind it.
     pub gone: String,
     /// Removed with all that is in it if the agent dies.
     pub job_directory: PathBuf,
@@ -369,7 +369,7 @@ impl JobInit {
                 Ok(ended) => {
                     if ended.pid().is_some() && ended.pid() == self.shell {
                         self.shell = None;
-                        self.announce_end_of_shell();
+                        self.announce_end_of_shell(ended);
                     }
                 }
                 Err(Errno::EINTR) => {}
@@ -381,8 +381,13 @@ impl JobInit {
     /// Announces the end of the shell on the terminal itself, so that it comes after everything
     /// that was printed before. On a thread, as the terminal may be full for as long as the agent
     /// does not read: a write that waits comes through whole and in its turn.
-    fn announce_end_of_shell(&self) {
-        let frame = format!("\x01{}\x01", self.gone);
+    fn announce_end_of_shell(&self, ended: WaitStatus) {
+        let how = match ended {
+            WaitStatus::Exited(_, code) => format!("exit code {code}"),
+            WaitStatus::Signaled(_, signal, _) => format!("killed by {signal}"),
+            _ => String::new(),
+        };
+        let frame = format!("\x01{} {how}\x01", self.gone);
         let path = self.terminal.clone();
         std::thread::spawn(move || {
             // A new descriptor, for the case that the shell's end hung up the old ones.

@@ -8,7 +8,7 @@ use std::task::{Context, Poll, ready};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::pty::{Winsize, openpty};
-use nix::sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr};
+use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -25,6 +25,8 @@ const LARGEST_READ: usize = 4096;
 #[derive(Debug)]
 pub struct Pty {
     master: AsyncFd<File>,
+    /// Those of a fresh terminal, less its echo.
+    modes: Termios,
 }
 
 /// Makes a pseudo-terminal; the second is the end for the shell.
@@ -34,17 +36,18 @@ pub fn open() -> io::Result<(Pty, OwnedFd)> {
         fcntl(end, FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
     }
     fcntl(&pair.master, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-    let pty = Pty { master: sys::watch(File::from(pair.master))? };
-    pty.suppress_echo()?;
-    Ok((pty, pair.slave))
+    let mut modes = tcgetattr(&pair.master)?;
+    modes.local_flags.remove(LocalFlags::ECHO);
+    tcsetattr(&pair.master, SetArg::TCSANOW, &modes)?;
+    // Read back: as the kernel tells them.
+    let modes = tcgetattr(&pair.master)?;
+    Ok((Pty { master: sys::watch(File::from(pair.master))?, modes }, pair.slave))
 }
 
 impl Terminal for Pty {
-    fn suppress_echo(&self) -> io::Result<()> {
-        let mut modes = tcgetattr(self.master.get_ref())?;
-        if modes.local_flags.contains(LocalFlags::ECHO) {
-            modes.local_flags.remove(LocalFlags::ECHO);
-            tcsetattr(self.master.get_ref(), SetArg::TCSANOW, &modes)?;
+    fn reset_modes(&self) -> io::Result<()> {
+        if tcgetattr(self.master.get_ref())? != self.modes {
+            tcsetattr(self.master.get_ref(), SetArg::TCSANOW, &self.modes)?;
         }
         Ok(())
     }

@@ -95,9 +95,9 @@ pub enum ExecutorError {
     /// The preparation failed, for a reason that the job is not told.
     #[error("the reason is in the agent's own log")]
     Untold,
-    /// The shell ended while the script ran.
-    #[error("the job's shell ended")]
-    ShellEnded,
+    /// The shell ended while the script ran; in words how, as far as that is known.
+    #[error("the job's shell ended {0}")]
+    ShellEnded(String),
     /// There is no shell, because it has ended or was never there.
     #[error("the job's shell has ended, so this can't run")]
     NoShell,
@@ -226,7 +226,7 @@ impl Work {
         self.output.text.finish();
         self.output.send().await?;
         self.output.settle().await?;
-        if matches!(end, Err(ExecutorError::ShellEnded)) {
+        if matches!(end, Err(ExecutorError::ShellEnded(_))) {
             self.session = None;
         }
         end
@@ -257,7 +257,7 @@ impl Work {
                     }
                 }
                 Some(SessionEvent::ScriptEnded(end)) => return Ok(end),
-                Some(SessionEvent::ShellEnded) => return Err(ExecutorError::ShellEnded),
+                Some(SessionEvent::ShellEnded(how)) => return Err(ExecutorError::ShellEnded(how)),
                 None => {}
             }
             self.output.send().await?;
@@ -344,7 +344,7 @@ impl Handler<Discard> for Executor {
         let work = Rc::clone(&self.work);
         let discard = async move {
             if let Some(session) = &mut work.lock().await.session {
-                while session.next_event().await != SessionEvent::ShellEnded {}
+                while !matches!(session.next_event().await, SessionEvent::ShellEnded(_)) {}
             }
         };
         Box::pin(discard.into_actor(self))

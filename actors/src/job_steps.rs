@@ -359,7 +359,7 @@ impl JobSteps {
     {
         match self.ask(message).await? {
             Ok(end) => Ok(end),
-            Err(ExecutorError::ShellEnded) => Ok(failed()),
+            Err(ExecutorError::ShellEnded(how)) => self.failed_because(shell_ended(&how)).await,
             Err(error) => self.failed_because(format!("{error}\n")).await,
         }
     }
@@ -415,6 +415,12 @@ impl JobSteps {
             Ok(())
         }
     }
+}
+
+/// What the log says when a step's shell has ended.
+fn shell_ended(how: &str) -> String {
+    let how = if how.is_empty() { String::new() } else { format!(" ({how})") };
+    format!("The job's shell has ended{how}, so this counts as failed.\n")
 }
 
 fn orphaned() -> Interrupted {

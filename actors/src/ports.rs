@@ -110,8 +110,8 @@ pub enum SessionEvent {
     Output(Bytes),
     /// The script that was started is over; all of its output came before.
     ScriptEnded(ScriptEnd),
-    /// There is no shell any more; all of its output came before.
-    ShellEnded,
+    /// There is no shell any more; all of its output came before. In words how it ended, as far as that is known.
+    ShellEnded(String),
 }
 
 /// Text for a shell.

@@ -360,7 +360,7 @@ impl ShellSession for ScriptedSession {
                 (text, Some((now + time, end(exit_code, ""))))
             }
             Reaction::StopFromInside(text, result) => (text, Some((now, end(130, result)))),
-            Reaction::EndShell(text) => (text, Some((now, SessionEvent::ShellEnded))),
+            Reaction::EndShell(text) => (text, Some((now, SessionEvent::ShellEnded(String::new())))),
             Reaction::Hang(text) => (text, None),
         };
         if !text.is_empty() {

@@ -139,8 +139,8 @@ impl Answer {
 }
 
 impl Terminal for ContainerTerminal {
-    /// Nobody but the shell itself can: it reads what matters with the echo off.
-    fn suppress_echo(&self) -> io::Result<()> {
+    /// Nobody but the shell itself can: it checks that what is typed comes through.
+    fn reset_modes(&self) -> io::Result<()> {
         Ok(())
     }
 }

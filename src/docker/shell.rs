@@ -39,7 +39,7 @@ impl Inside {
     ) -> Result<(i32, String), StepError> {
         let mut session = self.session.lock().await;
         let script = Script { text: text.to_owned(), untraced: true };
-        let typed = session.type_script(&script, received).await;
+        let typed = session.type_script(&script, received);
         typed.map_err(|error| StepError(format!("the terminal failed: {error}")))?;
         let mut printed = Vec::new();
         loop {
@@ -49,9 +49,7 @@ impl Inside {
                     let printed = String::from_utf8_lossy(&printed).replace("\r\n", "\n");
                     return Ok((end.exit_code, printed.trim().to_owned()));
                 }
-                SessionEvent::ShellEnded => {
-                    return Err(no_shell());
-                }
+                SessionEvent::ShellEnded(_) => return Err(no_shell()),
             }
         }
     }
@@ -65,7 +63,7 @@ impl Inside {
         };
         let parent = "${__agent_path%/*}";
         let text = format!(
-            "__agent_path={path}; [[ -d {parent}/ ]] || builtin command mkdir -p -- \"{parent}\" && \
+            "__agent_path={path}; [[ -d {parent}/ ]] || __agent_program mkdir -p -- \"{parent}\" && \
              ( builtin umask 077; __agent_receive \"$__agent_path\" )"
         );
         let (exit_code, printed) = self.run(&text, Some(&file.content)).await?;
@@ -73,11 +71,10 @@ impl Inside {
             return Err(StepError(format!("{}: {printed}", file.path)));
         }
         let mode = quoted(Path::new(&file.mode));
-        let text = format!("builtin command chmod -- {mode} \"$__agent_path\"; (exit $?)");
-        let (exit_code, printed) = self.run(&text, None).await?;
-        if exit_code != 0 {
-            let mode = &file.mode;
-            return Err(StepError(format!("Failed to set file mode to {mode}\n{printed}")));
+        let text = format!("__agent_program chmod -- {mode} \"$__agent_path\"");
+        if self.run(&text, None).await?.0 != 0 {
+            // Existing clients expect just this.
+            return Err(StepError(format!("Failed to set file mode to {}", file.mode)));
         }
         self.run("builtin unset __agent_path", None).await.map(drop)
     }
@@ -87,28 +84,29 @@ impl PortProbe for Inside {
     async fn accepts(&mut self, name: &str, ports: &[u16]) -> Result<bool, StepError> {
         let ports: Vec<_> = ports.iter().map(ToString::to_string).collect();
         let text = format!(
-            "( for port in {}; do : </dev/tcp/{name}/$port && exit; done; exit 1 ) 2>/dev/null",
+            "( for port in {}; do builtin : </dev/tcp/{name}/$port && builtin exit; done; builtin exit 1 ) 2>/dev/null",
             ports.join(" ")
         );
         self.run(&text, None).await.map(|(exit_code, _)| exit_code == 0)
     }
 }
 
-/// One `export` a line; the values are the shell's `$'…'`, as they may be any bytes.
+/// Sets and exports each, not by a plain `export`, which `set -k` changes; the values are the shell's `$'…'`, as
+/// they may be any bytes.
 pub(crate) fn export_lines(variables: &[EnvVar]) -> String {
     use std::fmt::Write as _;
 
     let mut script = String::new();
     for EnvVar { name, value } in variables {
         // Writing to a string never fails.
-        let _ = write!(script, "export {}=$'", name.as_str());
+        let _ = write!(script, "builtin printf -v {} %s $'", name.as_str());
         for byte in value {
             match byte {
                 b' '..=b'~' if !matches!(byte, b'\'' | b'\\') => script.push(char::from(*byte)),
                 _ => drop(write!(script, "\\{byte:03o}")),
             }
         }
-        script.push_str("' || return 1\n");
+        let _ = writeln!(script, "' && builtin export {} || builtin return 1", name.as_str());
     }
     script
 }
@@ -144,13 +142,13 @@ impl DockerSession {
 
 impl ShellSession for DockerSession {
     fn start<'a>(&'a mut self, script: &'a Script) -> LocalBoxFuture<'a, std::io::Result<()>> {
-        async { self.session.lock().await.type_script(script, None).await }.boxed_local()
+        async { self.session.lock().await.type_script(script, None) }.boxed_local()
     }
 
     fn next_event(&mut self) -> LocalBoxFuture<'_, SessionEvent> {
         async {
             let event = self.session.lock().await.next_event().await;
-            if event != SessionEvent::ShellEnded || self.end_told {
+            if !matches!(event, SessionEvent::ShellEnded(_)) || self.end_told {
                 return event;
             }
             // The stream ends with the shell, and with the engine.

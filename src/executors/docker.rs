@@ -385,7 +385,7 @@ impl DockerBackend {
         let gone = Mark::random().map_err(|error| StepError(error.to_string()))?;
         let failed = |error: std::io::Error| StepError(format!("the terminal failed: {error}"));
         let mut session = Session::new(terminal, gone).map_err(failed)?;
-        let typed = session.type_bootstrap(&self.script).await.map_err(failed)?;
+        session.type_bootstrap(&self.script).map_err(failed)?;
         let mut printed = Vec::new();
         let began = async {
             self.start(engine, &id).await.map_err(StepError)?;
@@ -407,8 +407,10 @@ impl DockerBackend {
                     .to_owned()
             }
         };
+        let printed = String::from_utf8_lossy(&printed).replace("\r\n", "\n");
         // What the agent typed is of no use to anybody.
-        let printed = String::from_utf8_lossy(&printed).replace("\r\n", "\n").replace(&typed, "");
+        let lines = printed.lines().filter(|line| !line.contains("__agent_"));
+        let printed = lines.collect::<Vec<_>>().join("\n");
         let from = printed.ceil_char_boundary(printed.len().saturating_sub(SHOWN));
         Err(StepError(format!("{problem}; it printed: {}", printed[from..].trim())))
     }
@@ -469,7 +471,7 @@ async fn until_ready(session: &mut Session<ContainerTerminal>, printed: &mut Vec
             }
             SessionEvent::ScriptEnded(end) if end.exit_code == 0 => return Ready::Yes,
             SessionEvent::ScriptEnded(_) => return Ready::NoFile,
-            SessionEvent::ShellEnded => return Ready::Ended,
+            SessionEvent::ShellEnded(_) => return Ready::Ended,
         }
     }
 }
@@ -517,7 +519,7 @@ impl ExecutorBackend for DockerBackend {
             if exit_code != 0 {
                 return Err(StepError(format!("{path}: {printed}")));
             }
-            Ok(Script { text: format!(". '{path}'"), untraced: true })
+            Ok(Script { text: format!("builtin . '{path}'"), untraced: true })
         }
         .boxed_local()
     }

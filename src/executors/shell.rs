@@ -103,10 +103,12 @@ impl ShellBackend {
         let mut session = Session::new(pty, gone)?;
         let path = self.directory.scratch().join("session");
         write_private(&path, session.bootstrap().as_bytes())?;
-        session.start_bootstrap(&path).await?;
+        session.start_bootstrap(&path)?;
         let mut printed = Vec::new();
         let ready = wait_for_bootstrap(&mut session, &mut printed);
         let ready = tokio::time::timeout(PROFILE_PATIENCE, ready).await;
+        // The shell has read it; nobody else is to.
+        let _ = fs::remove_file(&path);
         let problem = match ready {
             Ok(true) => None,
             Ok(false) => Some("ended before it was ready"),
@@ -151,7 +153,7 @@ async fn wait_for_bootstrap(session: &mut Session<Pty>, printed: &mut Vec<u8>) -
                 printed.drain(..printed.len().saturating_sub(KEPT));
             }
             SessionEvent::ScriptEnded(_) => return true,
-            SessionEvent::ShellEnded => return false,
+            SessionEvent::ShellEnded(_) => return false,
         }
     }
 }
@@ -182,7 +184,7 @@ impl ExecutorBackend for ShellBackend {
         let path = self.directory.scratch().join(format!("environment-{}", self.staged));
         let written = write_private(&path, &export_lines(variables));
         let script = written
-            .map(|()| Script { text: format!(". {}", quoted(&path)), untraced: true })
+            .map(|()| Script { text: format!("builtin . {}", quoted(&path)), untraced: true })
             .map_err(|error| StepError(format!("{}: {error}", path.display())));
         std::future::ready(script).boxed_local()
     }
@@ -235,28 +237,34 @@ fn open_to_replace(path: &Path) -> io::Result<File> {
     options.custom_flags(nix::libc::O_NONBLOCK).open(path)
 }
 
-/// One `export` a line; the first that fails ends the script with bash's own words.
+/// Sets and exports each, not by a plain `export`, which `set -k` changes; the first that fails ends the script
+/// with bash's own words.
 fn export_lines(variables: &[EnvVar]) -> Vec<u8> {
     let mut script = Vec::new();
     for EnvVar { name, value } in variables {
-        script.extend_from_slice(b"export ");
-        script.extend_from_slice(name.as_str().as_bytes());
-        script.extend_from_slice(b"='");
+        let name = name.as_str();
+        script.extend_from_slice(format!("builtin printf -v {name} %s '").as_bytes());
         for (i, part) in value.split(|byte| *byte == b'\'').enumerate() {
             if i > 0 {
                 script.extend_from_slice(br"'\''");
             }
             script.extend_from_slice(part);
         }
-        script.extend_from_slice(b"' || return 1\n");
+        let export = format!("' && builtin export {name} || builtin return 1\n");
+        script.extend_from_slice(export.as_bytes());
     }
     script
 }
 
-/// Writes a file that only the agent's user can read.
+/// Writes a file that only the agent's user can read, and never through what a job has put in its place.
 fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
+    if let Err(error) = fs::remove_file(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        return Err(error);
+    }
     let mut options = File::options();
-    let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    let mut file = options.write(true).create_new(true).mode(0o600).open(path)?;
     file.write_all(content)
 }
 
@@ -269,8 +277,9 @@ struct LocalSession {
 impl ShellSession for LocalSession {
     fn start<'a>(&'a mut self, script: &'a Script) -> LocalBoxFuture<'a, io::Result<()>> {
         async {
-            write_private(&self.script, self.session.file_of(script).as_bytes())?;
-            self.session.start_script(script, &self.script).await
+            let file = self.session.next_file(script)?;
+            write_private(&self.script, file.as_bytes())?;
+            self.session.start_script(&self.script)
         }
         .boxed_local()
     }

@@ -1,41 +1,69 @@
+# Read with aliases off. A job may define anything: what is called at run time is `builtin`, whose function of
+# that name each end of a script removes, and what may be readonly is not assigned to.
+__agent_watch() {
+  # The job may have a prompt command of its own, and keeps it.
+  [[ ${PROMPT_COMMAND-} == *__agent_prompt* ]] ||
+    builtin printf -v PROMPT_COMMAND '%s\n%s' "${PROMPT_COMMAND-}" '{ [[ ! ${PS1-} ]] || \__agent_prompt; } 2>/dev/null' 2>/dev/null
+  builtin printf -v __agent_at %s "$1"
+  __agent_prompt
+}
+# The escapes of a prompt: the text itself is no frame.
+__agent_prompt() {
+  builtin printf -v PS1 '\\001%s %s\\001' @PROMPT@ "${__agent_at-}" 2>/dev/null
+}
+__agent_ready() {
+  __agent_watch "$3"
+  [[ ! ${2-} ]] || builtin shopt -s expand_aliases
+  builtin return "$1"
+}
 __agent_begin() {
-  builtin local __agent_status="$?"
-  [[ ! ${1-} ]] || builtin set "-$1"
-  # The job may have one of its own, and keeps it; to one that is readonly nothing can be added.
-  [[ ${PROMPT_COMMAND-} == *__agent_end* || ${__agent_no_prompt-} ]] ||
-    PROMPT_COMMAND+=${PROMPT_COMMAND:+$'\n'}'{ [[ ! ${__agent_running-} ]] || __agent_end; } 2>/dev/null'
-  __agent_running=1
-  builtin return "$__agent_status"
+  builtin printf '\001%s\001' "$2" >/dev/tty
+  [[ ${3-} != *V* ]] || builtin set -o vi
+  [[ ${3-} != *M* ]] || builtin set -o emacs
+  [[ ${3-} != *R* ]] || builtin set -o history
+  [[ ${3-} != *D* ]] || builtin shopt -s extdebug
+  [[ ! ${4-} ]] || builtin set "-$4"
+  builtin return "$1"
 }
 __agent_end() {
-  # Quoted, as to `builtin` these are words like any others, and the job's IFS may have digits.
-  builtin local __agent_status="$?" __agent_flags="$-" __agent_mark __agent_result="${SEMAPHORE_JOB_RESULT-}" __agent_ask
-  builtin set +vx
-  # A line editor shows what is typed.
-  [[ :$SHELLOPTS: != *:emacs:* && :$SHELLOPTS: != *:vi:* ]] || __agent_flags+=@
-  [[ ! ${PS1-}${PS2-} ]] || builtin unset PS1 PS2 2>/dev/null
-  __agent_result=${__agent_result:0:64}
-  # In parts, as `declare -f` shows `$'…'` as the bytes it stands for: its output would ask, too.
-  # The terminal's echo is off before the prompt is there, whatever the job has set.
-  __agent_ask=$'\001'@ASK@$'\001'
-  while :; do
-    IFS= builtin read -rs -p "$__agent_ask" __agent_mark </dev/tty 2>/dev/tty
-    # A trapped signal may end it early. The answer still comes, and only one.
-    [[ $? -gt 128 ]] || builtin break
-    __agent_ask=
+  # Special builtins come before functions only in POSIX mode.
+  [[ :$3: == *:posix:* ]] || POSIXLY_CORRECT=y
+  unset -f builtin
+  set +vxET
+  [[ :$3: == *:posix:* ]] || set +o posix
+  if builtin printf -v __agent_line . && builtin set +o emacs +o vi +o history && builtin shopt -u expand_aliases extdebug &&
+    builtin unset -v __agent_line && builtin read -rn 0 __agent_line </dev/null; then
+    # Leaving POSIX mode forgets these.
+    [[ :$4: == *:inherit_errexit:* ]] || builtin shopt -u inherit_errexit
+    [[ :$4: == *:interactive_comments:* ]] || builtin shopt -u interactive_comments
+    [[ :$4: == *:sourcepath:* ]] || builtin shopt -u sourcepath
+    [[ :$4: != *:shift_verbose:* ]] || builtin shopt -s shift_verbose
+    [[ :$4: != *:expand_aliases:* ]] || builtin set -- "$1" "${2}A" "$3" "$4" "$5"
+    [[ :$4: != *:extdebug:* ]] || builtin set -- "$1" "${2}D" "$3" "$4" "$5"
+    [[ :$3: != *:vi:* ]] || builtin set -- "$1" "${2}V" "$3" "$4" "$5"
+    [[ :$3: != *:history:* ]] || builtin set -- "$1" "${2}R" "$3" "$4" "$5"
+    [[ :$3: != *:emacs:* ]] || builtin set -- "$1" "${2}M" "$3" "$4" "$5"
+    builtin unset PS1 PS2
+    __agent_mark "$5"
+    builtin set -- "$1" "$2" "${SEMAPHORE_JOB_RESULT-}"
+    builtin set -- "$1" "$2" "${3:0:64}"
+    builtin printf -v __agent_line '\001%s %s %s %s\001' "${__agent_line:0:32}" "$1" "$2" "${3//[[:cntrl:]]/?}"
+    __agent_tell "$__agent_line"
+    builtin unset -v __agent_line __agent_at __agent_options __agent_boot
+  fi 2>/dev/null
+  builtin return "$1"
+}
+# The agent sees to the terminal's modes when it is asked.
+__agent_mark() {
+  builtin printf '\001%s\001' "$1" >/dev/tty
+  while [[ 1 ]]; do
+    builtin read -r __agent_line </dev/tty && [[ ${#__agent_line} -ge 34 && $__agent_line == *.. ]] && builtin return
   done
-  builtin printf -v __agent_ask '\001%s %s %s %s\001' "$__agent_mark" "$__agent_status" "$__agent_flags" \
-    "${__agent_result//[[:cntrl:]]/?}"
-  __agent_running=
-  __agent_tell "$__agent_ask"
-  builtin return "$__agent_status"
 }
 __agent_tell() {
   builtin printf %s "$1" >/dev/tty
 }
-builtin unset PROMPT_COMMAND 2>/dev/null || __agent_no_prompt=1
-builtin unset PS0 MAILCHECK 2>/dev/null
+builtin unset PROMPT_COMMAND PS0 MAILCHECK 2>/dev/null
 builtin set +o history
 builtin history -c
-builtin unset HISTFILE
-__agent_running=1
+builtin unset HISTFILE 2>/dev/null

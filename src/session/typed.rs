@@ -4,18 +4,11 @@
 //! printable text that `printf %b` turns back into its bytes. A short one is an argument of the typed line
 //! itself. A long one follows in parts, each of which the shell asks for with the frame TAKE, when the
 //! terminal's echo is off. So does what a script receives while it runs.
-//!
-//! The typed line itself is not echoed, as the shell waits for it with the echo off; but a line editor that
-//! the job has turned on shows it. Then the shell answers it with TAKE before it does anything else, so what
-//! is shown of it stands before TAKE, and is taken out there.
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
 
-use bytes::{Bytes, BytesMut};
-use memchr::memmem;
-
-use super::frames::LINE_ENDS;
+use super::Mark;
 
 /// The longest part, in bytes: what a terminal takes, less the rest of the line it stands in.
 const LONGEST_PART: usize = 3800;
@@ -27,12 +20,16 @@ pub(super) struct Typed {
     file: String,
     /// Still to be asked for; an empty one ends what is received at once.
     parts: VecDeque<String>,
-    /// The whole script stands in the typed line.
-    is_in_line: bool,
-    /// What the typed line looks like if it is echoed, until that is over.
-    echo: Option<Vec<u8>>,
-    /// What came instead, or around it.
-    held: BytesMut,
+}
+
+/// Follows a script's mark when it is typed: it comes through only on a terminal that takes every character as it
+/// is.
+pub(super) const TAIL: &str =
+    "!\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abcdefghijklmnopqrstuvwxyz{|}~";
+
+/// What follows a mark that may be echoed; `?` is the letter of the question that it answers.
+pub(super) fn after_mark() -> Vec<u8> {
+    format!("?{TAIL}..").into_bytes()
 }
 
 impl Typed {
@@ -48,8 +45,7 @@ impl Typed {
     /// ask for it. `received` is what it will ask for itself.
     pub(super) fn begin(&mut self, script: &[u8], received: Option<&[u8]>) -> String {
         let mut parts = parts_of(script);
-        self.is_in_line = parts.len() == 1;
-        let in_line = if self.is_in_line { parts.pop() } else { None };
+        let in_line = if parts.len() == 1 { parts.pop() } else { None };
         self.parts.clear();
         if in_line.is_none() {
             self.parts.extend(parts);
@@ -62,39 +58,18 @@ impl Typed {
         in_line.map_or_else(String::new, |part| format!(" '{part}'"))
     }
 
-    /// `line` is typed now.
-    pub(super) fn expect_echo(&mut self, line: &str) {
-        self.echo = Some(line.trim_end_matches('\n').as_bytes().to_vec());
-    }
-
-    /// Whether output is to be held back.
-    pub(super) fn holds(&self) -> bool {
-        self.echo.is_some()
-    }
-
-    pub(super) fn hold(&mut self, output: &[u8]) {
-        self.held.extend_from_slice(output);
-    }
-
     /// The shell has asked: what to type now, if anything.
     pub(super) fn next_part(&mut self) -> Option<String> {
-        if self.is_in_line && self.holds() {
-            return None;
-        }
         self.parts.pop_front()
     }
 
-    /// What was held back, without the echo.
-    pub(super) fn release(&mut self) -> Option<Bytes> {
-        let echo = self.echo.take()?;
-        let mut held = self.held.split();
-        if let Some(at) = memmem::find(&held, &echo) {
-            let after = held.split_off(at + echo.len());
-            held.truncate(at);
-            let end = LINE_ENDS.into_iter().find(|end| after.starts_with(end)).unwrap_or_default();
-            held.extend_from_slice(&after[end.len()..]);
+    /// The line with `mark` that answers the shell's question, of which `asked` came before for the same script.
+    pub(super) fn answer(&self, mark: Mark, asked: u8) -> String {
+        let mark = mark.as_str();
+        if self.file.is_empty() {
+            return format!("{mark}..\n");
         }
-        Some(held.freeze()).filter(|held| !held.is_empty())
+        format!("{mark}{}{TAIL}..\n", char::from(b'a' + asked))
     }
 }
 
@@ -127,36 +102,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_echo_is_taken_out_wherever_it_stands() {
-        for (came, left) in [
-            (" line\r\n", ""),
-            ("[1]+ Done\r\n line\r\n", "[1]+ Done\r\n"),
-            (" line\r\nfrom behind", "from behind"),
-            (" line\nfrom behind", "from behind"),
-            (" line^Jfrom behind", "from behind"),
-            ("nothing echoed", "nothing echoed"),
-            ("", ""),
-        ] {
-            let mut typed = Typed::new("f");
-            typed.expect_echo(" line\n");
-            let (one, two) = came.split_at(came.len() / 2);
-            typed.hold(one.as_bytes());
-            typed.hold(two.as_bytes());
-            assert_eq!(typed.release().unwrap_or_default(), left.as_bytes(), "{came}");
-            assert!(!typed.holds());
-        }
-    }
-
-    #[test]
     fn a_short_script_is_an_argument_and_a_long_one_comes_in_parts() {
         let mut typed = Typed::new("f");
         let mut lengths_of_parts = |script: &[u8], received: Option<&[u8]>| {
             let argument = typed.begin(script, received);
-            typed.expect_echo("");
-            let first = typed.next_part();
-            typed.release();
-            let rest = std::iter::from_fn(|| typed.next_part());
-            let lengths: Vec<_> = first.into_iter().chain(rest).map(|part| part.len()).collect();
+            let parts = std::iter::from_fn(|| typed.next_part());
+            let lengths: Vec<_> = parts.map(|part| part.len()).collect();
             (argument, lengths)
         };
         let long = b"x".repeat(2 * LONGEST_PART);
