@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::config::DockerSocket;
 use crate::config::serve::ServeOptions;
 use crate::config::start::StartOptions;
 
@@ -80,6 +81,15 @@ pub struct RunArgs {
     /// How to show the job's log [default: pretty on a terminal, else plain]
     #[arg(long, value_enum)]
     pub output: Option<Output>,
+
+    /// Only warns about fields that no job has, which are errors otherwise
+    #[arg(long)]
+    pub lenient: bool,
+
+    /// Whether a job in containers gets the socket of the Docker Engine, which makes it root on its machine
+    /// [default: always]
+    #[arg(long, env = "SEMAPHORE_AGENT_DOCKER_SOCKET", value_name = "WHEN", value_enum)]
+    pub docker_socket: Option<DockerSocket>,
 
     /// A private directory for what the agent keeps while jobs run [default: below the user's state
     /// directory, usually ~/.local/state/semaphore-agent]

@@ -22,7 +22,7 @@
 //! A release ends the shell only. What is left then is no part of the job any more: this process stays
 //! as its parent, and neither the agent's end nor anything else ends it.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -69,6 +69,9 @@ pub struct Spec {
 
 /// How long killing may take before what is left is reported.
 pub const KILL_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How much sooner than other processes the kernel takes a job's when memory runs out, of 1000.
+const OOM_SCORE_ADJUSTMENT: &str = "500";
 
 /// How long to wait between two looks at what is left.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
@@ -165,6 +168,8 @@ impl JobInit {
             let home = spec.home.display();
             io::Error::new(error.kind(), format!("{program} can't be started in {home}: {error}"))
         })?;
+        // When memory runs out, a job goes before the agent and its helpers. A job can do without.
+        let _ = fs::write(format!("/proc/{shell}/oom_score_adj"), OOM_SCORE_ADJUSTMENT);
         Ok(Self {
             shell: Some(shell),
             terminal,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
-use tokio::io::AsyncReadExt as _;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::unix::pipe::Receiver;
 use tokio::process::{Child, Command};
 use tokio::time::timeout;
@@ -66,6 +66,50 @@ pub async fn output_of(
     // What got away may keep the pipe open.
     let _ = timeout(REST_PATIENCE, output.read_to_end(&mut printed)).await;
     Ok((ended, printed))
+}
+
+/// What a program printed.
+pub struct Printed {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// On its standard output, the last of it.
+    pub stdout: Vec<u8>,
+    /// On its standard error, the last of it.
+    pub stderr: Vec<u8>,
+}
+
+/// Runs a program that gets `input`, to its end. What is left of its process group is killed then, and if nobody
+/// waits any more.
+pub async fn answer_of(mut command: StdCommand, input: &[u8]) -> io::Result<Printed> {
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    sys::start_clean(&mut command);
+    command.process_group(0);
+    let mut program = Command::from(command).spawn()?;
+    let group = ProcessGroup::of(&program);
+    let (stdin, stdout, stderr) =
+        (program.stdin.take(), program.stdout.take(), program.stderr.take());
+    let ended = async {
+        if let Some(mut stdin) = stdin {
+            // One that does not read it says in its own words what it wants.
+            let _ = stdin.write_all(input).await;
+        }
+        let status = program.wait().await;
+        drop(group);
+        status
+    };
+    let (status, stdout, stderr) = tokio::join!(ended, last_of(stdout), last_of(stderr));
+    Ok(Printed { status: status?, stdout, stderr })
+}
+
+async fn last_of(stream: Option<impl AsyncRead + Unpin>) -> Vec<u8> {
+    let mut printed = Vec::new();
+    if let Some(mut stream) = stream {
+        // A stream that fails has said all that it will.
+        while stream.read_buf(&mut printed).await.is_ok_and(|count| count > 0) {
+            printed.drain(..printed.len().saturating_sub(KEPT));
+        }
+    }
+    printed
 }
 
 /// A program and what it has started. Killed with this value.

@@ -73,16 +73,30 @@ impl VariableName {
         (starts_well && goes_on_well).then(|| Self(name.to_owned()))
     }
 
+    /// A name that a container's variable may have: anything but an empty one and one with `=` or NUL in it, which
+    /// no environment can hold. It can't stand in a script.
+    pub fn for_container(name: &str) -> Option<Self> {
+        (!name.is_empty() && !name.contains(['=', '\0'])).then(|| Self(name.to_owned()))
+    }
+
+    /// Whether bash sets it itself and lets nobody else do so.
+    pub fn is_the_shells_own(&self) -> bool {
+        SHELLS_OWN.contains(&self.as_str())
+    }
+
     /// The name.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
+/// Variables that every bash makes readonly.
+const SHELLS_OWN: [&str; 6] = ["BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"];
+
 /// A variable of the job's environment. Its value is bytes, not text.
 #[derive(Clone, PartialEq, Eq)]
 pub struct EnvVar {
-    /// A name that can stand in a script.
+    /// In a job's environment one that can stand in a script.
     pub name: VariableName,
     /// Without NUL bytes.
     pub value: Bytes,
@@ -219,6 +233,8 @@ pub struct Job {
     pub executor: Result<ExecutorKind, Problems>,
     /// Sorted by name, each name once: the last of a name's values won.
     pub environment: Result<Vec<EnvVar>, Problems>,
+    /// Variables that no shell can be given: for each a line of the log that says why.
+    pub skipped_variables: Vec<String>,
     /// In the order of the request.
     pub files: Result<Vec<InjectedFile>, Problems>,
     /// The main commands.
@@ -238,6 +254,14 @@ pub struct Job {
 }
 
 impl Job {
+    /// Whether there is anything to run.
+    pub fn has_commands(&self) -> bool {
+        let Self { commands, epilogue_always, epilogue_on_pass, epilogue_on_fail, .. } = self;
+        [commands, epilogue_always, epilogue_on_pass, epilogue_on_fail]
+            .into_iter()
+            .any(|list| !list.is_empty())
+    }
+
     /// Everything that is wrong with it, in the order of its steps.
     pub fn problems(&self) -> impl Iterator<Item = &Problem> {
         let executor = self.executor.as_ref().err();

@@ -22,6 +22,7 @@ use tokio::time::timeout;
 
 use crate::agent_log::AgentLogConfig;
 use crate::callbacks::HttpCallbacks;
+use crate::commands::check_clock;
 use crate::commands::run::{GRACE, refuse, tell};
 use crate::config::serve::{ServeConfig, ServeOptions};
 use crate::docker::DockerConfig;
@@ -56,6 +57,9 @@ pub fn serve(options: ServeOptions) -> Exit {
         Ok(prepared) => prepared,
         Err(error) => return refuse(error),
     };
+    if let Err(error) = check_clock() {
+        return fail(&error);
+    }
     let state = match StateDir::open(&config.state_dir) {
         Ok(state) => state,
         Err(error) => return refuse(error),
@@ -179,6 +183,7 @@ impl Agent {
             docker: DockerConfig {
                 files: config.files.clone(),
                 expose_kvm: config.expose_kvm,
+                socket: config.docker_socket,
                 ..DockerConfig::of(&shell)
             },
             shell,

@@ -3,6 +3,7 @@
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
+use super::DockerSocket;
 use crate::log_artifact::UploadCondition;
 
 /// Anything that is one word, as such or as text, as variables have it.
@@ -85,6 +86,14 @@ impl FromText for u64 {
 
 impl FromText for UploadCondition {
     const EXPECTED: &'static str = "never, always or when-trimmed";
+
+    fn from_text(text: &str) -> Option<Self> {
+        <Self as clap::ValueEnum>::from_str(text, false).ok()
+    }
+}
+
+impl FromText for DockerSocket {
+    const EXPECTED: &'static str = "always or never";
 
     fn from_text(text: &str) -> Option<Self> {
         <Self as clap::ValueEnum>::from_str(text, false).ok()

@@ -18,6 +18,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use clap::ValueEnum;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize, Serializer};
 
@@ -44,6 +45,7 @@ impl Secret {
     /// The content of a file, without the newline at its end.
     fn read(path: &Path) -> std::io::Result<Self> {
         let text = std::fs::read_to_string(path)?;
+        let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
         Ok(Self(text.trim_end_matches(['\n', '\r']).to_owned()))
     }
 }
@@ -67,6 +69,17 @@ impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(MASKED)
     }
+}
+
+/// Whether jobs in containers get the socket of the engine that runs them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum DockerSocket {
+    /// They do: who has it is root on the engine's machine.
+    #[default]
+    Always,
+    /// They don't.
+    Never,
 }
 
 /// A directory or file of this machine, and where containers find it.
@@ -107,6 +120,8 @@ trait FileOptions: Default + DeserializeOwned {
 fn read_file<O: FileOptions>(path: &Path) -> Result<(O, String), ConfigError> {
     let refuse = |why: String| ConfigError(format!("{}: {why}", path.display()));
     let text = std::fs::read_to_string(path).map_err(|error| refuse(error.to_string()))?;
+    // Some editors begin a file with a byte order mark.
+    let text = text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text);
     if text.trim().is_empty() {
         return Ok((O::default(), text));
     }

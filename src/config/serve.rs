@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::CommandFactory as _;
 use serde::Deserialize;
 
-use super::{ConfigError, FileMount, FileOptions, Secret, read_file};
+use super::{ConfigError, DockerSocket, FileMount, FileOptions, Secret, read_file};
 use crate::cli::Cli;
 use crate::jump_point;
 use crate::state_dir::StateDir;
@@ -27,7 +27,7 @@ const FILES_VARIABLE: &str = "SEMAPHORE_AGENT_FILES";
 #[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ServeOptions {
     /// A YAML file with any of these options as keys
-    #[arg(long, env = "SEMAPHORE_AGENT_CONFIG_FILE", value_name = "FILE")]
+    #[arg(long, env = "SEMAPHORE_AGENT_CONFIG_FILE", value_name = "FILE", alias = "config")]
     #[serde(skip)]
     pub config_file: Option<PathBuf>,
 
@@ -88,6 +88,11 @@ pub struct ServeOptions {
     #[arg(num_args = 0..=1, default_missing_value = "true")]
     pub expose_kvm_device: Option<bool>,
 
+    /// Whether jobs in containers get the socket of the Docker Engine, which makes them root on its machine
+    /// [default: always]
+    #[arg(long, env = "SEMAPHORE_AGENT_DOCKER_SOCKET", value_name = "WHEN", value_enum)]
+    pub docker_socket: Option<DockerSocket>,
+
     /// The largest request body, in bytes [default: 33554432]
     #[arg(long, env = "SEMAPHORE_AGENT_MAX_BODY_SIZE", value_name = "BYTES")]
     pub max_body_size: Option<usize>,
@@ -136,6 +141,8 @@ pub struct ServeConfig {
     pub files: Vec<FileMount>,
     /// Whether containers get `/dev/kvm`.
     pub expose_kvm: bool,
+    /// Whether jobs in containers get the engine's socket.
+    pub docker_socket: DockerSocket,
     /// The largest body of a request, in bytes.
     pub max_body_size: usize,
     /// Whether the agent ends after its first job.
@@ -168,7 +175,7 @@ impl ServeConfig {
             fill!(options from file;
                 auth_token_secret, auth_token_secret_file, host, port, tls_cert_path, tls_key_path,
                 statsd_host, statsd_port, statsd_namespace, callback_retry_attempts,
-                pre_job_hook_path, files, expose_kvm_device, max_body_size, single_job,
+                pre_job_hook_path, files, expose_kvm_device, docker_socket, max_body_size, single_job,
                 interruption_grace_period, state_dir, ssh_jump_point_path,
             );
         }
@@ -225,6 +232,7 @@ impl ServeConfig {
             pre_job_hook: pre_job_hook.transpose()?,
             files: files.map_err(|why| ConfigError(format!("files: {why}")))?,
             expose_kvm: options.expose_kvm_device.unwrap_or(true),
+            docker_socket: options.docker_socket.unwrap_or_default(),
             max_body_size: options.max_body_size.unwrap_or(DEFAULT_MAX_BODY_SIZE),
             single_job: options.single_job.unwrap_or(false),
             interruption_grace: Duration::from_secs(options.interruption_grace_period.unwrap_or(0)),

@@ -14,7 +14,9 @@ use serde_json::{Map, Value};
 
 use super::fields::{flag, flexible, known_keys};
 use super::origins::{OptionsFile, Origins, PREFIX, variable_of};
-use super::{ConfigError, FileMount, FileOptions, MASKED, Secret, nearest, read_file};
+use super::{
+    ConfigError, DockerSocket, FileMount, FileOptions, MASKED, Secret, nearest, read_file,
+};
 use crate::http_client::{Proxy, trusting};
 use crate::jump_point;
 use crate::log_artifact::UploadCondition;
@@ -51,7 +53,7 @@ const DEFAULT_HOOK_TIMEOUT: u64 = 600;
 const DEFAULT_LOG_DELIVERY_TIMEOUT: u64 = 900;
 
 /// What is so if nothing is set, for [`StartConfig::printed`].
-const DEFAULTS: [(&str, &str); 13] = [
+const DEFAULTS: [(&str, &str); 14] = [
     ("no-https", "false"),
     ("hook-timeout", "600"),
     ("fail-on-pre-job-hook-error", "false"),
@@ -60,6 +62,7 @@ const DEFAULTS: [(&str, &str); 13] = [
     ("disconnect-after-idle-timeout", "0"),
     ("interruption-grace-period", "0"),
     ("fail-on-missing-files", "false"),
+    ("docker-socket", "always"),
     ("upload-job-logs", "never"),
     ("keep-daemons", "false"),
     ("log-delivery-timeout", "900"),
@@ -71,8 +74,8 @@ const DEFAULTS: [(&str, &str); 13] = [
 #[derive(Clone, Debug, Default, clap::Args, Deserialize, Serialize)]
 #[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct StartOptions {
-    /// A YAML file with any of these options as keys
-    #[arg(long, value_name = "FILE")]
+    /// A YAML file with any of these options as keys; --config is the same
+    #[arg(long, value_name = "FILE", alias = "config")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub config_file: Option<PathBuf>,
 
@@ -191,6 +194,12 @@ pub struct StartOptions {
     #[arg(value_parser = flag::<bool>)]
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
     pub fail_on_missing_files: Option<bool>,
+
+    /// Whether jobs in containers get the socket of the Docker Engine, which makes them root on its
+    /// machine: always or never [default: always]
+    #[arg(long, value_name = "WHEN", value_parser = flag::<DockerSocket>)]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
+    pub docker_socket: Option<DockerSocket>,
 
     /// When a job's log is kept as an artifact: never, always or when-trimmed, which is when the control
     /// plane has not kept all of it [default: never]
@@ -387,6 +396,8 @@ pub struct StartConfig {
     pub files: Vec<FileMount>,
     /// Whether a missing one of these fails a job.
     pub fail_on_missing_files: bool,
+    /// Whether jobs in containers get the engine's socket.
+    pub docker_socket: DockerSocket,
     /// When a job's log is kept as an artifact.
     pub upload_job_logs: UploadCondition,
     /// Whether what a job detached from its shell outlives it.
@@ -445,13 +456,20 @@ impl StartConfig {
                 shutdown_hook_path, pre_job_hook_path, post_job_hook_path, hook_timeout,
                 fail_on_pre_job_hook_error, source_pre_job_hook, disconnect_after_job, job_id,
                 disconnect_after_idle_timeout, interruption_grace_period, env_vars, files,
-                fail_on_missing_files, upload_job_logs, keep_daemons, log_delivery_timeout, state_dir,
+                fail_on_missing_files, docker_socket, upload_job_logs, keep_daemons, log_delivery_timeout, state_dir,
                 ssh_jump_point_path, kubernetes_executor, kubernetes_pod_spec,
                 kubernetes_allowed_images, kubernetes_pod_start_timeout, kubernetes_labels,
                 kubernetes_default_image,
             );
         }
-        Self::validate(options, warnings, &origins)
+        let mut config = Self::validate(options, warnings, &origins)?;
+        if !is_url(&config.name) && !config.name.bytes().all(is_usual_in_names) {
+            config.warnings.push(format!(
+                "the name `{}` has characters that control planes refuse: letters, digits and _ / + - are usual",
+                config.name
+            ));
+        }
+        Ok(config)
     }
 
     fn validate(
@@ -538,6 +556,7 @@ impl StartConfig {
                 .map_err(|why| origins.refuse("env-vars", why))?,
             files: files.map_err(|why| origins.refuse("files", why))?,
             fail_on_missing_files: options.fail_on_missing_files.unwrap_or(false),
+            docker_socket: options.docker_socket.unwrap_or_default(),
             upload_job_logs: options.upload_job_logs.unwrap_or_default(),
             keep_daemons: options.keep_daemons.unwrap_or(false),
             log_delivery_timeout: seconds(
@@ -608,6 +627,11 @@ fn name(
     let (least, most) = (NAME_LENGTH.start(), NAME_LENGTH.end());
     let why = format!("`{name}` has {length} characters; {least} to {most}, or a URL, are needed");
     Err(origins.refuse(key, why))
+}
+
+/// Whether control planes take this in an agent's name (PROTOCOL: `^[A-Za-z0-9_/+-]{8,80}$`).
+fn is_usual_in_names(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"_/+-".contains(&byte)
 }
 
 fn random_name() -> String {

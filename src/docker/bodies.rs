@@ -44,6 +44,12 @@ fn container_name(place: &str, container: &str) -> String {
     format!("semaphore-{place}-{container}")
 }
 
+/// What the main container's entrypoint gets: the job's shell below another bash, which may be the first process
+/// and reaps what has lost its parent. As the first process the job's shell would not heed a signal that it sends
+/// to itself; and the engine's init in front would keep entrypoints from being the first process. With `-p` bash
+/// neither reads `BASH_ENV` nor takes functions from the environment. It keeps to itself how the other one ended.
+const SHELL: [&str; 4] = ["bash", "-p", "-c", "exec 3>&2 2>/dev/null; bash 2>&3 3>&-; exit $?"];
+
 impl Common {
     fn labels(&self) -> HashMap<String, String> {
         HashMap::from([
@@ -90,6 +96,8 @@ impl Common {
             labels: Some(self.labels()),
             host_config: Some(HostConfig {
                 network_mode: Some(self.network_name()),
+                // When memory runs out, a job goes before the engine and the agent.
+                oom_score_adj: Some(500),
                 devices: self.kvm.then(|| vec![device]),
                 ..Default::default()
             }),
@@ -101,7 +109,7 @@ impl Common {
     /// The container where the job's shell runs.
     pub(crate) fn main_container(&self, container: &Container) -> ContainerCreateBody {
         let mut body = self.side_container(container);
-        body.cmd = Some(vec!["bash".to_owned()]);
+        body.cmd = Some(SHELL.map(str::to_owned).into());
         (body.tty, body.open_stdin, body.stdin_once) = (Some(true), Some(true), Some(true));
         (body.attach_stdin, body.attach_stdout, body.attach_stderr) =
             (Some(true), Some(true), Some(true));
@@ -114,8 +122,6 @@ impl Common {
         let socket = self.socket.iter().map(|socket| mount(socket, SOCKET.as_ref()));
         let files = self.files.iter().map(|file| mount(&file.host, &file.container));
         if let Some(host) = &mut body.host_config {
-            // As the first process, bash would not heed a signal that it sends to itself.
-            host.init = Some(true);
             // Unlike a bind, a mount makes no directory where its source is missing.
             host.mounts = Some(socket.chain(files).collect());
             // What is printed goes to the agent, and nowhere else.
@@ -189,7 +195,7 @@ mod tests {
     #[test]
     fn the_main_container_runs_bash_whatever_its_command_is() {
         let body = Common { kvm: true, ..common() }.main_container(&container());
-        assert_eq!(body.cmd, Some(vec!["bash".into()]));
+        assert_eq!(body.cmd, Some(SHELL.map(str::to_owned).into()));
         assert_eq!(body.entrypoint, Some(vec!["/init".into()]));
         let host = body.host_config.unwrap();
         let mounts = host.mounts.unwrap();

@@ -20,7 +20,7 @@ pub mod watch;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use crate::config::FileMount;
+use crate::config::{DockerSocket, FileMount};
 use crate::executors::shell::ShellConfig;
 
 /// What an agent gives to all containers.
@@ -36,6 +36,8 @@ pub struct DockerConfig {
     pub fail_on_missing_files: bool,
     /// Whether containers get `/dev/kvm`, where there is one.
     pub expose_kvm: bool,
+    /// Whether the main container gets the engine's socket.
+    pub socket: DockerSocket,
 }
 
 impl DockerConfig {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::Command;
 use std::time::Duration;
 
 use actors::compose::RegistryCredentials;
@@ -13,11 +13,10 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use bollard::auth::DockerCredentials;
 use serde::{Deserialize, Serialize};
-use tokio::io::AsyncWriteExt as _;
-use tokio::process::Command;
 use tokio::time::timeout;
 
 use super::engine::Engine;
+use crate::process_group::answer_of;
 
 /// The registry of images that name none.
 const DOCKER_HUB: &str = "docker.io";
@@ -76,7 +75,9 @@ fn normal(registry: &str) -> String {
 
 impl Login {
     fn new(registry: &str, username: &str, password: &str) -> Self {
-        let (username, password) = (username.to_owned(), password.to_owned());
+        // Files and pipes end with line ends, passwords don't.
+        let trimmed = |text: &str| text.trim_end_matches(['\r', '\n']).to_owned();
+        let (username, password) = (trimmed(username), trimmed(password));
         Self { registry: normal(registry), username, password }
     }
 
@@ -169,28 +170,28 @@ impl Aws<'_> {
 }
 
 /// What a program that knows credentials prints; its own words if it fails.
-async fn run(name: &str, mut command: Command, input: &[u8]) -> Result<String, StepError> {
+async fn run(name: &str, command: Command, input: &[u8]) -> Result<String, StepError> {
     let failed = |why: String| StepError(format!("`{name}`: {why}"));
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-    let mut child = command.spawn().map_err(|error| match error.kind() {
+    let printed = timeout(PROGRAM_PATIENCE, answer_of(command, input)).await;
+    let printed = printed.map_err(|_| failed("took too long".into()))?;
+    let printed = printed.map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => {
             failed("this program is needed on the agent's machine, and is not there".into())
         }
         _ => failed(error.to_string()),
     })?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // One that does not read it says in its own words what it wants.
-        let _ = stdin.write_all(input).await;
-    }
-    let output = timeout(PROGRAM_PATIENCE, child.wait_with_output()).await;
-    let output = output.map_err(|_| failed("took too long".into()))?;
-    let output = output.map_err(|error| failed(error.to_string()))?;
-    if !output.status.success() {
-        let words = &output.stderr[..output.stderr.len().min(SHOWN)];
+    if !printed.status.success() {
+        let words = &printed.stderr[..printed.stderr.len().min(SHOWN)];
         return Err(failed(String::from_utf8_lossy(words).trim().to_owned()));
     }
-    let printed = String::from_utf8(output.stdout);
-    printed.map(|text| text.trim().to_owned()).map_err(|_| failed("prints no text".into()))
+    let text = String::from_utf8(printed.stdout);
+    text.map(|text| text.trim().to_owned()).map_err(|_| failed("prints no text".into()))
+}
+
+/// Whether `helper` is the end of a program's name, and does not lead anywhere else.
+fn is_helper(helper: &str) -> bool {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
+    !helper.is_empty() && helper.bytes().all(is_plain) && helper.bytes().any(|byte| byte != b'.')
 }
 
 /// What `docker` of the agent's user is set up with, as far as it is of use here.
@@ -279,6 +280,10 @@ impl Registries {
                 (key.unwrap_or_else(|| hub().to_owned()), self.config.creds_store.clone())
             }
         };
+        if !is_helper(&helper) {
+            log::warn!(helper; "the configuration of docker names a credential helper that is none");
+            return None;
+        }
         let name = format!("docker-credential-{helper}");
         let mut command = Command::new(&name);
         command.arg("get").env_clear().envs(self.environment.iter().cloned());

@@ -8,10 +8,11 @@ use std::time::Duration;
 use actors::job::{EnvVar, InjectedFile};
 use actors::ports::{Script, SessionEvent, ShellSession, StepError};
 use bollard::errors::Error;
+use bollard::query_parameters::InspectContainerOptions;
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 use tokio::sync::Mutex;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::engine::Engine;
 use super::hijack::ContainerTerminal;
@@ -19,8 +20,15 @@ use super::pull::words_of;
 use super::side_containers::PortProbe;
 use crate::session::{Session, quoted};
 
-/// How long an engine may take to say that it is there.
+/// How much of what the agent's own work prints is kept, in bytes.
+const KEPT: usize = 64 << 10;
+
+/// How long an engine may take to tell of a container.
 const PING_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a container may go on whose terminal has ended, and the pause between two looks.
+const END_PATIENCE: Duration = Duration::from_secs(2);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// Shared by what runs the job's scripts and what does the agent's own work.
 pub(crate) type SharedSession = Rc<Mutex<Session<ContainerTerminal>>>;
@@ -38,13 +46,19 @@ impl Inside {
         received: Option<&[u8]>,
     ) -> Result<(i32, String), StepError> {
         let mut session = self.session.lock().await;
+        if session.is_broken() {
+            return Err(no_shell());
+        }
         let script = Script { text: text.to_owned(), untraced: true };
         let typed = session.type_script(&script, received);
         typed.map_err(|error| StepError(format!("the terminal failed: {error}")))?;
         let mut printed = Vec::new();
         loop {
             match session.next_event().await {
-                SessionEvent::Output(bytes) => printed.extend_from_slice(&bytes),
+                SessionEvent::Output(bytes) => {
+                    printed.extend_from_slice(&bytes);
+                    printed.drain(..printed.len().saturating_sub(KEPT));
+                }
                 SessionEvent::ScriptEnded(end) => {
                     let printed = String::from_utf8_lossy(&printed).replace("\r\n", "\n");
                     return Ok((end.exit_code, printed.trim().to_owned()));
@@ -130,13 +144,46 @@ true
 pub(crate) struct DockerSession {
     session: SharedSession,
     engine: Engine,
-    end_told: bool,
+    /// The container's id.
+    main: String,
 }
 
 impl DockerSession {
-    /// A session on a terminal of `engine`.
-    pub(crate) fn new(session: SharedSession, engine: Engine) -> Self {
-        Self { session, engine, end_told: false }
+    /// A session on the terminal of the container `main` of `engine`.
+    pub(crate) fn new(session: SharedSession, engine: Engine, main: String) -> Self {
+        Self { session, engine, main }
+    }
+
+    /// Why the stream has ended: with the shell, its container, or the engine.
+    async fn why_it_ended(&self) -> String {
+        let give_up = Instant::now() + END_PATIENCE;
+        loop {
+            let found = timeout(
+                PING_PATIENCE,
+                self.engine.api.inspect_container(&self.main, None::<InspectContainerOptions>),
+            );
+            let state = match found.await.unwrap_or(Err(Error::RequestTimeoutError)) {
+                Ok(found) => found.state.unwrap_or_default(),
+                Err(Error::DockerResponseServerError { status_code: 404, .. }) => {
+                    return "its container was removed".into();
+                }
+                Err(error) => return format!("the Docker Engine is gone: {}", words_of(&error)),
+            };
+            let code = state.exit_code.unwrap_or_default();
+            if state.oom_killed == Some(true) {
+                return "its container ran out of memory".into();
+            }
+            if state.running != Some(true) {
+                return match code {
+                    137 => "its container or the shell in it was killed, exit code 137".into(),
+                    code => format!("exit code {code}"),
+                };
+            }
+            if Instant::now() >= give_up {
+                return "the connection to its terminal was cut".into();
+            }
+            sleep(LOOK_AGAIN).await;
+        }
     }
 }
 
@@ -147,19 +194,13 @@ impl ShellSession for DockerSession {
 
     fn next_event(&mut self) -> LocalBoxFuture<'_, SessionEvent> {
         async {
-            let event = self.session.lock().await.next_event().await;
-            if !matches!(event, SessionEvent::ShellEnded(_)) || self.end_told {
-                return event;
-            }
-            // The stream ends with the shell, and with the engine.
-            let pinged = timeout(PING_PATIENCE, self.engine.api.ping()).await;
-            self.end_told = true;
-            match pinged.unwrap_or(Err(Error::RequestTimeoutError)) {
-                Ok(_) => event,
-                Err(error) => {
-                    let line = format!("The Docker Engine is gone: {}\r\n", words_of(&error));
-                    SessionEvent::Output(line.into())
+            let mut session = self.session.lock().await;
+            let event = session.next_event().await;
+            match event {
+                SessionEvent::ShellEnded(how) if how.is_empty() && !session.is_broken() => {
+                    SessionEvent::ShellEnded(self.why_it_ended().await)
                 }
+                event => event,
             }
         }
         .boxed_local()

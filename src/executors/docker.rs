@@ -21,6 +21,7 @@ use futures_util::future::{LocalBoxFuture, try_join_all};
 use tokio::sync::{Mutex, mpsc};
 use tokio::time::{Instant, timeout};
 
+use crate::config::DockerSocket;
 use crate::docker::DockerConfig;
 use crate::docker::bodies::{Common, KVM, SOCKET};
 use crate::docker::engine::Engine;
@@ -41,6 +42,9 @@ const SHELL_PATIENCE: Duration = Duration::from_mins(2);
 
 /// How much of what they print is shown if there is no shell, in bytes.
 const SHOWN: usize = 2000;
+
+/// How many of the last lines of a host setup command stand in the agent's own log.
+const SETUP_LINES: usize = 20;
 
 /// How much of it is kept: what the agent types, and is perhaps echoed, stands before it.
 const KEPT: usize = 10_000;
@@ -152,7 +156,10 @@ impl DockerBackend {
         let engine = engine.map_err(|error| StepError(error.to_string()))?;
         self.place.is_on(&engine);
         // Another machine's engine usually has it where everybody has it; its devices nobody can see.
-        self.common.socket = engine.socket.clone().or_else(|| Some(SOCKET.into()));
+        self.common.socket = match self.config.socket {
+            DockerSocket::Always => engine.socket.clone().or_else(|| Some(SOCKET.into())),
+            DockerSocket::Never => None,
+        };
         let is_here = engine.socket.is_some();
         self.common.kvm = self.config.expose_kvm && is_here && Path::new(KVM).exists();
         self.engine = Some(engine);
@@ -186,8 +193,15 @@ impl DockerBackend {
         let ended = output_of(command, |group| self.place.has_group(group)).await;
         self.place.has_group(None);
         let (status, printed) = ended.map_err(|error| failed(&format!("can't be run: {error}")))?;
-        for line in String::from_utf8_lossy(&printed).lines() {
+        let printed = String::from_utf8_lossy(&printed);
+        // The end of it is what tells most; all of it could push everything else out of the log.
+        let all = printed.lines().count();
+        for line in printed.lines().skip(all.saturating_sub(SETUP_LINES)) {
+            let line = &line[..line.floor_char_boundary(SHOWN)];
             log::info!(line; "host setup");
+        }
+        if all > SETUP_LINES {
+            log::info!(lines = all - SETUP_LINES; "host setup: earlier lines are left out");
         }
         if status.success() {
             return Ok(());
@@ -292,7 +306,8 @@ impl DockerBackend {
         let started = try_join_all(
             side_containers.iter().map(|container| self.start_side_container(&engine, container)),
         );
-        let (session, started) = tokio::try_join!(self.start_main_container(&engine), started)?;
+        let ((session, main), started) =
+            tokio::try_join!(self.start_main_container(&engine), started)?;
         let session = Rc::new(Mutex::new(session));
         self.session = Some(Rc::clone(&session));
         let mut inside = Inside { session: Rc::clone(&session) };
@@ -303,7 +318,7 @@ impl DockerBackend {
             inside.inject(&file).await?;
         }
         wait_for_all(&engine, started, &mut inside, log).await?;
-        Ok(Box::new(DockerSession::new(session, engine)))
+        Ok(Box::new(DockerSession::new(session, engine, main)))
     }
 
     async fn start_side_container(
@@ -366,7 +381,7 @@ impl DockerBackend {
     async fn start_main_container(
         &self,
         engine: &Engine,
-    ) -> Result<Session<ContainerTerminal>, StepError> {
+    ) -> Result<(Session<ContainerTerminal>, String), StepError> {
         let main = &self.compose.main;
         let body = self.common.main_container(main);
         let created = self.create(engine, main.name.as_str(), body).await;
@@ -388,7 +403,9 @@ impl DockerBackend {
         session.type_bootstrap(&self.script).map_err(failed)?;
         let mut printed = Vec::new();
         let began = async {
-            self.start(engine, &id).await.map_err(StepError)?;
+            self.start(engine, &id)
+                .await
+                .map_err(|why| StepError(why_it_can_not_start(&why, &main.image)))?;
             let size = ResizeContainerTTYOptions { h: ROWS, w: COLUMNS };
             // Without it the terminal has no size, as with other tools.
             let _ = engine.api.resize_container_tty(&id, size).await;
@@ -398,7 +415,7 @@ impl DockerBackend {
         let (began, ready) = tokio::join!(began, ready);
         began?;
         let problem = match ready {
-            Ok(Ready::Yes) => return Ok(session),
+            Ok(Ready::Yes) => return Ok((session, id)),
             Ok(Ready::NoFile) => format!("the shell can't write to {}", self.script),
             Ok(Ready::Ended) => self.why_there_is_no_shell(engine, &id).await,
             Err(_) => {
@@ -438,6 +455,16 @@ impl DockerBackend {
         self.set_up_host().await?;
         self.pull_images(&mut silence).await?;
         Ok(self.start_containers(&mut silence).await?)
+    }
+}
+
+/// The engine's words about a main container that does not start, and which program is to blame.
+fn why_it_can_not_start(words: &str, image: &str) -> String {
+    let program = words.split_once("exec: \"").and_then(|(_, rest)| rest.split_once('"'));
+    match program {
+        Some(("bash", _)) => format!("the image {image} has no `bash`: {words}"),
+        Some((entrypoint, _)) => format!("the entrypoint `{entrypoint}` can't be run: {words}"),
+        None => words.to_owned(),
     }
 }
 

@@ -113,6 +113,14 @@ impl ScriptWords {
     }
 }
 
+/// A frame with fields behind its word.
+#[derive(Clone, Copy)]
+enum Frame {
+    End,
+    Prompt,
+    Gone,
+}
+
 /// Knows the words.
 #[derive(Debug)]
 pub(super) struct Frames {
@@ -160,15 +168,20 @@ impl Frames {
         }
         let mark = self.script.as_ref().filter(|script| script.is_asked).map(|script| &script.mark);
         let with_fields = [
-            (mark, Self::parse_end as fn(&Self, &str) -> Option<Piece>),
-            (Some(&self.prompt), Self::parse_prompt),
-            (Some(&self.gone), Self::parse_gone),
+            (mark, Frame::End),
+            (Some(&self.prompt), Frame::Prompt),
+            (Some(&self.gone), Frame::Gone),
         ];
-        for (word, parse) in with_fields {
+        for (word, frame) in with_fields {
             match word.and_then(|word| starts_with(body, &word.0)) {
                 Some(true) => match memchr::memchr(EDGE, &body[32..]) {
                     Some(length) => {
-                        let piece = parse(self, &String::from_utf8_lossy(&body[32..32 + length]));
+                        let fields = String::from_utf8_lossy(&body[32..32 + length]);
+                        let piece = match frame {
+                            Frame::End => parse_end(&fields),
+                            Frame::Prompt => self.parse_prompt(&fields),
+                            Frame::Gone => Some(Piece::Gone(fields.trim().to_owned())),
+                        };
                         let taken = 32 + length + 2;
                         return (piece.unwrap_or(Piece::Output(0..taken)), taken);
                     }
@@ -189,7 +202,8 @@ impl Frames {
 
     /// The first piece of `output`, in which no frame begins. `is_followed` by one, perhaps.
     fn output(&self, output: &[u8], is_followed: bool) -> (Piece, usize) {
-        let Some((hidden, after)) = self.script.as_ref().and_then(|script| self.hidden(script)) else {
+        let Some((hidden, after)) = self.script.as_ref().and_then(|script| self.hidden(script))
+        else {
             return (Piece::Output(0..output.len()), output.len());
         };
         let may_begin = |at: &usize| starts_with(&output[*at..], hidden) != Some(false);
@@ -227,24 +241,21 @@ impl Frames {
         }
     }
 
-    /// ` EXIT-CODE FLAGS RESULT`, which only the shell can have written, as it follows the mark.
-    fn parse_end(&self, fields: &str) -> Option<Piece> {
-        let mut fields = fields.strip_prefix(' ')?.splitn(3, ' ');
-        let exit_code = fields.next()?.parse().ok()?;
-        let flags = fields.next()?.to_owned();
-        let job_result = fields.next().unwrap_or_default().to_owned();
-        Some(Piece::End { exit_code, flags, job_result })
-    }
-
     fn parse_prompt(&self, fields: &str) -> Option<Piece> {
         let word = fields.strip_prefix(' ')?;
-        let is_now = self.script.as_ref().is_some_and(|script| script.prompt.as_str() == word);
+        let is_it = |script: &ScriptWords| script.prompt.as_str().eq_ignore_ascii_case(word);
+        let is_now = self.script.as_ref().is_some_and(is_it);
         Some(if is_now { Piece::Prompt } else { Piece::Nothing })
     }
+}
 
-    fn parse_gone(&self, how: &str) -> Option<Piece> {
-        Some(Piece::Gone(how.trim().to_owned()))
-    }
+/// ` EXIT-CODE FLAGS RESULT`, which only the shell can have written, as it follows the mark.
+fn parse_end(fields: &str) -> Option<Piece> {
+    let mut fields = fields.strip_prefix(' ')?.splitn(3, ' ');
+    let exit_code = fields.next()?.parse().ok()?;
+    let flags = fields.next()?.to_owned();
+    let job_result = fields.next().unwrap_or_default().to_owned();
+    Some(Piece::End { exit_code, flags, job_result })
 }
 
 /// How many bytes of `shown` are `typed` and the end of its line; a `?` in `typed` stands for any byte.
@@ -258,10 +269,10 @@ fn echoed(shown: &[u8], typed: &[u8]) -> usize {
     length + end.map_or(0, |end| end.len())
 }
 
-/// Whether `bytes` starts with `word`; `None` if there are too few to tell.
+/// Whether `bytes` starts with `word`; `None` if there are too few to tell. A terminal may show capitals only.
 fn starts_with(bytes: &[u8], word: &[u8]) -> Option<bool> {
     let compared = bytes.len().min(word.len());
-    if bytes[..compared] != word[..compared] {
+    if !bytes[..compared].eq_ignore_ascii_case(&word[..compared]) {
         return Some(false);
     }
     (compared == word.len()).then_some(true)
@@ -283,7 +294,14 @@ mod tests {
     const SCRIPT: Mark = Mark(*b"55555555555555555555555555555555");
 
     fn frames(is_asked: bool) -> Frames {
-        let script = ScriptWords { begin: BEGIN, prompt: PROMPT, ask: ASK, mark: SCRIPT, is_asked, first_words: b"first".to_vec() };
+        let script = ScriptWords {
+            begin: BEGIN,
+            prompt: PROMPT,
+            ask: ASK,
+            mark: SCRIPT,
+            is_asked,
+            first_words: b"first".to_vec(),
+        };
         let (ready, take, prompt, gone) = (READY, TAKE, SESSION, GONE);
         Frames { ready, take, prompt, gone, script: Some(script), after_mark: b"?~..".to_vec() }
     }
@@ -334,8 +352,16 @@ mod tests {
             let end =
                 Piece::End { exit_code: 130, flags: "himBHs".into(), job_result: "passed".into() };
             let gone = Piece::Gone("exit code 3".into());
-            let expected =
-                [Piece::Ready, Piece::Begin, Piece::Prompt, Piece::Nothing, Piece::Ask, Piece::Take, end, gone];
+            let expected = [
+                Piece::Ready,
+                Piece::Begin,
+                Piece::Prompt,
+                Piece::Nothing,
+                Piece::Ask,
+                Piece::Take,
+                end,
+                gone,
+            ];
             assert_eq!(pieces, expected, "split at {at}");
         }
     }
@@ -366,7 +392,10 @@ mod tests {
         let stream = b"line 1: `firstif then'";
         for at in 0..stream.len() {
             let (output, pieces) = parse(&frames(false), &[&stream[..at], &stream[at..]]);
-            assert_eq!((&output[..], &pieces[..]), (&b"line 1: `if then'"[..], &[Piece::Nothing][..]));
+            assert_eq!(
+                (&output[..], &pieces[..]),
+                (&b"line 1: `if then'"[..], &[Piece::Nothing][..])
+            );
         }
     }
 

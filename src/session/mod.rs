@@ -45,10 +45,15 @@ use self::typed::{Typed, parts_of};
 const READ: usize = 8 * 4095;
 
 /// How long the shell may take from a typed line to the script's first word, if nothing is received.
-const BEGIN_PATIENCE: Duration = Duration::from_mins(1);
+const BEGIN_PATIENCE: Duration = Duration::from_secs(40);
 
 /// How long the shell may take from asking for the mark to telling the end.
 const END_PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long the shell may take for that until it is typed what no terminal waits for longer than: as many bytes as
+/// its modes can ask for at most.
+const PAD_AFTER: Duration = Duration::from_secs(1);
+const MOST_AWAITED: usize = 255;
 
 /// The first pause before a shell that does not get ready is typed to once more; pauses double.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -89,6 +94,10 @@ pub struct Session<T> {
     end: Option<ScriptEnd>,
     asks: u8,
     prompts: u8,
+    /// How often the shell was asked whether it is ready.
+    probes: u32,
+    /// The exit code of the last script, which the next one sees.
+    status: i32,
 }
 
 /// What the shell is doing, as far as it has told.
@@ -100,8 +109,9 @@ enum Phase {
     Typed { until: Instant },
     /// It runs the script.
     Running,
-    /// It is to read the script's mark.
-    Asked { until: Instant },
+    /// It is to read the script's mark. Some modes of a terminal let it wait for more than that, so from `pad_at` on
+    /// it gets more.
+    Asked { pad_at: Option<Instant>, until: Instant },
     /// It waits for the next line.
     Idle,
     /// It does not do what it must.
@@ -115,16 +125,16 @@ struct JobOptions {
     aliases: bool,
     /// `set -v`, `-x`, `-E`, `-T`.
     set: String,
-    /// Line editors, the debugger and the history, by the letters of the frame.
+    /// Line editors, the debugger and the history, by the signs of the frame.
     other: String,
 }
 
 impl JobOptions {
     fn of(flags: &str) -> Self {
         Self {
-            aliases: flags.contains('A'),
+            aliases: flags.contains('@'),
             set: flags.matches(['v', 'x', 'E', 'T']).collect(),
-            other: flags.matches(['V', 'M', 'D', 'R']).collect(),
+            other: flags.matches(['+', '=', '%', '~']).collect(),
         }
     }
 }
@@ -147,17 +157,24 @@ impl<T: Terminal> Session<T> {
             end: None,
             asks: 0,
             prompts: 0,
+            probes: 0,
+            status: 0,
         })
     }
 
     /// The script that must be run first.
     pub fn bootstrap(&self) -> String {
-        format!("{}{RESTORE}builtin readonly -f {FUNCTIONS}\n", self.functions())
+        let functions = self.functions(include_str!("mark.bash"), include_str!("tell.bash"));
+        format!("{functions}{RESTORE}builtin readonly -f {FUNCTIONS}\n")
     }
 
-    fn functions(&self) -> String {
-        let functions = without_comments(include_str!("bootstrap.bash"));
-        functions.replace("@PROMPT@", self.frames.prompt.as_str())
+    /// The session's functions for a shell that asks for marks by `mark`, and tells frames by `tell`.
+    fn functions(&self, mark: &str, tell: &str) -> String {
+        without_comments(include_str!("bootstrap.bash"))
+            .replace("@MARK@\n", &without_comments(mark))
+            .replace("@TELL@\n", &without_comments(tell))
+            .replace("@TAIL@", &quoted(Path::new(typed::TAIL)))
+            .replace("@PROMPT@", self.frames.prompt.as_str())
     }
 
     /// Has bash source the bootstrap script at `path` once it is ready. Its end is an event like that of any
@@ -171,14 +188,13 @@ impl<T: Terminal> Session<T> {
     pub fn type_bootstrap(&mut self, file: &str) -> io::Result<()> {
         self.typed = Typed::new(file);
         self.frames.after_mark = typed::after_mark();
-        let take = include_str!("take.bash")
+        let typed = without_comments(include_str!("typed.bash"))
             .replace("@TAKE@", self.frames.take.as_str())
-            .replace("@TAIL@", &format!("'{}'", typed::TAIL.replace('\'', r"'\''")))
             .replace("@FILE@", file);
-                let script = format!(
-            "{}{}{RESTORE}builtin readonly -f {FUNCTIONS} __agent_receive __agent_take __agent_program\n[[ -w '{file}' ]]\n",
-            self.functions(),
-            without_comments(&take)
+        let script = format!(
+            "{}{typed}{RESTORE}builtin readonly -f {FUNCTIONS} __agent_receive __agent_unwritten __agent_program\n\
+             [[ -w '{file}' ]]\n",
+            self.functions(include_str!("typed_mark.bash"), include_str!("typed_tell.bash")),
         );
         let parts = parts_of(script.as_bytes());
         let lines: String = parts.iter().map(|part| format!(" __agent_boot+='{part}'\n")).collect();
@@ -200,16 +216,31 @@ impl<T: Terminal> Session<T> {
     /// it away. Only the first one that is run counts.
     fn type_probe(&mut self) -> io::Result<()> {
         let ready = self.frames.ready.as_str();
-        // In POSIX mode special builtins come before functions of their names, and none of them is an alias.
+        // In POSIX mode special builtins come before functions of their names, and none of them is an alias. The
+        // variable may be readonly; then that mode is on.
+        let (posix, no_posix) = if self.probes.is_multiple_of(2) {
+            ("POSIXLY_CORRECT=y; ", " +o posix")
+        } else {
+            ("", "")
+        };
+        self.probes += 1;
         let line = format!(
-            " __agent_options=${{__agent_options-$-:$SHELLOPTS:$BASHOPTS}}; POSIXLY_CORRECT=y; \\unset -f builtin; \
-             \\set +o emacs +o vi +o posix; \\builtin shopt -u expand_aliases; \
+            " __agent_options=${{__agent_options-$-:$SHELLOPTS:$BASHOPTS}}; {posix}\\unset -f builtin; \
+             \\set +o emacs +o vi{no_posix}; \\builtin shopt -u expand_aliases; \
              \\builtin printf '\\001%s\\001' {ready} >/dev/tty\n"
         );
         self.queue(&line)
     }
 
+    /// Whether the shell has been given up.
+    pub fn is_broken(&self) -> bool {
+        matches!(self.phase, Phase::Broken)
+    }
+
     fn begin_script(&mut self) -> io::Result<()> {
+        if self.is_broken() {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
         self.frames.script = Some(ScriptWords::random().map_err(io::Error::other)?);
         (self.is_bootstrap, self.has_begun) = (false, false);
         (self.asks, self.prompts) = (0, 0);
@@ -233,11 +264,16 @@ impl<T: Terminal> Session<T> {
         self.begin_script()?;
         self.untraced = script.untraced;
         let content = self.file_of(script);
-        let argument = self.typed.begin(content.as_bytes(), received);
-        let file = self.typed.file();
-        let (aliases, prompt, end) = (self.aliases(), self.prompt(), self.end_line("$BASHOPTS"));
+        let file = self.typed.file().to_owned();
+        let take = match self.typed.begin(content.as_bytes(), received) {
+            Some(whole) => format!("\\builtin printf %b '{whole}' >|'{file}'"),
+            None => format!("\\__agent_receive '{file}'"),
+        };
+        let (status, aliases, prompt) = (self.status, self.aliases(), self.prompt());
         let line = format!(
-            "{GO} \\__agent_take \"$?\" '{aliases}' {prompt}{argument} && \\builtin :; \\builtin . '{file}'; {end}\n"
+            "{GO} \\__agent_ready 0 '' {prompt}; {take} || \\__agent_unwritten; \
+             \\__agent_ready {status} '{aliases}' {prompt} && \\__agent_ok; \\builtin . '{file}'; {}\n",
+            self.end_line("$BASHOPTS")
         );
         self.type_line(&line)
     }
@@ -252,7 +288,8 @@ impl<T: Terminal> Session<T> {
         };
         // Without changing `$?`, or tripping over it.
         let begin = script.begin.as_str();
-        let begin = format!("\\__agent_begin \"$?\" {begin} '{other}' '{set}' 2>/dev/null && \\builtin :");
+        let begin =
+            format!("\\__agent_begin \"$?\" {begin} '{other}' '{set}' 2>/dev/null && \\__agent_ok");
         // Turns tracing on again without tracing that. For `set -v` on a line of its own, as only whole lines
         // are shown; else on the first, so that line numbers are right.
         let first_words = if set.contains('v') {
@@ -277,8 +314,9 @@ impl<T: Terminal> Session<T> {
     pub fn start_script(&mut self, path: &Path) -> io::Result<()> {
         let (aliases, prompt, end) = (self.aliases(), self.prompt(), self.end_line("$BASHOPTS"));
         let path = quoted(path);
-        let line =
-            format!(" \\__agent_ready \"$?\" '{aliases}' {prompt} && \\builtin :; \\builtin . {path}; {end}\n");
+        let line = format!(
+            " \\__agent_ready \"$?\" '{aliases}' {prompt} && \\__agent_ok; \\builtin . {path}; {end}\n"
+        );
         self.type_line(&line)
     }
 
@@ -309,7 +347,9 @@ impl<T: Terminal> Session<T> {
         script.is_asked = true;
         let line = self.typed.answer(script.mark, self.asks);
         self.asks += 1;
-        self.phase = Phase::Asked { until: Instant::now() + END_PATIENCE };
+        let now = Instant::now();
+        let pad_at = if self.typed.is_used() { None } else { Some(now + PAD_AFTER) };
+        self.phase = Phase::Asked { pad_at, until: now + END_PATIENCE };
         self.queue(&line)
     }
 
@@ -317,7 +357,7 @@ impl<T: Terminal> Session<T> {
     fn end_again(&mut self) -> io::Result<()> {
         self.prompts += 1;
         // Not in a group: the job's aliases may be on, also for reserved words.
-        let line = format!(" {} 2>/dev/null && \\:\n", self.end_call("$BASHOPTS"));
+        let line = format!(" {} 2>/dev/null && \\__agent_ok\n", self.end_call("$BASHOPTS"));
         self.queue(&line)
     }
 
@@ -327,7 +367,7 @@ impl<T: Terminal> Session<T> {
             return SessionEvent::ScriptEnded(end);
         }
         loop {
-            if matches!(self.phase, Phase::Broken) {
+            if self.is_broken() {
                 return self.end_of_stream();
             }
             let (piece, taken) = self.frames.next_piece(&self.received);
@@ -408,6 +448,7 @@ impl<T: Terminal> Session<T> {
         let is_unrun = exit_code == 0 && !self.has_begun && !self.is_bootstrap;
         // A line that was given up has failed, whatever is said of it.
         let exit_code = if is_unrun || self.prompts > 0 { 1 } else { exit_code };
+        self.status = exit_code;
         let end = ScriptEnd { exit_code, job_result };
         if is_unrun {
             self.end = Some(end);
@@ -420,26 +461,33 @@ impl<T: Terminal> Session<T> {
     async fn receive(&mut self) -> io::Result<Received> {
         let (until, why) = match &self.phase {
             Phase::Starting { probe_at, .. } => (*probe_at, ""),
-            Phase::Typed { until } => (*until, BROKEN),
-            Phase::Asked { until } => (*until, BROKEN),
+            Phase::Asked { pad_at: Some(pad_at), .. } => (*pad_at, ""),
+            Phase::Typed { until } | Phase::Asked { pad_at: None, until } => (*until, BROKEN),
             Phase::Running | Phase::Idle | Phase::Broken => return self.exchange().await,
         };
         match timeout_at(until, self.exchange()).await {
             Ok(received) => received,
             Err(_) if why.is_empty() => {
-                self.probe_again()?;
+                self.type_more()?;
                 Ok(Received::Some)
             }
             Err(_) => Ok(Received::Late(why)),
         }
     }
 
-    fn probe_again(&mut self) -> io::Result<()> {
-        if let Phase::Starting { probe_at, pause, .. } = &mut self.phase {
-            *pause = (*pause * 2).min(LONGEST_PAUSE);
-            *probe_at = Instant::now() + *pause;
+    fn type_more(&mut self) -> io::Result<()> {
+        match &mut self.phase {
+            Phase::Starting { probe_at, pause, .. } => {
+                *pause = (*pause * 2).min(LONGEST_PAUSE);
+                *probe_at = Instant::now() + *pause;
+                self.type_probe()
+            }
+            Phase::Asked { pad_at, .. } => {
+                *pad_at = None;
+                self.queue(&"\n".repeat(MOST_AWAITED))
+            }
+            _ => Ok(()),
         }
-        self.type_probe()
     }
 
     async fn exchange(&mut self) -> io::Result<Received> {
@@ -477,7 +525,11 @@ impl<T: Terminal> Session<T> {
     /// The stream is over: what looked like the beginning of a frame, or of an echo, was output.
     fn end_of_stream(&mut self) -> SessionEvent {
         let rest: Bytes = self.received.split().freeze();
-        if rest.is_empty() { SessionEvent::ShellEnded(String::new()) } else { SessionEvent::Output(rest) }
+        if rest.is_empty() {
+            SessionEvent::ShellEnded(String::new())
+        } else {
+            SessionEvent::Output(rest)
+        }
     }
 }
 
@@ -500,7 +552,7 @@ const UNRUN: &str = "The command was not run: its script could not be read.\r\n"
 const GO: &str = " ";
 
 /// What the session defines for every shell.
-const FUNCTIONS: &str = "__agent_watch __agent_prompt __agent_ready __agent_begin __agent_end __agent_mark __agent_tell";
+const FUNCTIONS: &str = "__agent_ok __agent_prompt __agent_ready __agent_begin __agent_end";
 
 /// What asking whether the shell is ready has changed.
 const RESTORE: &str = "[[ :$__agent_options: != *:posix:* ]] || builtin set -o posix\n";

@@ -11,7 +11,7 @@ use std::fmt::Write as _;
 use super::Mark;
 
 /// The longest part, in bytes: what a terminal takes, less the rest of the line it stands in.
-const LONGEST_PART: usize = 3800;
+const LONGEST_PART: usize = 3500;
 
 /// What is being typed.
 #[derive(Debug, Default)]
@@ -24,8 +24,7 @@ pub(super) struct Typed {
 
 /// Follows a script's mark when it is typed: it comes through only on a terminal that takes every character as it
 /// is.
-pub(super) const TAIL: &str =
-    "!\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abcdefghijklmnopqrstuvwxyz{|}~";
+pub(super) const TAIL: &str = "!\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abcdefghijklmnopqrstuvwxyz{|}~";
 
 /// What follows a mark that may be echoed; `?` is the letter of the question that it answers.
 pub(super) fn after_mark() -> Vec<u8> {
@@ -41,9 +40,13 @@ impl Typed {
         &self.file
     }
 
-    /// The argument that takes `script` to the shell, with a space before it, or nothing if the shell is to
-    /// ask for it. `received` is what it will ask for itself.
-    pub(super) fn begin(&mut self, script: &[u8], received: Option<&[u8]>) -> String {
+    pub(super) fn is_used(&self) -> bool {
+        !self.file.is_empty()
+    }
+
+    /// `script` if it fits the typed line; if not, the shell is to ask for its parts. `received` is what it will ask
+    /// for itself.
+    pub(super) fn begin(&mut self, script: &[u8], received: Option<&[u8]>) -> Option<String> {
         let mut parts = parts_of(script);
         let in_line = if parts.len() == 1 { parts.pop() } else { None };
         self.parts.clear();
@@ -55,7 +58,7 @@ impl Typed {
             self.parts.extend(parts_of(received).into_iter().filter(|part| !part.is_empty()));
             self.parts.push_back(String::new());
         }
-        in_line.map_or_else(String::new, |part| format!(" '{part}'"))
+        in_line
     }
 
     /// The shell has asked: what to type now, if anything.
@@ -66,7 +69,7 @@ impl Typed {
     /// The line with `mark` that answers the shell's question, of which `asked` came before for the same script.
     pub(super) fn answer(&self, mark: Mark, asked: u8) -> String {
         let mark = mark.as_str();
-        if self.file.is_empty() {
+        if !self.is_used() {
             return format!("{mark}..\n");
         }
         format!("{mark}{}{TAIL}..\n", char::from(b'a' + asked))
@@ -102,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_short_script_is_an_argument_and_a_long_one_comes_in_parts() {
+    fn a_short_script_stands_in_the_line_and_a_long_one_comes_in_parts() {
         let mut typed = Typed::new("f");
         let mut lengths_of_parts = |script: &[u8], received: Option<&[u8]>| {
             let argument = typed.begin(script, received);
@@ -111,10 +114,10 @@ mod tests {
             (argument, lengths)
         };
         let long = b"x".repeat(2 * LONGEST_PART);
-        let in_line = " 'echo \\0047a\\0047\\n'".to_owned();
+        let in_line = Some("echo \\0047a\\0047\\n".to_owned());
         assert_eq!(lengths_of_parts(b"echo 'a'\n", None), (in_line, vec![]));
         assert_eq!(lengths_of_parts(&long, None).1, [LONGEST_PART, LONGEST_PART, 0]);
-        assert_eq!(lengths_of_parts(b"x", Some(b"\x00")), (" 'x'".to_owned(), vec![5, 0]));
+        assert_eq!(lengths_of_parts(b"x", Some(b"\x00")), (Some("x".to_owned()), vec![5, 0]));
         assert_eq!(lengths_of_parts(&long, Some(b"")).1, [LONGEST_PART, LONGEST_PART, 0, 0]);
     }
 

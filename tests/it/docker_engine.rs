@@ -155,14 +155,14 @@ fn an_agent_without_an_engine_goes_on() {
 }
 
 /// A socket that leads to the engine until it is cut.
-struct Wire {
-    socket: PathBuf,
+pub struct Wire {
+    pub socket: PathBuf,
     /// Nothing if it is cut.
     streams: Arc<Mutex<Option<Vec<UnixStream>>>>,
 }
 
 impl Wire {
-    fn new(socket: PathBuf) -> Self {
+    pub fn new(socket: PathBuf) -> Self {
         let listener = UnixListener::bind(&socket).unwrap();
         let streams = Arc::new(Mutex::new(Some(Vec::new())));
         let shared = Arc::clone(&streams);
@@ -184,6 +184,14 @@ impl Wire {
     fn cut(&self) {
         fs::rename(&self.socket, self.socket.with_extension("cut")).unwrap();
         for stream in self.streams.lock().unwrap().take().unwrap() {
+            // Some have ended by themselves.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// The engine stays, and takes new connections.
+    pub fn cut_what_is_open(&self) {
+        for stream in self.streams.lock().unwrap().iter_mut().flat_map(std::mem::take) {
             // Some have ended by themselves.
             let _ = stream.shutdown(Shutdown::Both);
         }
@@ -222,13 +230,16 @@ fn an_engine_that_goes_away_fails_the_job_and_what_is_left_goes_when_it_is_back(
     let (wire, agent, job) = running_behind(&world);
     wire.cut();
     let id = job["job_id"].as_str().unwrap();
-    agent.wait_for_log(id, "The Docker Engine is gone: ");
+    agent.wait_for_log(id, "the Docker Engine is gone: ");
     wire.mend();
     let finished = agent.finish(id);
     assert_eq!(finished.result(), "failed");
     let commands = finished.commands();
     let (output, exit_code) = &commands[0];
-    assert!(output.starts_with("running\nThe Docker Engine is gone: "), "{output}");
+    assert!(
+        output.starts_with("running\nThe job's shell has ended (the Docker Engine is gone: "),
+        "{output}"
+    );
     assert_eq!((output.lines().count(), *exit_code), (2, 1), "{output}");
     let refused = ("the job's shell has ended, so this can't run\n".into(), 1);
     assert_eq!(commands[1..], [refused]);

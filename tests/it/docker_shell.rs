@@ -4,6 +4,7 @@ use std::sync::Mutex;
 
 use serde_json::json;
 
+use crate::support::changed_shell::with_startup_file;
 use crate::support::docker::{file, job, left_of, variables};
 use crate::support::hosted::Hosted;
 use crate::support::{Finished, World};
@@ -220,11 +221,12 @@ fn a_user_that_the_image_does_not_know_has_a_shell_and_files() {
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
 fn a_variable_that_the_shell_refuses_fails_its_step_with_the_shells_words() {
     let mut job = job("bash", &["echo not reached"]);
-    job["env_vars"] = variables(&[("A", b"a"), ("UID", b"1")]);
+    job["env_vars"] = variables(&[("A", b"a"), ("FROZEN", b"1")]);
+    with_startup_file(&mut job, "readonly FROZEN=0");
     let finished = run(&job);
     let steps = finished.steps();
     let (_, output, exit_code) = &steps[2];
-    assert!(output.contains("UID: readonly variable"), "{output}");
+    assert!(output.contains("FROZEN: readonly variable"), "{output}");
     assert!(!output.contains("__agent"), "{output}");
     assert_eq!((*exit_code, finished.result()), (1, "failed"));
 }

@@ -89,7 +89,10 @@ fn a_shell_that_ends_fails_its_command_and_all_that_need_it_at_once() {
         let commands = finished.commands();
         assert_eq!(commands[0].1, 1, "{end}: {commands:?}");
         let said = commands[0].0.strip_prefix("bye\n").unwrap_or(&commands[0].0);
-        assert!(said.starts_with("The job's shell has ended (") && said.lines().count() == 1, "{said}");
+        assert!(
+            said.starts_with("The job's shell has ended (") && said.lines().count() == 1,
+            "{said}"
+        );
         assert_eq!(commands.len(), 2, "{end}: {commands:?}");
         assert_eq!(commands[1], ("the job's shell has ended, so this can't run\n".into(), 1));
         assert_eq!((finished.result(), finished.exit_code), ("failed", Some(1)), "{end}");
@@ -367,10 +370,12 @@ fn variables_are_bytes_and_files_have_their_modes() {
 
 #[test]
 fn a_variable_that_the_shell_refuses_fails_its_step_with_the_shells_words() {
-    let job = r#"{"job_id":"1","env_vars":[{"name":"UID","value":"MQ=="}],"commands":[{"directive":"echo x"}]}"#;
-    let finished = World::new().run(job);
+    let job = r#"{"job_id":"1","env_vars":[{"name":"FROZEN","value":"MQ=="}],"commands":[{"directive":"echo x"}]}"#;
+    let world = World::new();
+    std::fs::write(world.home().join(".bash_profile"), "readonly FROZEN=0\n").unwrap();
+    let finished = world.run(job);
     let steps = finished.steps();
-    assert!(steps[0].1.contains("UID: readonly variable"), "{steps:?}");
+    assert!(steps[0].1.contains("FROZEN: readonly variable"), "{steps:?}");
     assert_eq!((steps[0].2, finished.result()), (1, "failed"));
     assert!(!finished.output().contains("x\n"));
 }

@@ -5,15 +5,15 @@ use std::collections::HashSet;
 use bytes::Bytes;
 use serde::Deserialize;
 
-use super::values::{RawEnvVar, RawFile, decode_environment, decode_files};
-use super::{OnlyMap, RawCommand, decode_commands, null_is_empty, problem};
+use super::values::{Names, RawEnvVar, RawFile, decode_environment, decode_files};
+use super::{List, OnlyMap, RawCommand, decode_commands, null_is_empty, problem};
 use crate::compose::{Compose, Container, ContainerName, RegistryCredentials};
 use crate::job::{EnvVar, InjectedFile, Problem, Problems};
 
 raw!(RawCompose {
-    containers: Vec<OnlyMap<RawContainer>>,
-    image_pull_credentials: Vec<OnlyMap<RawCredentials>>,
-    host_setup_commands: Vec<OnlyMap<RawCommand>>,
+    containers: List<OnlyMap<RawContainer>>,
+    image_pull_credentials: List<OnlyMap<RawCredentials>>,
+    host_setup_commands: List<OnlyMap<RawCommand>>,
 });
 raw!(RawContainer {
     name: String,
@@ -21,10 +21,10 @@ raw!(RawContainer {
     command: String,
     entrypoint: String,
     user: String,
-    env_vars: Vec<OnlyMap<RawEnvVar>>,
-    files: Vec<OnlyMap<RawFile>>,
+    env_vars: List<OnlyMap<RawEnvVar>>,
+    files: List<OnlyMap<RawFile>>,
 });
-raw!(RawCredentials { env_vars: Vec<OnlyMap<RawEnvVar>>, files: Vec<OnlyMap<RawFile>> });
+raw!(RawCredentials { env_vars: List<OnlyMap<RawEnvVar>>, files: List<OnlyMap<RawFile>> });
 
 /// Where existing job files have the key of a Google registry.
 const GCR_KEY_FILE: &str = "/tmp/gcr/keyfile.json";
@@ -36,7 +36,7 @@ impl RawCompose {
         let mut problems = Problems::new();
         let mut names = HashSet::new();
         let mut containers = Vec::new();
-        for (index, OnlyMap(raw)) in self.containers.into_iter().enumerate() {
+        for (index, OnlyMap(raw)) in self.containers.0.into_iter().enumerate() {
             let at = format!("compose.containers[{index}].");
             match raw.decode(&at, index == 0) {
                 Ok(container) if !names.insert(container.name.clone()) => problems.push(problem(
@@ -86,7 +86,8 @@ impl RawContainer {
             problems.push(problem(format!("{at}image"), "an image is needed"));
         }
         let mut words = |field: &str, text: &str| {
-            let words = shlex::split(&without_comments(text));
+            // As Compose has it, everywhere: two dollar signs are one.
+            let words = shlex::split(&without_comments(&text.replace("$$", "$")));
             if words.is_none() {
                 let why = "has a quote that is not closed, or ends with a backslash";
                 problems.push(problem(format!("{at}{field}"), why));
@@ -96,10 +97,14 @@ impl RawContainer {
         let entrypoint = words("entrypoint", &self.entrypoint);
         // The main container runs the job's shell instead.
         let command = if is_main { Vec::new() } else { words("command", &self.command) };
-        let environment = decode_environment(at, &self.env_vars).unwrap_or_else(|its| {
-            problems.extend(its);
-            Vec::new()
-        });
+        let decoded = decode_environment(at, &self.env_vars, Names::Container);
+        let environment = decoded.map_or_else(
+            |its| {
+                problems.extend(its);
+                Vec::new()
+            },
+            |decoded| decoded.variables,
+        );
         // Engines take text only.
         let is_no_text = |variable: &&EnvVar| std::str::from_utf8(&variable.value).is_err();
         problems.extend(environment.iter().filter(is_no_text).map(|variable| {
@@ -154,10 +159,10 @@ fn decode_credentials(
     let mut credentials = Vec::new();
     for (index, OnlyMap(raw)) in raw.iter().enumerate() {
         let at = format!("compose.image_pull_credentials[{index}].");
-        let parts = (decode_environment(&at, &raw.env_vars), decode_files(&at, &raw.files, false));
-        match parts {
-            (Ok(variables), Ok(files)) => {
-                let given = Given { at: &at, variables: &variables, files: &files };
+        let variables = decode_environment(&at, &raw.env_vars, Names::Container);
+        match (variables, decode_files(&at, &raw.files, false)) {
+            (Ok(decoded), Ok(files)) => {
+                let given = Given { at: &at, variables: &decoded.variables, files: &files };
                 match given.decode() {
                     Ok(decoded) => credentials.push(decoded),
                     Err(why) => problems.push(why),
@@ -169,6 +174,13 @@ fn decode_credentials(
         }
     }
     if problems.is_empty() { Ok(credentials) } else { Err(problems) }
+}
+
+/// `value` as it was meant: files, and `echo` in front of `base64`, end with a line end.
+fn without_line_ends(value: &Bytes) -> Bytes {
+    let end =
+        value.iter().rposition(|byte| !matches!(byte, b'\r' | b'\n')).map_or(0, |last| last + 1);
+    value.slice(..end)
 }
 
 /// Credentials as variables and files.
@@ -198,7 +210,8 @@ impl Given<'_> {
             }),
             Some("GCR") => {
                 let key = self.files.iter().find(|file| file.path == GCR_KEY_FILE);
-                let key = key.map(|file| file.content.clone()).filter(|key| !key.is_empty());
+                let key =
+                    key.map(|file| without_line_ends(&file.content)).filter(|key| !key.is_empty());
                 Ok(RegistryCredentials::Gcr {
                     hostname: self.needed("GCR_HOSTNAME")?,
                     key_file: key.ok_or_else(|| {
@@ -222,12 +235,11 @@ impl Given<'_> {
 
     fn optional(&self, name: &str) -> Result<Option<String>, Problem> {
         let variable = self.variables.iter().find(|variable| variable.name.as_str() == name);
-        let Some(value) =
-            variable.map(|variable| &variable.value).filter(|value| !value.is_empty())
-        else {
+        let value = variable.map(|variable| without_line_ends(&variable.value));
+        let Some(value) = value.filter(|value| !value.is_empty()) else {
             return Ok(None);
         };
-        match String::from_utf8(Bytes::clone(value).into()) {
+        match String::from_utf8(value.into()) {
             Ok(text) => Ok(Some(text)),
             Err(_) => Err(self.refusal(format!("the value of {name} is not UTF-8"))),
         }
@@ -331,6 +343,13 @@ mod tests {
         );
         let (username, password) = ("me".to_owned(), "p?>~\"".to_owned());
         assert_eq!(hub, Ok(RegistryCredentials::DockerHub { username, password }));
+        let with_line_ends = credentials(
+            &json!({"DOCKER_CREDENTIAL_TYPE": "DockerHub\n", "DOCKERHUB_USERNAME": "me\n",
+                   "DOCKERHUB_PASSWORD": " p \r\n"}),
+            &json!([]),
+        );
+        let (username, password) = ("me".to_owned(), " p ".to_owned());
+        assert_eq!(with_line_ends, Ok(RegistryCredentials::DockerHub { username, password }));
         let gcr = credentials(
             &json!({"DOCKER_CREDENTIAL_TYPE": "GCR", "GCR_HOSTNAME": "gcr.io"}),
             &json!([{"path": GCR_KEY_FILE, "content": "e30=", "mode": "0600"}]),

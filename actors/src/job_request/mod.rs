@@ -1,6 +1,6 @@
 //! The job request as it is written (PROTOCOL: "The job request"), and how it becomes a [`Job`].
 //!
-//! [`WireRequest`] is what a control plane sends; [`FileRequest`] is the same with the aliases that
+//! [`WireRequest`] and [`HubRequest`] are what comes over the wire; [`FileRequest`] is the same with the aliases that
 //! job files may use. `null` and absent mean empty everywhere.
 
 // No `Debug` for any of these: they hold secrets.
@@ -22,14 +22,17 @@ mod values;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
+use std::ops::Deref;
 
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{MapAccess, Visitor};
+use serde::de::{Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use self::compose::RawCompose;
 pub use self::values::parse_octal_mode;
-use self::values::{RawEnvVar, RawFile, decode_environment, decode_files, decode_ssh_keys};
+use self::values::{
+    Environment, Names, RawEnvVar, RawFile, decode_environment, decode_files, decode_ssh_keys,
+};
 use crate::job::{
     Callbacks, Command, ExecutorKind, Job, JobId, LogMethod, Logger, Problem, Problems, PushTarget,
 };
@@ -114,10 +117,60 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for OnlyMap<T> {
     }
 }
 
+/// The most elements that a list of a request may have: far above the 300 variables that control planes send. What
+/// is said with two bytes takes hundreds in memory.
+pub const MOST_ELEMENTS: usize = 10_000;
+
+/// A list with at most [`MOST_ELEMENTS`].
+struct List<T>(Vec<T>);
+
+impl<T> Default for List<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<T> Deref for List<T> {
+    type Target = Vec<T>;
+
+    fn deref(&self) -> &Vec<T> {
+        &self.0
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for List<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Elements<T>(PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Elements<T> {
+            type Value = List<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a sequence")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<List<T>, A::Error> {
+                let mut elements = Vec::new();
+                while let Some(element) = list.next_element()? {
+                    if elements.len() == MOST_ELEMENTS {
+                        let why = format!("has more than {MOST_ELEMENTS} elements");
+                        return Err(A::Error::custom(why));
+                    }
+                    elements.push(element);
+                }
+                Ok(List(elements))
+            }
+        }
+
+        deserializer.deserialize_seq(Elements(PhantomData))
+    }
+}
+
 /// One definition, two schemas: only files know the aliases. Over the wire a field called `id` is
 /// unknown like any other, and must not clash with `job_id`.
 macro_rules! request_schema {
     ($(#[$doc:meta])* $name:ident
+        , variables: $names:expr
         $(, id: $id:literal, epilogue: $epilogue:literal, files: $files:literal)?) => {
         $(#[$doc])*
         #[derive(Deserialize)]
@@ -131,19 +184,19 @@ macro_rules! request_schema {
             #[serde(default, deserialize_with = "null_is_empty")]
             compose: OnlyMap<RawCompose>,
             #[serde(default, deserialize_with = "null_is_empty")]
-            commands: Vec<OnlyMap<RawCommand>>,
+            commands: List<OnlyMap<RawCommand>>,
             #[serde(default, deserialize_with = "null_is_empty" $(, alias = $epilogue)?)]
-            epilogue_always_commands: Vec<OnlyMap<RawCommand>>,
+            epilogue_always_commands: List<OnlyMap<RawCommand>>,
             #[serde(default, deserialize_with = "null_is_empty")]
-            epilogue_on_pass_commands: Vec<OnlyMap<RawCommand>>,
+            epilogue_on_pass_commands: List<OnlyMap<RawCommand>>,
             #[serde(default, deserialize_with = "null_is_empty")]
-            epilogue_on_fail_commands: Vec<OnlyMap<RawCommand>>,
+            epilogue_on_fail_commands: List<OnlyMap<RawCommand>>,
             #[serde(default, deserialize_with = "null_is_empty")]
-            env_vars: Vec<OnlyMap<RawEnvVar>>,
+            env_vars: List<OnlyMap<RawEnvVar>>,
             #[serde(default, deserialize_with = "null_is_empty" $(, alias = $files)?)]
-            files: Vec<OnlyMap<RawFile>>,
+            files: List<OnlyMap<RawFile>>,
             #[serde(default, deserialize_with = "null_is_empty")]
-            ssh_public_keys: Vec<String>,
+            ssh_public_keys: List<String>,
             #[serde(default, deserialize_with = "null_is_empty")]
             callbacks: OnlyMap<RawCallbacks>,
             #[serde(default, deserialize_with = "null_is_empty")]
@@ -155,11 +208,16 @@ macro_rules! request_schema {
             pub fn decode(self) -> Result<Job, NoJobId> {
                 let octal_modes = self.executor != "dockercompose";
                 let executor = decode_executor(&self.executor, self.compose.0);
+                let (environment, skipped_variables) = match decode_environment("", &self.env_vars, $names) {
+                    Ok(Environment { variables, skipped }) => (Ok(variables), skipped),
+                    Err(problems) => (Err(problems), Vec::new()),
+                };
                 Ok(Job {
                     id: JobId::new(self.job_id).ok_or(NoJobId)?,
                     name: Some(self.job_name).filter(|name| !name.is_empty()),
                     executor,
-                    environment: decode_environment("", &self.env_vars),
+                    environment,
+                    skipped_variables,
                     files: decode_files("", &self.files, octal_modes),
                     commands: decode_commands(self.commands),
                     epilogue_always: decode_commands(self.epilogue_always_commands),
@@ -187,12 +245,16 @@ macro_rules! request_schema {
 }
 
 request_schema!(
-    /// A request as a control plane sends it.
-    WireRequest
+    /// A request as a platform posts it.
+    WireRequest, variables: Names::Shell
+);
+request_schema!(
+    /// A request as a control plane hands it out: its variables may have any names.
+    HubRequest, variables: Names::ShellOrSkipped
 );
 request_schema!(
     /// A request as a person writes it into a file.
-    FileRequest, id: "id", epilogue: "epilogue_commands", files: "file"
+    FileRequest, variables: Names::Shell, id: "id", epilogue: "epilogue_commands", files: "file"
 );
 
 raw!(RawCallbacks { finished: String, teardown_finished: String, token: String });
@@ -250,12 +312,12 @@ fn decode_executor(name: &str, compose: RawCompose) -> Result<ExecutorKind, Prob
     }
 }
 
-fn decode_commands(commands: Vec<OnlyMap<RawCommand>>) -> Vec<Command> {
+fn decode_commands(commands: List<OnlyMap<RawCommand>>) -> Vec<Command> {
     let decode = |OnlyMap(raw): OnlyMap<RawCommand>| Command {
         directive: raw.directive,
         alias: Some(raw.alias).filter(|alias| !alias.is_empty()),
     };
-    commands.into_iter().map(decode).collect()
+    commands.0.into_iter().map(decode).collect()
 }
 
 #[cfg(test)]

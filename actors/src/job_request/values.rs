@@ -1,6 +1,6 @@
 //! The values in a request: variables, contents of files, keys.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use base64::Engine as _;
 use base64::engine::DecodePaddingMode;
@@ -14,21 +14,56 @@ use crate::job::{EnvVar, InjectedFile, Problems, VariableName};
 raw!(RawEnvVar { name: String, value: String });
 raw!(RawFile { path: String, content: String, mode: String });
 
+/// What names a request's variables may have.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Names {
+    /// A shell's; any other is a problem.
+    Shell,
+    /// A shell's; any other is left out.
+    ShellOrSkipped,
+    /// Whatever an environment can hold.
+    Container,
+}
+
+/// What became of a request's variables.
+pub(super) struct Environment {
+    /// Sorted by name.
+    pub(super) variables: Vec<EnvVar>,
+    /// A line of the job's log for each that is left out.
+    pub(super) skipped: Vec<String>,
+}
+
 /// `at` is where they are, for what is wrong with them.
 pub(super) fn decode_environment(
     at: &str,
     variables: &[OnlyMap<RawEnvVar>],
-) -> Result<Vec<EnvVar>, Problems> {
+    names: Names,
+) -> Result<Environment, Problems> {
     let mut problems = Problems::new();
     let mut by_name = BTreeMap::new();
+    let mut skipped = BTreeSet::new();
     for (i, OnlyMap(raw)) in variables.iter().enumerate() {
-        let name = VariableName::new(&raw.name).ok_or_else(|| {
+        let (name, rule) = match names {
+            Names::Container => {
+                (VariableName::for_container(&raw.name), "not empty, and no `=` or NUL")
+            }
+            _ => (VariableName::new(&raw.name), "letters, digits and _ only, and no digit first"),
+        };
+        if names == Names::ShellOrSkipped && name.is_none() {
+            skipped.insert(format!(
+                "Skipping {}: no shell can hold a variable of this name\n",
+                shown_name(&raw.name)
+            ));
+            continue;
+        }
+        if names != Names::Container && name.as_ref().is_some_and(VariableName::is_the_shells_own) {
+            skipped.insert(format!("Skipping {}: the shell sets this variable itself\n", raw.name));
+            continue;
+        }
+        let name = name.ok_or_else(|| {
             problem(
                 format!("{at}env_vars[{i}].name"),
-                format!(
-                    "invalid variable name `{}`: letters, digits and _ only, and no digit first",
-                    shown_name(&raw.name)
-                ),
+                format!("invalid variable name `{}`: {rule}", shown_name(&raw.name)),
             )
         });
         let value = decode_base64(&raw.value).map_err(|why| {
@@ -57,8 +92,9 @@ pub(super) fn decode_environment(
             (name, value) => problems.extend(name.err().into_iter().chain(value.err())),
         }
     }
-    let in_order = by_name.into_iter().map(|(name, value)| EnvVar { name, value }).collect();
-    if problems.is_empty() { Ok(in_order) } else { Err(problems) }
+    let variables = by_name.into_iter().map(|(name, value)| EnvVar { name, value }).collect();
+    let skipped = skipped.into_iter().collect();
+    if problems.is_empty() { Ok(Environment { variables, skipped }) } else { Err(problems) }
 }
 
 /// A name as messages show it: what follows a `=` may be a secret in the wrong place.

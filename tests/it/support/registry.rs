@@ -1,12 +1,14 @@
 //! A real image registry of a test's own, from Debian's `docker-registry` and `apache2-utils`.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader};
+use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
 use super::feed;
+use super::http::Request;
 
 /// Who may push and pull.
 pub const USER: &str = "tester";
@@ -115,4 +117,32 @@ impl Drop for Registry {
             let _ = self.command(&["image", "rm", image]).stderr(Stdio::null()).output();
         }
     }
+}
+
+/// What stands in for a registry where none is needed: `answer` makes the status, the rest of the head and the
+/// body of an answer. Answers its address.
+pub fn answering(answer: impl Fn(&Request) -> Reply + Send + 'static) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            // Engines try TLS first, and that is no request.
+            let _ = reply(stream.unwrap(), &answer);
+        }
+    });
+    address
+}
+
+/// Status, one header, body.
+pub type Reply = (&'static str, &'static str, &'static str);
+
+fn reply(stream: TcpStream, answer: &impl Fn(&Request) -> Reply) -> io::Result<()> {
+    let mut reader = BufReader::new(stream);
+    let (status, header, body) = answer(&Request::read_from(&mut reader)?);
+    let length = body.len();
+    let message = format!(
+        "HTTP/1.1 {status}\r\nDocker-Distribution-Api-Version: registry/2.0\r\n{header}\r\n\
+         Content-Type: application/json\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+    );
+    reader.get_mut().write_all(message.as_bytes())
 }

@@ -1,0 +1,1 @@
+builtin printf %s "$__agent_line" >/dev/tty

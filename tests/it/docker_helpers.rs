@@ -1,0 +1,173 @@
+//! The programs that know the passwords of the agent's user for registries: which they may be, and their end.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::support::docker::{job, left_of, variables};
+use crate::support::hosted::wait_until;
+use crate::support::registry::answering;
+use crate::support::{KilledOnFailure, Running, World, lives_with, unique, wait_for_file};
+
+/// A registry that has nothing.
+fn registry() -> &'static str {
+    static REGISTRY: LazyLock<String> = LazyLock::new(|| {
+        answering(|request| match request.path.as_str() {
+            "/v2/" => ("200 OK", "Server: tests", "{}"),
+            _ => (
+                "404 Not Found",
+                "Server: tests",
+                r#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}"#,
+            ),
+        })
+    });
+    &REGISTRY
+}
+
+/// A program of this world's.
+fn program(path: &Path, script: &str) {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, format!("#!/bin/sh\n{script}\n")).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// The configuration of `docker` of this world's user.
+#[expect(clippy::needless_pass_by_value, reason = "written where it is passed")]
+fn configure(world: &World, config: Value) {
+    let directory = world.home().join(".docker");
+    fs::create_dir_all(&directory).unwrap();
+    fs::write(directory.join("config.json"), config.to_string()).unwrap();
+}
+
+/// A job whose image must be pulled.
+fn pulling() -> Value {
+    let mut job = job("bash", &["echo not reached"]);
+    job["compose"]["containers"][0]["image"] = format!("{}/x", registry()).into();
+    job
+}
+
+/// Starts it in the home directory, with the programs that are there; all processes have a marker.
+fn start(world: &World, job: &Value) -> (Running, String) {
+    let value = unique();
+    let path = format!("{}:{}", bin(world).display(), std::env::var("PATH").unwrap());
+    let file = world.file("job.json", job.to_string());
+    let running = world.start_file_with(&file, |command| {
+        command.current_dir(world.home()).env("PATH", path).env("TEST_MARKER", &value);
+    });
+    (running, format!("TEST_MARKER={value}"))
+}
+
+fn bin(world: &World) -> PathBuf {
+    world.home().join("bin")
+}
+
+#[test]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
+fn a_helper_whose_name_leads_elsewhere_is_not_run() {
+    for name in ["x/../evil", "x/evil", "../evil", "/evil", "evil\n", "e vil", "", "Grüße"] {
+        for key in ["credsStore", "credHelpers"] {
+            let world = World::new();
+            let touch = format!("touch {}", world.home().join("ran").display());
+            for path in [
+                world.home().join("evil"),
+                world.home().join("docker-credential-x/evil"),
+                bin(&world).join("docker-credential-evil\n"),
+                bin(&world).join("docker-credential-e vil"),
+                bin(&world).join("docker-credential-Grüße"),
+            ] {
+                program(&path, &touch);
+            }
+            fs::create_dir_all(world.home().join("docker-credential-..")).unwrap();
+            program(&world.home().join("docker-credential-../evil"), &touch);
+            configure(
+                &world,
+                match key {
+                    "credsStore" => json!({ "credsStore": name }),
+                    _ => json!({ "credHelpers": { registry(): name } }),
+                },
+            );
+            let job = pulling();
+            let (running, _) = start(&world, &job);
+            let finished = running.finish();
+            assert_eq!(finished.result(), "failed", "{finished:#?}");
+            assert!(!world.home().join("ran").exists(), "{key} {name:?} was run");
+        }
+    }
+}
+
+#[test]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
+fn a_helper_with_a_usual_name_is_run() {
+    for name in ["test", "ecr-login", "desktop.exe", "a_b.C-9"] {
+        let world = World::new();
+        let touch = format!("touch {}; exit 1", world.home().join("ran").display());
+        program(&bin(&world).join(format!("docker-credential-{name}")), &touch);
+        configure(&world, json!({ "credsStore": name }));
+        start(&world, &pulling()).0.finish();
+        assert!(world.home().join("ran").exists(), "{name} was not run");
+    }
+}
+
+#[test]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
+fn what_a_helper_leaves_running_ends_with_it() {
+    let world = World::new();
+    let leave =
+        "sleep 1000 </dev/null >/dev/null 2>&1 &\necho '{\"Username\":\"me\",\"Secret\":\"x\"}'";
+    program(&bin(&world).join("docker-credential-test"), leave);
+    configure(&world, json!({ "credsStore": "test" }));
+    let (running, marker) = start(&world, &pulling());
+    let _clean = KilledOnFailure(marker.clone());
+    running.finish();
+    // What was killed needs a moment to be gone.
+    let sleeping = || -> Vec<String> {
+        lives_with(&marker).into_iter().filter(|found| found.contains("sleep")).collect()
+    };
+    wait_until(|| sleeping().is_empty(), || format!("{:?} live on", sleeping()));
+}
+
+/// A script that says that it is there, and goes on with all that it started.
+fn hanging(world: &World) -> String {
+    format!("sleep 1000 & touch {}; sleep 1000; wait", world.home().join("up").display())
+}
+
+/// Jobs that wait for such a program, and the program.
+fn waiting(world: &World) -> [(Value, PathBuf); 2] {
+    configure(world, json!({ "credsStore": "test" }));
+    let mut amazon = job("bash", &["echo not reached"]);
+    amazon["compose"]["image_pull_credentials"] = json!([{ "env_vars": variables(&[
+        ("DOCKER_CREDENTIAL_TYPE", b"AWS_ECR"),
+        ("AWS_REGION", b"eu-west-9"),
+        ("AWS_ACCESS_KEY_ID", b"id"),
+        ("AWS_SECRET_ACCESS_KEY", b"key"),
+    ]) }]);
+    let helper = bin(world).join("docker-credential-test");
+    [(pulling(), helper), (amazon, bin(world).join("aws"))]
+}
+
+/// Ends an agent by a signal while such a program runs; nothing of it may live on.
+fn end_while_waiting(signal: Signal) {
+    for kind in 0..2 {
+        let world = World::new();
+        let (job, path) = waiting(&world).into_iter().nth(kind).unwrap();
+        program(&path, &hanging(&world));
+        let (running, marker) = start(&world, &job);
+        let _clean = KilledOnFailure(marker.clone());
+        wait_for_file(&world.home().join("up"));
+        running.signal(signal);
+        running.finish();
+        let living = || lives_with(&marker);
+        wait_until(|| living().is_empty(), || format!("{}: {:?}", path.display(), living()));
+        assert_eq!(left_of(&job), [""; 0]);
+    }
+}
+
+#[test]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
+fn a_stop_ends_a_helper_with_all_that_it_started() {
+    end_while_waiting(Signal::SIGTERM);
+}

@@ -1,0 +1,35 @@
+//! Modes of files in containers that chmod refuses.
+
+use serde_json::json;
+
+use crate::support::World;
+use crate::support::docker::{container, file, job, job_in};
+
+/// Output and exit code of the step that injects a file with this mode.
+fn injected(mut job: serde_json::Value, mode: &str) -> (String, i32) {
+    job["files"] = json!([file("f", b"x", mode)]);
+    let finished = World::new().run(&job.to_string());
+    assert_eq!(finished.result(), "failed");
+    let mut steps = finished.steps().into_iter();
+    let step = steps.find(|(title, ..)| title == "Injecting Files").unwrap();
+    (step.1, step.2)
+}
+
+/// Clients compare this step's output line by line.
+#[test]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
+fn a_refused_mode_is_told_in_exactly_one_line() {
+    for mode in ["wrong", "0999", "'; touch /tmp/x; '"] {
+        let expected =
+            format!("Injecting f with file mode {mode}\nFailed to set file mode to {mode}\n");
+        assert_eq!(injected(job("bash", &["true"]), mode), (expected, 1), "{mode:?}");
+    }
+}
+
+#[test]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
+fn it_is_the_same_line_beside_other_containers_and_for_another_user() {
+    let containers = json!([container("main", "bash:dev"), container("side", "service")]);
+    let expected = "Injecting f with file mode wrong\nFailed to set file mode to wrong\n";
+    assert_eq!(injected(job_in(containers, &["true"]), "wrong"), (expected.into(), 1));
+}

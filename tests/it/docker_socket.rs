@@ -1,0 +1,83 @@
+//! The engine's socket, which makes a job root on the agent's machine: who does not want that says so.
+
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::support::World;
+use crate::support::docker::{job, make_images};
+use crate::support::hosted::{self, Hosted};
+use crate::support::start_agent::{self, StartAgent, finished, hub};
+
+/// Passes where there is a socket.
+fn needs_socket() -> Value {
+    make_images();
+    job("docker", &["[[ -S /var/run/docker.sock ]]", "docker version >/dev/null"])
+}
+
+/// The options that say so, and whether there is a socket then.
+const CASES: [(&[&str], &str); 3] = [
+    (&[], "passed"),
+    (&["--docker-socket", "always"], "passed"),
+    (&["--docker-socket", "never"], "failed"),
+];
+
+#[test]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
+fn jobs_of_a_hosted_agent_have_the_socket_unless_they_must_never() {
+    for (options, result) in CASES {
+        let agent = Hosted::start_with(&World::new(), |command| {
+            command.args(options);
+        });
+        let finished = agent.run_to_end(&needs_socket());
+        assert_eq!(finished.result(), result, "{options:?}: {finished:#?}");
+        let commands = finished.commands();
+        // The shell is there, and only the socket is not.
+        assert_eq!(commands[0], (String::new(), i32::from(result == "failed")), "{options:?}");
+    }
+}
+
+#[test]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
+fn jobs_of_a_self_hosted_agent_have_the_socket_unless_they_must_never() {
+    for (options, expected) in CASES {
+        let control_plane = hub();
+        let agent = StartAgent::start(&World::new(), &control_plane, |command| {
+            command.args(options);
+        });
+        let id = control_plane.queue(needs_socket());
+        let (result, log) = finished(&control_plane, &id);
+        assert_eq!(result, expected, "{options:?}: {log:#?}");
+        drop(agent);
+    }
+}
+
+#[test]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
+fn jobs_of_files_have_the_socket_unless_they_must_never() {
+    for (options, expected) in CASES {
+        let world = World::new();
+        let path = world.file("job.json", needs_socket().to_string());
+        let running = world.start_file_with(&path, |command| {
+            command.args(options);
+        });
+        let finished = running.finish();
+        assert!(!finished.events.is_empty(), "{options:?}: {}", finished.stderr);
+        assert_eq!(finished.result(), expected, "{options:?}: {finished:#?}");
+    }
+}
+
+#[test]
+fn a_wrong_word_for_the_socket_names_those_that_are_right() {
+    let wrong = |command: &mut Command| {
+        command.args(["--docker-socket", "sometimes"]);
+    };
+    let world = World::new();
+    let mut start = start_agent::command(&world);
+    wrong(&mut start);
+    for message in [hosted::refusal(&World::new(), wrong), start_agent::refusal(&mut start)] {
+        for word in ["docker-socket", "sometimes", "always", "never"] {
+            assert!(message.contains(word), "no {word}: {message}");
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! A command that fails because something was ended says so.
+
+use serde_json::{Value, json};
+
+use crate::docker_engine::Wire;
+use crate::support::docker;
+use crate::support::hosted::{Hosted, RUN_FOR_EVER, RUNNING};
+use crate::support::{Finished, World, job_of};
+
+/// How a command ends its shell, and a word that the reason must have.
+const ENDS: [(&str, &str); 6] = [
+    ("exit 0", "exit"),
+    ("exit 3", "3"),
+    ("exec true", "shell"),
+    ("set -e\nfalse", "shell"),
+    ("kill -9 $$", "kill"),
+    ("echo hi; logout", "exit"),
+];
+
+/// Each command that ends its shell fails with a line that says that the shell is gone, and why.
+fn assert_explained(finished: &Finished, end: &str, word: &str) {
+    let commands = finished.commands();
+    let (output, exit_code) = &commands[0];
+    assert_eq!(*exit_code, 1, "{end}: {commands:?}");
+    let told = output.lines().last().unwrap_or_default().to_lowercase();
+    assert!(told.contains("shell"), "{end}: no word why: {commands:?}");
+    assert!(told.contains(word), "{end}: no {word:?}: {commands:?}");
+    assert_eq!(finished.result(), "failed", "{end}");
+}
+
+#[test]
+fn a_command_that_ends_the_shell_says_so() {
+    for (end, word) in ENDS {
+        let finished = World::new().run_commands(&[end, "echo not reached"]);
+        assert_explained(&finished, end, word);
+        assert!(!finished.output().contains("not reached"));
+    }
+}
+
+#[test]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
+fn a_command_that_ends_the_shell_of_a_container_says_so() {
+    for (end, _) in ENDS {
+        let job = docker::job("bash", &[end, "echo not reached"]);
+        assert_explained(&World::new().run(&job.to_string()), end, "shell");
+        assert_eq!(docker::left_of(&job), [""; 0]);
+    }
+}
+
+#[test]
+fn an_epilogue_that_ends_the_shell_says_so() {
+    let mut job: Value = serde_json::from_str(&job_of(&["true"])).unwrap();
+    job["epilogue_always_commands"] = json!([{ "directive": "exit 0" }]);
+    let finished = World::new().run(&job.to_string());
+    let last = finished.commands().pop().unwrap();
+    assert!(last.0.to_lowercase().contains("shell"), "no word why: {finished:?}");
+    assert_eq!(last.1, 1);
+}
+
+#[test]
+fn a_command_whose_helper_was_killed_says_so() {
+    let finished = World::new().run_commands(&["kill -9 $PPID; sleep 1000", "echo not reached"]);
+    let commands = finished.commands();
+    assert_eq!((commands[0].1, finished.result()), (1, "failed"), "{commands:?}");
+    assert!(!commands[0].0.trim().is_empty(), "no word why: {commands:?}");
+}
+
+#[test]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
+fn a_command_whose_terminal_was_cut_off_says_so() {
+    let world = World::new();
+    let wire = Wire::new(world.home().join("engine.sock"));
+    let agent = Hosted::start_with(&world, |command| {
+        command.env("DOCKER_HOST", format!("unix://{}", wire.socket.display()));
+    });
+    let job = docker::job("bash", &[RUN_FOR_EVER, "echo not reached"]);
+    let id = job["job_id"].as_str().unwrap();
+    agent.post_job(&job).of_status(200);
+    agent.wait_for_log(id, RUNNING);
+    wire.cut_what_is_open();
+    let finished = agent.finish(id);
+    let commands = finished.commands();
+    let (output, exit_code) = &commands[0];
+    assert_eq!((*exit_code, finished.result()), (1, "failed"), "{commands:?}");
+    let told = output.strip_prefix("running\n").unwrap_or_default();
+    assert!(!told.trim().is_empty(), "no word why: {commands:?}");
+    assert_eq!(docker::left_of(&job), [""; 0]);
+}
