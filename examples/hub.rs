@@ -32,6 +32,11 @@ const COMMANDS: &str = "\
   drop [N]          close their connections
   cut [N]           answer half
   nonsense [N]      answer what is no JSON
+  page [N]          answer a page of somebody else
+  lost [N]          do it, and close their connections
+  once on|off       give out each job whole only once
+  lose              forget all logs
+  memory BYTES      take so much of each job's log, as its store estimates it
   away SECONDS      be away for so long
   quit";
 
@@ -103,6 +108,14 @@ fn obey(hub: &mut ControlPlane, words: &[&str]) -> Result<(), String> {
         ["drop", ..] => misbehave(hub, Fault::Drop, times(1)?),
         ["cut", ..] => misbehave(hub, Fault::Cut, times(1)?),
         ["nonsense", ..] => misbehave(hub, Fault::Nonsense, times(1)?),
+        ["page", ..] => misbehave(hub, Fault::Page, times(1)?),
+        ["lost", ..] => misbehave(hub, Fault::Lost, times(1)?),
+        ["once", on] => hub.set(|settings| settings.once = *on == "on"),
+        ["lose"] => hub.lose_logs(),
+        ["memory", _] => {
+            let memory = size(1)?;
+            hub.set(|settings| settings.memory = memory);
+        }
         ["away", _] => {
             let away = Duration::from_secs(number(1)?);
             hub.pause();

@@ -8,7 +8,7 @@ use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 use tokio::time::timeout;
 
-use crate::http_client::{HttpClients, parse_url};
+use crate::http_client::{HttpClients, parse_url, words_of_send_error};
 
 /// How long a platform may take to answer one callback.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -50,8 +50,9 @@ impl CallbackSender for HttpCallbacks {
         }
         let request = request.send_body(callback.body.clone());
         async {
-            let mut response =
-                request.await.map_err(|error| CallbackError::Failed(error.to_string()))?;
+            let mut response = request
+                .await
+                .map_err(|error| CallbackError::Failed(words_of_send_error(&error)))?;
             if !response.status().is_success() {
                 return Err(CallbackError::Failed(format!("the answer is {}", response.status())));
             }

@@ -12,6 +12,7 @@ use std::time::Duration;
 use actix_rt::net::TcpStream;
 use actix_service::Service;
 use actix_tls::connect::{ConnectError, ConnectInfo, Connection, Connector as TcpConnector};
+use awc::error::{ConnectError as ConnectorError, SendRequestError};
 use awc::http::{Uri, Version};
 use awc::{Client, Connector};
 use base64::Engine as _;
@@ -45,6 +46,13 @@ impl HttpClients {
         Self { patience, ..Self::default() }
     }
 
+    /// The same without the connections of these.
+    #[must_use]
+    pub fn afresh(&self) -> Self {
+        let Self { patience, ca_file, proxy, .. } = self;
+        Self { ca_file: ca_file.clone(), proxy: proxy.clone(), ..Self::new(*patience) }
+    }
+
     /// The client for `url`, which must be one of http or https.
     pub fn for_url(&self, url: &Uri) -> io::Result<&Client> {
         if url.scheme_str() != Some("https") {
@@ -68,6 +76,27 @@ impl HttpClients {
             None => connector.max_http_version(Version::HTTP_11),
         };
         Client::builder().connector(connector).timeout(self.patience).disable_redirects().finish()
+    }
+}
+
+/// Why a request could not be sent, or had no answer, in words of this program.
+pub fn words_of_send_error(error: &SendRequestError) -> String {
+    match error {
+        SendRequestError::Timeout | SendRequestError::Connect(ConnectorError::Timeout) => {
+            "there was no answer in time".into()
+        }
+        SendRequestError::Connect(ConnectorError::Disconnected)
+        | SendRequestError::Response(_)
+        | SendRequestError::Send(_) => "the connection was closed before an answer came".into(),
+        SendRequestError::Connect(error) => format!("it can't be reached: {error}"),
+        error => {
+            let words = error.to_string();
+            if words.contains("disconnected") {
+                "the connection was closed before an answer came".into()
+            } else {
+                words
+            }
+        }
     }
 }
 
@@ -132,6 +161,14 @@ impl Proxy {
     fn new(url: &str, direct: &str) -> Result<Self, &'static str> {
         let with_scheme =
             if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
+        // The host would end there, and what is a part of the password be taken for another one.
+        let after_scheme = with_scheme.split_once("://").map_or("", |(_, rest)| rest);
+        if let Some((before, after)) = after_scheme.split_once(['#', '/', '?'])
+            && !before.contains('@')
+            && after.contains('@')
+        {
+            return Err("a login must have `#`, `/` and `?` as %23, %2F and %3F");
+        }
         let url: Uri = with_scheme.parse().map_err(|_| "is no URL")?;
         if url.scheme_str() != Some("http") {
             return Err("only proxies that are reached by http: are known");
@@ -280,6 +317,12 @@ mod tests {
         assert_eq!(Proxy::new("proxy", "").unwrap().port, 80);
         assert!(Proxy::new("https://proxy", "").is_err());
         assert!(Proxy::new("http://", "").is_err());
+        for raw in
+            ["http://me:a#b@proxy", "me:a/b@proxy", "http://me:80/x?@proxy", "me:a?b@proxy:1"]
+        {
+            assert!(Proxy::new(raw, "").unwrap_err().contains("%23"), "{raw}");
+        }
+        assert_eq!(Proxy::new("http://me:a%23b@proxy/x@y", "").unwrap().host, "proxy");
     }
 
     #[test]

@@ -5,21 +5,22 @@ use std::fmt::Write as _;
 use std::rc::Rc;
 use std::time::Duration;
 
-use actors::job::{Job, JobId};
-use actors::job_request::{OnlyMap, WireRequest};
+use actors::job::{Job, JobId, Problem};
+use actors::job_request::{HubRequest, OnlyMap};
 use actors::ports::{HubApi, HubError};
 use actors::sync_protocol::{Answer, Report};
 use awc::ClientRequest;
 use awc::http::header;
-use awc::http::{Method, Uri};
+use awc::http::{Method, StatusCode, Uri};
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::config::Secret;
 use crate::config::start::is_url;
-use crate::http_client::{HttpClients, parse_url};
+use crate::http_client::{HttpClients, parse_url, words_of_send_error};
 use crate::serde_words::without_value;
 
 /// How long the control plane may take to answer one request.
@@ -28,6 +29,21 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// The largest job, and the largest of all other answers, in bytes.
 const LARGEST_JOB: usize = 64 << 20;
 const LARGEST_ANSWER: usize = 1 << 20;
+
+/// How much of a refusal is read, in bytes, for how long, and how much of it is shown, in characters.
+const LARGEST_REFUSAL: usize = 64 << 10;
+const LAST_WORDS: Duration = Duration::from_secs(5);
+const SHOWN: usize = 200;
+
+/// What an error of an answer begins with that had begun.
+const BROKE_OFF: &str = "the answer broke off";
+
+/// What control planes put in the place of secrets that they have given out (PROTOCOL: `GET /jobs/{id}`).
+const SANITIZED: &str = "{SANITIZED}";
+
+/// Why a job is not run whose secrets are gone.
+const LOST_SECRETS: &str = "the job's secrets were in an answer that got lost, or the job is larger than the control \
+                            plane's 4 MiB; it must be rerun";
 
 /// What the agent calls itself.
 pub const USER_AGENT: &str = concat!("SemaphoreAgent/", env!("CARGO_PKG_VERSION"));
@@ -107,11 +123,17 @@ impl Hub {
 }
 
 impl Shared {
-    fn request(&self, method: Method, path: &str, token: &str) -> Result<ClientRequest, HubError> {
+    fn request(
+        &self,
+        clients: &HttpClients,
+        method: Method,
+        path: &str,
+        token: &str,
+    ) -> Result<ClientRequest, HubError> {
         let failed = |why: String| HubError::Failed(why);
         let url = format!("{}{path}", self.base);
         let client =
-            self.clients.for_url(&self.base).map_err(|error| failed(format!("no TLS: {error}")))?;
+            clients.for_url(&self.base).map_err(|error| failed(format!("no TLS: {error}")))?;
         let token = header::HeaderValue::try_from(format!("Token {token}"))
             .map_err(|_| failed("the token can't stand in a header".into()))?;
         Ok(client
@@ -129,19 +151,46 @@ impl Shared {
         largest: usize,
     ) -> Result<Bytes, HubError> {
         let token = self.access_token.borrow().clone();
-        answer_to(self.request(method, path, &token)?, body, largest).await
+        let is_secret = is_url(&self.registration.name);
+        answer_to(self.request(&self.clients, method, path, &token)?, body, largest, is_secret)
+            .await
     }
 }
 
-async fn answer_to(request: ClientRequest, body: Bytes, largest: usize) -> Result<Bytes, HubError> {
-    let failed = |why: String| HubError::Failed(why);
-    let response = request.send_body(body).await.map_err(|error| failed(error.to_string()))?;
+/// What the control plane answers, its refusals in its own words. `is_secret` tells that these may hold the agent's
+/// name, which is a secret.
+async fn answer_to(
+    request: ClientRequest,
+    body: Bytes,
+    largest: usize,
+    is_secret: bool,
+) -> Result<Bytes, HubError> {
+    let response = request.send_body(body).await;
+    let response = response.map_err(|error| HubError::Failed(words_of_send_error(&error)))?;
     let mut response = response.timeout(PATIENCE);
     let status = response.status();
-    if !status.is_success() {
-        return Err(failed(format!("the answer is {status}")));
+    if status.is_success() {
+        let body = response.body().limit(largest).await;
+        return body.map_err(|error| HubError::Failed(format!("{BROKE_OFF}: {error}")));
     }
-    response.body().limit(largest).await.map_err(|error| failed(error.to_string()))
+    let text = match response.timeout(LAST_WORDS).body().limit(LARGEST_REFUSAL).await {
+        Ok(text) if !is_secret => {
+            String::from_utf8_lossy(&text).trim().chars().take(SHOWN).collect()
+        }
+        _ => String::new(),
+    };
+    let why = match text.as_str() {
+        "" => format!("the answer is {status}"),
+        text => format!("the answer is {status}: {text}"),
+    };
+    let says = |words: &str| text.to_ascii_lowercase().contains(words);
+    Err(match status {
+        _ if says("job not available") => HubError::JobGone,
+        _ if says("agent can't be registered") => HubError::NameTaken(why),
+        StatusCode::NOT_FOUND => HubError::NotFound(why),
+        StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY => HubError::Unusable(why),
+        _ => HubError::Failed(why),
+    })
 }
 
 /// Says what is wrong and where, but no value: it may be a secret.
@@ -161,6 +210,33 @@ fn decode_or<'de, T: Deserialize<'de>>(
         let why = format!("the answer is not understood: {path}: {what}");
         if error.inner().is_data() { unfit(why) } else { HubError::Failed(why) }
     })
+}
+
+/// Why a success is none.
+pub const SOMEBODY_ELSES: &str =
+    "the answer is a page of somebody else, as a portal in between gives it";
+
+/// Whether a server of the platform can have said this with its `200`: nothing, or JSON.
+pub fn is_own_answer(body: &[u8]) -> bool {
+    let body = body.trim_ascii();
+    body.is_empty() || serde_json::from_slice::<serde::de::IgnoredAny>(body).is_ok()
+}
+
+/// Whether the values of this job were overwritten. What its commands say is no value.
+fn lacks_its_secrets(body: &[u8]) -> bool {
+    fn holds(value: &Value) -> bool {
+        match value {
+            Value::String(text) => text == SANITIZED,
+            Value::Array(list) => list.iter().any(holds),
+            Value::Object(map) => map
+                .iter()
+                .any(|(key, value)| !matches!(key.as_str(), "directive" | "alias") && holds(value)),
+            _ => false,
+        }
+    }
+    // Most jobs don't have to be read twice.
+    memchr::memmem::find(body, SANITIZED.as_bytes()).is_some()
+        && serde_json::from_slice::<Value>(body).is_ok_and(|body| holds(&body))
 }
 
 fn encode(value: &impl Serialize) -> Bytes {
@@ -187,9 +263,19 @@ impl HubApi for Hub {
         let shared = Rc::clone(&self.shared);
         async move {
             let token = shared.registration_token.reveal();
-            let request = shared.request(Method::POST, "/register", token)?;
+            let request = shared.request(&shared.clients, Method::POST, "/register", token)?;
             let body = encode(&shared.registration);
-            let answer = answer_to(request, body, LARGEST_ANSWER).await?;
+            let is_secret = is_url(&shared.registration.name);
+            let answer = answer_to(request, body, LARGEST_ANSWER, is_secret).await;
+            let answer = answer.map_err(|error| match error {
+                HubError::NotFound(why) => HubError::Failed(format!(
+                    "{why} (as with an endpoint that is not the organization's host)"
+                )),
+                HubError::Failed(why) if why.contains("401") => {
+                    HubError::Failed(format!("{why} (as with a wrong registration token)"))
+                }
+                error => error,
+            })?;
             let answer = answer.trim_ascii();
             let registered: Registered =
                 if answer.is_empty() { Registered::default() } else { decode(answer)? };
@@ -214,9 +300,27 @@ impl HubApi for Hub {
         let shared = Rc::clone(&self.shared);
         let path = format!("/jobs/{}", percent_encoded(id.as_str()));
         async move {
-            let body = shared.ask(Method::GET, &path, Bytes::new(), LARGEST_JOB).await?;
-            let request: OnlyMap<WireRequest> = decode_or(HubError::Unusable, &body)?;
-            request.0.decode().map_err(|error| HubError::Unusable(error.to_string()))
+            // A connection of its own: an old one may be dead without this agent's knowledge, and a job is given
+            // out once only.
+            let clients = shared.clients.afresh();
+            let token = shared.access_token.borrow().clone();
+            let request = shared.request(&clients, Method::GET, &path, &token)?;
+            let is_secret = is_url(&shared.registration.name);
+            let body = answer_to(request, Bytes::new(), LARGEST_JOB, is_secret).await;
+            let body = body.map_err(|error| match error {
+                HubError::Failed(why) if why.starts_with(BROKE_OFF) => HubError::Unusable(why),
+                HubError::NotFound(why) => HubError::Failed(why),
+                error => error,
+            })?;
+            let request: OnlyMap<HubRequest> = decode_or(HubError::Unusable, &body)?;
+            let mut job =
+                request.0.decode().map_err(|error| HubError::Unusable(error.to_string()))?;
+            if lacks_its_secrets(&body) {
+                log::error!(job:% = job.id, why = LOST_SECRETS; "the job can't be run");
+                let problem = Problem { path: String::new(), message: LOST_SECRETS.into() };
+                (job.executor, job.ssh_keys) = (Err(vec![problem]), Ok(Vec::new()));
+            }
+            Ok(job)
         }
         .boxed_local()
     }
@@ -224,7 +328,13 @@ impl HubApi for Hub {
     fn disconnect(&self) -> LocalBoxFuture<'static, Result<(), HubError>> {
         let shared = Rc::clone(&self.shared);
         async move {
-            shared.ask(Method::POST, "/disconnect", Bytes::new(), LARGEST_ANSWER).await.map(drop)
+            let answer =
+                shared.ask(Method::POST, "/disconnect", Bytes::new(), LARGEST_ANSWER).await?;
+            if is_own_answer(&answer) {
+                Ok(())
+            } else {
+                Err(HubError::Failed(SOMEBODY_ELSES.into()))
+            }
         }
         .boxed_local()
     }

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use actors::job::{JobId, PushTarget};
@@ -18,11 +18,14 @@ use flate2::write::GzEncoder;
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 
-use crate::http_client::{HttpClients, parse_url};
-use crate::hub::{Hub, PATIENCE, USER_AGENT};
+use crate::http_client::{HttpClients, parse_url, words_of_send_error};
+use crate::hub::{Hub, PATIENCE, SOMEBODY_ELSES, USER_AGENT, is_own_answer};
 
 /// What a log server may answer, in bytes; it is not looked at.
 const LARGEST_ANSWER: usize = 1 << 20;
+
+/// How many undelivered logs are kept.
+const MOST_KEPT: usize = 100;
 
 /// How much of a log is read at once, in bytes.
 const READ: usize = 64 << 10;
@@ -42,6 +45,20 @@ impl HttpLogUplink {
     pub fn new(clients: Rc<HttpClients>, hub: Hub, kept: PathBuf) -> Self {
         Self { clients, hub, kept, compress: Rc::default() }
     }
+}
+
+/// Removes the oldest files of `directory` that are too many.
+fn remove_oldest(directory: &Path) -> io::Result<()> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        files.push((entry.metadata()?.modified()?, entry.path()));
+    }
+    files.sort();
+    for (_, path) in files.iter().take(files.len().saturating_sub(MOST_KEPT)) {
+        fs::remove_file(path)?;
+    }
+    Ok(())
 }
 
 fn read_lines(range: &LogRange, most_lines: u64, most_bytes: u64) -> io::Result<LogBatch> {
@@ -124,7 +141,10 @@ impl LogUplink for HttpLogUplink {
             }
             let response = request.send_body(body).await.map_err(|error| match error {
                 SendRequestError::Timeout => PushError::TimedOut,
-                error => failed(error.to_string()),
+                error @ SendRequestError::Connect(_) => {
+                    PushError::Away(words_of_send_error(&error))
+                }
+                error => failed(words_of_send_error(&error)),
             })?;
             let mut response = response.timeout(PATIENCE);
             let asked = response.headers().get_all(header::ACCEPT_ENCODING);
@@ -142,8 +162,12 @@ impl LogUplink for HttpLogUplink {
                     compress.set(false);
                     Err(failed(format!("the answer is {status}")))
                 }
-                status if status.is_success() => {
-                    body.map(drop).map_err(|error| failed(error.to_string()))
+                StatusCode::OK => {
+                    let body = body.map_err(|error| failed(error.to_string()))?;
+                    if is_own_answer(&body) { Ok(()) } else { Err(failed(SOMEBODY_ELSES.into())) }
+                }
+                status if status.is_server_error() => {
+                    Err(PushError::Away(format!("the answer is {status}")))
                 }
                 status => Err(failed(format!("the answer is {status}"))),
             }
@@ -164,7 +188,11 @@ impl LogUplink for HttpLogUplink {
             let path = self.kept.join(format!("{name}.{number}.jsonl"));
             match fs::hard_link(&log.path, &path) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                linked => return linked.map(|()| path),
+                linked => {
+                    linked?;
+                    remove_oldest(&self.kept)?;
+                    return Ok(path);
+                }
             }
         }
         Err(io::ErrorKind::AlreadyExists.into())

@@ -13,22 +13,59 @@ use std::time::Duration;
 use actix::prelude::*;
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
-use tokio::sync::Mutex;
-use tokio::time::{Instant, sleep_until};
+use tokio::sync::{Mutex, Notify};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::job::{EnvVar, InjectedFile};
+use crate::job::{EnvVar, InjectedFile, Job};
 use crate::log_buffer::{Append, LogBuffer, LogError};
-use crate::log_event::LogEvent;
+use crate::log_event::{LogEvent, MAX_OUTPUT_LINE, MAX_PUSHED_OUTPUT_LINE};
 use crate::ports::{
     ExecutorBackend, PreparationError, PreparationStep, Script, ScriptEnd, SessionEvent,
     ShellSession, StepError, StepLog,
 };
+use crate::push_delivery::target_of;
 use crate::terminal_text::{FULL_EVENT, TerminalText};
 
-/// How long output waits for more to share its event with: long enough for an event to be worth
-/// its overhead, short enough for somebody who watches.
-const GATHER: Duration = Duration::from_millis(8);
+/// How long somebody waits for output to be appended before writing to the log as well.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How output becomes events.
+#[derive(Clone, Copy, Debug)]
+pub struct OutputShape {
+    /// How long output waits for more to share its event with.
+    gather: Duration,
+    /// How much text is worth an event of its own while more keeps coming, in bytes.
+    full: usize,
+    /// Full lines are worth that the rest of a text waits for more.
+    shares_lines: bool,
+    /// The longest line of the log, in bytes.
+    pub max_line: usize,
+}
+
+impl OutputShape {
+    /// For readers who come at any time: long enough for an event to be worth its overhead, short enough for
+    /// somebody who watches.
+    pub const PULLED: Self = Self {
+        gather: Duration::from_millis(8),
+        full: FULL_EVENT,
+        shares_lines: false,
+        max_line: MAX_OUTPUT_LINE,
+    };
+
+    /// For a platform that sees nothing before the next batch, and times in whole seconds.
+    pub const PUSHED: Self = Self {
+        gather: Duration::from_secs(1),
+        full: MAX_PUSHED_OUTPUT_LINE,
+        shares_lines: true,
+        max_line: MAX_PUSHED_OUTPUT_LINE,
+    };
+
+    /// As the way of `job`'s log wants it.
+    pub fn for_job(job: &Job) -> Self {
+        if target_of(job).is_some() { Self::PUSHED } else { Self::PULLED }
+    }
+}
 
 /// Asks which steps bring up the place and open the session.
 #[derive(Clone, Copy, Debug, Message)]
@@ -81,6 +118,12 @@ pub struct RunCommand {
 #[rtype(result = "()")]
 pub struct Abort;
 
+/// Has the log get what was printed so far, before somebody else writes to it. The reply comes when it is there, or
+/// soon.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct FlushOutput;
+
 /// Takes what is still printed and drops it, until the shell has ended.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "()")]
@@ -122,9 +165,18 @@ impl From<PreparationError> for ExecutorError {
 pub struct Executor {
     work: Rc<Mutex<Work>>,
     aborted: CancellationToken,
+    flush: Rc<Flush>,
+}
+
+/// A wish that the running script's output be appended, and its fulfilment.
+#[derive(Debug, Default)]
+struct Flush {
+    asked: Notify,
+    done: Notify,
 }
 
 struct Work {
+    flush: Rc<Flush>,
     backend: Box<dyn ExecutorBackend>,
     session: Option<Box<dyn ShellSession>>,
     output: Output,
@@ -134,6 +186,7 @@ struct Work {
 struct Output {
     log: Addr<LogBuffer>,
     text: TerminalText,
+    shape: OutputShape,
     /// One event may be on its way while the terminal is read on: waiting for each before reading
     /// would leave the job waiting for its terminal.
     in_flight: Option<Request<LogBuffer, Append>>,
@@ -142,7 +195,18 @@ struct Output {
 impl Output {
     /// Sends the text collected so far; waits for all of it but the last event.
     async fn send(&mut self) -> Result<(), ExecutorError> {
-        for piece in self.text.take() {
+        let pieces = self.text.take();
+        self.send_all(pieces).await
+    }
+
+    /// Sends what fills whole lines of it.
+    async fn send_full(&mut self) -> Result<(), ExecutorError> {
+        let pieces = self.text.take_full();
+        self.send_all(pieces).await
+    }
+
+    async fn send_all(&mut self, pieces: Vec<String>) -> Result<(), ExecutorError> {
+        for piece in pieces {
             self.settle().await?;
             let append = Append { event: LogEvent::cmd_output(piece) };
             self.in_flight = Some(self.log.send(append));
@@ -177,10 +241,16 @@ impl StepLog for Output {
 
 impl Executor {
     /// An executor that appends output to `log`.
-    pub fn new(backend: Box<dyn ExecutorBackend>, log: Addr<LogBuffer>) -> Self {
-        let output = Output { log, text: TerminalText::default(), in_flight: None };
-        let work = Work { backend, session: None, output };
-        Self { work: Rc::new(Mutex::new(work)), aborted: CancellationToken::new() }
+    pub fn new(
+        backend: Box<dyn ExecutorBackend>,
+        log: Addr<LogBuffer>,
+        shape: OutputShape,
+    ) -> Self {
+        let text = TerminalText::new(shape.max_line);
+        let output = Output { log, text, shape, in_flight: None };
+        let flush = Rc::<Flush>::default();
+        let work = Work { flush: Rc::clone(&flush), backend, session: None, output };
+        Self { work: Rc::new(Mutex::new(work)), aborted: CancellationToken::new(), flush }
     }
 
     /// Runs `step` on the work, after what is at work already and until an abort.
@@ -246,13 +316,26 @@ impl Work {
                 biased;
                 () = aborted.cancelled() => return Err(ExecutorError::Aborted),
                 event = session.next_event() => Some(event),
+                () = self.flush.asked.notified() => {
+                    self.output.send().await?;
+                    self.output.settle().await?;
+                    self.flush.done.notify_one();
+                    due = None;
+                    continue;
+                }
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => None,
             };
             match event {
                 Some(SessionEvent::Output(bytes)) => {
                     self.output.text.push(&bytes);
-                    let since = *due.get_or_insert_with(|| Instant::now() + GATHER);
-                    if self.output.text.len() < FULL_EVENT && Instant::now() < since {
+                    let OutputShape { gather, full, shares_lines, .. } = self.output.shape;
+                    let now = Instant::now();
+                    let is_due = now >= *due.get_or_insert_with(|| now + gather);
+                    let is_full = self.output.text.len() >= full;
+                    if is_full && shares_lines {
+                        self.output.send_full().await?;
+                    }
+                    if !is_due && (shares_lines || !is_full) {
                         continue;
                     }
                 }
@@ -285,7 +368,7 @@ impl Handler<Prepare> for Executor {
 
     fn handle(&mut self, message: Prepare, _: &mut Self::Context) -> Self::Result {
         self.reply_with(async move |work: &mut Work, aborted: &CancellationToken| {
-            let Work { backend, session, output } = work;
+            let Work { backend, session, output, .. } = work;
             let prepared = backend.prepare(message.step, output);
             if let Some(opened) = unless_aborted(aborted, prepared).await? {
                 *session = Some(opened);
@@ -348,6 +431,20 @@ impl Handler<Discard> for Executor {
             }
         };
         Box::pin(discard.into_actor(self))
+    }
+}
+
+impl Handler<FlushOutput> for Executor {
+    type Result = ResponseActFuture<Self, ()>;
+
+    fn handle(&mut self, _: FlushOutput, _: &mut Self::Context) -> Self::Result {
+        let flush = Rc::clone(&self.flush);
+        let flushed = async move {
+            flush.asked.notify_one();
+            // Without a running script there is nothing to wait for.
+            let _ = timeout(FLUSH_PATIENCE, flush.done.notified()).await;
+        };
+        Box::pin(flushed.into_actor(self))
     }
 }
 

@@ -28,11 +28,14 @@ pub(crate) struct JobLog {
     /// Nobody writes any more.
     ended: Cell<bool>,
     crashed: CancellationToken,
+    /// The longest line of output, in bytes.
+    max_line: usize,
 }
 
 impl JobLog {
     /// Starts a log buffer, on a thread of its own unless nothing there can block.
-    pub(crate) fn start(spool: Box<dyn LogSpool>) -> Result<Self, LogError> {
+    /// No line of output has more than `max_line` bytes.
+    pub(crate) fn start(spool: Box<dyn LogSpool>, max_line: usize) -> Result<Self, LogError> {
         let spare = spool.reopen()?;
         let published = Published::default();
         let thread = spool.may_block().then(Arbiter::new);
@@ -50,6 +53,7 @@ impl JobLog {
             crash_told: Cell::new(false),
             ended: Cell::new(false),
             crashed,
+            max_line,
         })
     }
 
@@ -75,7 +79,7 @@ impl JobLog {
 
     /// Appends text of any length as output events.
     pub(crate) async fn append_output(&self, text: String) -> Result<(), LogError> {
-        for piece in cut_to_lines(text) {
+        for piece in cut_to_lines(text, self.max_line) {
             self.append(LogEvent::cmd_output(piece)).await?;
         }
         Ok(())

@@ -10,11 +10,12 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use bytes::Bytes;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::executor::{
-    Abort, Executor, ExecutorError, Export, GetPreparation, Inject, Prepare, RunCommand, ShownPath,
+    Abort, Executor, ExecutorError, Export, FlushOutput, GetPreparation, Inject, Prepare,
+    RunCommand, ShownPath,
 };
 use crate::job::{Command, EnvVar, Job, Outcome, Problem, VariableName};
 use crate::job_hooks::{HookFailure, HookPlace, HookRun, JobHooks};
@@ -106,7 +107,7 @@ impl JobSteps {
                 return Ok(outcome);
             }
         };
-        self.export(&Ok(job_result_variable(result))).await?;
+        self.export(&Ok(job_result_variable(result)), &[]).await?;
         self.commands_until_failure(&self.job.epilogue_always).await?;
         self.commands_until_failure(match result {
             Outcome::Passed => &self.job.epilogue_on_pass,
@@ -161,6 +162,8 @@ impl JobSteps {
             let seconds = patience.as_secs();
             log::error!(job:% = self.job.id, hook = command.title(), seconds; "a hook hangs");
             let line = format!("The hook took longer than {seconds} s, and is ended.\n");
+            // A crash of the executor shows in its reply to the hook.
+            let _ = self.executor.send(FlushOutput).await;
             self.log.append_output(line).await?;
             if place == HookPlace::Process {
                 self.containment.kill_foreground();
@@ -234,7 +237,7 @@ impl JobSteps {
     }
 
     async fn main_part(&self) -> Result<MainEnd, Interrupted> {
-        if !succeeded(&self.export(&self.job.environment).await?) {
+        if !succeeded(&self.export(&self.job.environment, &self.job.skipped_variables).await?) {
             return Ok(MainEnd::Failed);
         }
         if !succeeded(&self.inject_files().await?) {
@@ -254,7 +257,12 @@ impl JobSteps {
         })
     }
 
-    async fn export(&self, variables: &Result<Vec<EnvVar>, Vec<Problem>>) -> StepEnd {
+    /// `skipped` has the lines about variables that are left out.
+    async fn export(
+        &self,
+        variables: &Result<Vec<EnvVar>, Vec<Problem>>,
+        skipped: &[String],
+    ) -> StepEnd {
         self.step("Exporting environment variables", async {
             let variables = match variables {
                 Ok(variables) => variables,
@@ -262,6 +270,9 @@ impl JobSteps {
             };
             for variable in variables {
                 self.log.append_output(format!("Exporting {}\n", variable.name.as_str())).await?;
+            }
+            for line in skipped {
+                self.log.append_output(line.clone()).await?;
             }
             if variables.is_empty() {
                 return Ok(ScriptEnd::default());
@@ -334,7 +345,7 @@ impl JobSteps {
 
     /// Does `work` between its `cmd_started` and its `cmd_finished`, whatever happens in it.
     async fn step(&self, title: &str, work: impl Future<Output = StepEnd>) -> StepEnd {
-        let started_at = unix_time();
+        let (started_at, begun) = (unix_time(), Instant::now());
         self.check_interrupts()?;
         self.log.append(LogEvent::cmd_started(title)).await?;
         let end = work.await;
@@ -342,7 +353,9 @@ impl JobSteps {
             self.log.tell_crash(what).await;
         }
         let exit_code = end.as_ref().map_or(1, |end| end.exit_code);
-        self.log.append(LogEvent::cmd_finished(title, exit_code, started_at)).await?;
+        self.log
+            .append(LogEvent::cmd_finished(title, exit_code, started_at, begun.elapsed()))
+            .await?;
         end
     }
 

@@ -25,7 +25,7 @@ use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::delivery::{Delivery, JobDelivery};
-use crate::executor::{Discard, Executor};
+use crate::executor::{Discard, Executor, OutputShape};
 use crate::job::{Job, JobId, Outcome};
 pub use crate::job_hooks::{HookFailure, JobHooks, PostJobHook, PreJobHook};
 use crate::job_lifecycle::{JobLifecycle, StartRefused, StopDecision};
@@ -197,9 +197,11 @@ impl JobSupervisor {
     fn make_task(&mut self, job: Job, finished: Recipient<JobFinished>) -> Result<JobTask, String> {
         let JobParts { backend, containment, spool, jump_point } =
             self.factory.make(&job).map_err(|error| error.to_string())?;
-        let log = Rc::new(JobLog::start(spool).map_err(|error| error.to_string())?);
+        let shape = OutputShape::for_job(&job);
+        let log = JobLog::start(spool, shape.max_line).map_err(|error| error.to_string())?;
+        let log = Rc::new(log);
         let containment: Rc<dyn Containment> = Rc::from(containment);
-        let executor = Executor::new(backend, log.buffer()).start();
+        let executor = Executor::new(backend, log.buffer(), shape).start();
         let interrupts = Interrupts::default();
         let cut_short = CancellationToken::new();
         let hook_is_due = Rc::default();
@@ -350,7 +352,7 @@ impl AfterStop {
             }
         };
         let containment: Rc<dyn Containment> = Rc::from(containment);
-        let executor = Executor::new(backend, log.buffer()).start();
+        let executor = Executor::new(backend, log.buffer(), OutputShape::for_job(job)).start();
         let steps = JobSteps {
             job: Rc::clone(job),
             hooks: self.hooks,

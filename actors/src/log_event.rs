@@ -2,7 +2,7 @@
 //!
 //! The keys and their order are the protocol's (PROTOCOL: "Log events"); clients compare key sets.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
@@ -10,6 +10,10 @@ use crate::job::Outcome;
 
 /// The longest encoded output line, in bytes: readers commonly give up on lines of 64 KiB.
 pub const MAX_OUTPUT_LINE: usize = 60 * 1024;
+
+/// The same for logs that are pushed: larger events at a log's beginning use up the log server's budget early
+/// (PROTOCOL: "Log events").
+pub const MAX_PUSHED_OUTPUT_LINE: usize = 8000;
 
 /// Seconds since the epoch, now.
 pub fn unix_time() -> u64 {
@@ -77,15 +81,23 @@ impl LogEvent {
         Self::CmdOutput { timestamp: unix_time(), output: output.into() }
     }
 
-    /// A step that began at `started_at` ended, now.
-    pub fn cmd_finished(directive: impl Into<String>, exit_code: i32, started_at: u64) -> Self {
-        let now = unix_time();
+    /// A step that began at `started_at`, and took so long, ended now. If the clock was set meanwhile, the
+    /// duration counts.
+    pub fn cmd_finished(
+        directive: impl Into<String>,
+        exit_code: i32,
+        started_at: u64,
+        took: Duration,
+    ) -> Self {
+        let timestamp = unix_time();
+        let expected = started_at + took.as_secs();
+        let finished_at = if timestamp.abs_diff(expected) <= 1 { timestamp } else { expected };
         Self::CmdFinished {
-            timestamp: now,
+            timestamp,
             directive: directive.into(),
             exit_code,
             started_at,
-            finished_at: now,
+            finished_at,
         }
     }
 

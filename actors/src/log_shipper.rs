@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use tokio::sync::watch;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::job::PushTarget;
@@ -27,7 +27,13 @@ const MOST_LINES: u64 = 2000;
 const MOST_BYTES: u64 = 1 << 20;
 
 /// Requests that time out shrink to this and no further, in bytes.
-const FEWEST_BYTES: u64 = 64 << 10;
+const FEWEST_BYTES: u64 = 8 << 10;
+
+/// After so many batches in a row, larger ones are tried: each time one is too large for a slow line, it costs 5 s.
+const SEVERAL_SUCCESSES: u32 = 4;
+
+/// After an outage that was longer, the platform may have lost what it had.
+const OUTAGE: Duration = Duration::from_secs(1);
 
 /// After so many batches in a row, more lines are tried: each time it is too many costs a request.
 const MANY_SUCCESSES: u32 = 32;
@@ -92,7 +98,9 @@ impl Limits {
         let successes = self.successes + 1;
         let is_proven = successes.is_multiple_of(MANY_SUCCESSES);
         let lines = if is_proven { (self.lines * 2).min(MOST_LINES) } else { self.lines };
-        Self { lines, bytes: (self.bytes * 2).min(MOST_BYTES), successes }
+        let is_steady = successes.is_multiple_of(SEVERAL_SUCCESSES);
+        let bytes = if is_steady { (self.bytes * 2).min(MOST_BYTES) } else { self.bytes };
+        Self { lines, bytes, successes }
     }
 }
 
@@ -111,6 +119,21 @@ impl BackOff {
     }
 }
 
+/// Since when the platform has not answered as one that is well, and whether the log begins anew because of that.
+#[derive(Clone, Copy, Debug, Default)]
+struct Outage {
+    since: Option<Instant>,
+    begun_anew: bool,
+}
+
+impl Outage {
+    /// Whether it has just become a long one.
+    fn is_long_now(&mut self) -> bool {
+        let is_long = self.since.is_some_and(|since| since.elapsed() >= OUTAGE);
+        is_long && !std::mem::replace(&mut self.begun_anew, true)
+    }
+}
+
 fn random(milliseconds: std::ops::Range<u64>) -> Duration {
     Duration::from_millis(fastrand::u64(milliseconds))
 }
@@ -121,10 +144,15 @@ impl LogShipper {
         let mut limits = Limits::LARGEST;
         let mut back_off = BackOff::default();
         let mut fresh_token = false;
+        let mut outage = Outage::default();
         // One for all pauses: each is somebody whom the log buffer has to tell.
         let sealed = log.sealed();
         tokio::pin!(sealed);
         loop {
+            // The store behind the platform may have crashed. Sending from the first line on sets the whole log anew.
+            if outage.is_long_now() {
+                acknowledged.send_if_modified(|line| std::mem::take(line) > 0);
+            }
             let line = *acknowledged.borrow();
             let sent = match log.follow(line).await {
                 Ok(range) if range.start == range.end => {
@@ -146,7 +174,8 @@ impl LogShipper {
                     let line = line + lines;
                     acknowledged.send_replace(line);
                     limits = limits.after_success();
-                    (back_off, fresh_token) = (BackOff::default(), false);
+                    (back_off, fresh_token, outage) =
+                        (BackOff::default(), false, Outage::default());
                     let more = line < range.next_line;
                     if !range.sealed {
                         let pause = if more { SHORT_PAUSE } else { USUAL_PAUSE };
@@ -176,7 +205,14 @@ impl LogShipper {
                     continue;
                 }
                 // The platform cuts what takes longer than it waits, which looks like any failure.
-                PushError::TimedOut | PushError::Failed(_) => limits = limits.after_time_out(),
+                PushError::TimedOut | PushError::Failed(_)
+                    if limits.bytes > FEWEST_BYTES && lines > 1 =>
+                {
+                    limits = limits.after_time_out();
+                }
+                PushError::TimedOut | PushError::Failed(_) | PushError::Away(_) => {
+                    outage.since.get_or_insert_with(Instant::now);
+                }
                 PushError::Unauthorized => fresh_token = false,
                 PushError::TooLarge => {}
             }
@@ -222,7 +258,7 @@ mod tests {
             limits = limits.after_time_out();
         }
         assert_eq!(limits, Limits { bytes: FEWEST_BYTES, ..Limits::LARGEST });
-        for _ in 0..20 {
+        for _ in 0..40 {
             limits = limits.after_success();
         }
         assert_eq!((limits.lines, limits.bytes), (MOST_LINES, MOST_BYTES));

@@ -272,6 +272,9 @@ pub enum PushError {
     /// There was no answer in time.
     #[error("there was no answer in time")]
     TimedOut,
+    /// The log server can't be reached, or says that it is in trouble: it may have lost what it had.
+    #[error("{0}")]
+    Away(String),
     /// Anything else, which may pass.
     #[error("{0}")]
     Failed(String),
@@ -312,6 +315,22 @@ pub enum HubError {
     /// What it answered can't be used, and won't change.
     #[error("{0}")]
     Unusable(String),
+    /// It does not know the agent, or has no such page.
+    #[error("{0}")]
+    NotFound(String),
+    /// An agent of this name is registered. After a crash that ends within minutes.
+    #[error("{0}")]
+    NameTaken(String),
+    /// The job is not to be had any more, as one that was stopped before it ran.
+    #[error("the job is not available any more")]
+    JobGone,
+}
+
+impl HubError {
+    /// Whether it makes sense to ask again.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Failed(_) | Self::NotFound(_) | Self::NameTaken(_))
+    }
 }
 
 /// The control plane of an agent that asks for its jobs (PROTOCOL: "`agent start`: the self-hosted

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::job::{Job, Outcome};
 use crate::log_buffer::LogRange;
@@ -12,6 +12,9 @@ use crate::ports::{Callback, CallbackError, CallbackSender, LogUploads};
 
 /// How long to wait between two tries of a callback.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long all tries of one callback may take together (PROTOCOL: `agent serve`).
+const IN_ALL: Duration = Duration::from_mins(15);
 
 /// How long after the last broken transfer an archivator may come back.
 const COME_BACK: Duration = Duration::from_mins(10);
@@ -107,14 +110,18 @@ impl PullDelivery {
         let callback = Callback { url, token: job.callbacks.token.clone(), body };
         let job = &job.id;
         let mut tries = 0;
+        let give_up = Instant::now() + IN_ALL;
         loop {
             tries += 1;
-            match self.callbacks.send(&callback).await {
+            let sent = timeout_at(give_up, self.callbacks.send(&callback)).await;
+            let too_late = || Err(CallbackError::Failed("there was no answer in time".into()));
+            let has_time = Instant::now() + TRY_AGAIN < give_up;
+            match sent.unwrap_or_else(|_| too_late()) {
                 Ok(()) => {
                     log::info!(job:%, callback = what, tries; "callback sent");
                     return;
                 }
-                Err(CallbackError::Failed(why)) if tries < self.attempts => {
+                Err(CallbackError::Failed(why)) if tries < self.attempts && has_time => {
                     // Once, and not three hundred times.
                     let level = if tries == 1 { log::Level::Warn } else { log::Level::Debug };
                     log::log!(level, job:%, callback = what, why:%; "callback not taken, trying again");

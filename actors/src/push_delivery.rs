@@ -141,6 +141,8 @@ impl PushDelivery {
             return;
         };
         let uploaded = tokio::select! {
+            // One that is not wanted is done at once, however late it is.
+            biased;
             uploaded = self.uploads.upload(job, &whole, trimmed) => uploaded,
             () = self.time_is_up(job_ended) => Err("it took too long".to_owned()),
         };
@@ -152,7 +154,18 @@ impl PushDelivery {
     /// Resolves when the platform has not taken a line for too long.
     async fn no_progress(&self, acknowledged: &Acknowledged) {
         let mut progress = acknowledged.subscribe();
-        while let Ok(Ok(())) = timeout(WITHOUT_PROGRESS, progress.changed()).await {}
+        let mut last = *progress.borrow_and_update();
+        // Sending all of it anew, after an outage, is none.
+        let mut grown = async || {
+            while progress.changed().await.is_ok() {
+                let before = std::mem::replace(&mut last, *progress.borrow_and_update());
+                if last > before {
+                    return true;
+                }
+            }
+            false
+        };
+        while let Ok(true) = timeout(WITHOUT_PROGRESS, grown()).await {}
     }
 
     /// Resolves when it is time to leave what is not done.
@@ -182,7 +195,7 @@ impl PushDelivery {
         let whole = LogRange { path, start: 0, end, next_line, sealed };
         match self.uplink.keep(&job.id, &whole) {
             Ok(kept) => {
-                log::error!(job:% = job.id, events, bytes, kept:?; "a part of the job's log was not delivered");
+                log::error!(job:% = job.id, events, bytes, kept:% = kept.display(); "a part of the job's log was not delivered");
             }
             Err(error) => {
                 log::error!(job:% = job.id, events, bytes, error:%; "a part of the job's log was not delivered, and can't be kept");

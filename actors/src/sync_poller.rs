@@ -19,7 +19,9 @@ use crate::job_supervisor::{JobFinished, JobSupervisor, StartJob, StopJob, StopM
 use crate::log_event::unix_time;
 use crate::ports::{HubApi, HubError};
 use crate::push_delivery::{Urgency, target_of};
-use crate::sync_protocol::{Answer, Decision, Effect, Report, ShutdownReason, SyncProtocol};
+use crate::sync_protocol::{
+    AgentState, Answer, Decision, Effect, Report, ShutdownReason, SyncProtocol,
+};
 
 /// Tries, and the pauses between them (PROTOCOL: the self-hosted API).
 const REGISTER: Tries = Tries { most: 30, pause: Duration::from_secs(1) };
@@ -35,6 +37,18 @@ const LONGEST_PAUSE: u64 = 300_000;
 
 /// When to report again after a report that was not taken, in milliseconds.
 const AFTER_FAILURE: std::ops::Range<u64> = 1000..3000;
+
+/// While the agent's name is still taken, as after a crash, the registration is tried for so long, and the pauses double
+/// up to this.
+const NAME_TAKEN: Duration = Duration::from_mins(20);
+const LONGEST_NAME_PAUSE: Duration = Duration::from_secs(30);
+
+/// An agent that is not found so often in a row, and for so long, was deleted by the control plane.
+const NOT_FOUND: u32 = 3;
+const NOT_FOUND_FOR: Duration = Duration::from_secs(5);
+
+/// For so long a job's result is told at least, whatever the control plane is up to.
+const RESULT_PATIENCE: Duration = Duration::from_mins(15);
 
 /// An agent that nobody has heard of for so long has no business any more.
 const UNABLE_TO_SYNC: Duration = Duration::from_mins(10);
@@ -97,6 +111,14 @@ enum Registration {
     Over,
 }
 
+/// A report without an answer yet.
+struct Reporting {
+    answer: SpawnHandle,
+    sent: Instant,
+    /// Nothing comes with its answer that must not get lost: neither a job nor the word that a result is known.
+    is_replaceable: bool,
+}
+
 /// See the module.
 pub struct SyncPoller {
     hub: Rc<dyn HubApi>,
@@ -106,12 +128,20 @@ pub struct SyncPoller {
     urgency: watch::Sender<Urgency>,
     protocol: SyncProtocol,
     registration: Registration,
-    /// A report that is on its way, and when it was sent.
-    reporting: Option<(SpawnHandle, Instant)>,
+    /// A report that is on its way.
+    reporting: Option<Reporting>,
     /// There is more to tell as soon as that one is answered.
     more_to_tell: bool,
     next_report: Option<SpawnHandle>,
     last_taken: Instant,
+    /// How often in a row the agent was not found, and since when.
+    not_found: Option<(u32, Instant)>,
+    /// The control plane has deleted the agent, which registers anew when its job has ended.
+    is_forgotten: bool,
+    /// The agent is for one job only, which may be gone.
+    is_for_one_job: bool,
+    /// When the last job's result was first to be told.
+    result_since: Option<Instant>,
     /// A job that is on its way here.
     fetching: Option<SpawnHandle>,
     left: watch::Sender<Option<Left>>,
@@ -136,14 +166,24 @@ impl SyncPoller {
             more_to_tell: false,
             next_report: None,
             last_taken: Instant::now(),
+            not_found: None,
+            is_forgotten: false,
+            is_for_one_job: false,
+            result_since: None,
             fetching: None,
             left: watch::Sender::default(),
         }
     }
 
+    /// The same for an agent that is for one job only: it leaves if that is gone.
+    #[must_use]
+    pub fn for_one_job(self, is_for_one_job: bool) -> Self {
+        Self { is_for_one_job, ..self }
+    }
+
     fn register(&mut self, ctx: &mut Context<Self>) {
         let hub = Rc::clone(&self.hub);
-        let registered = async move { REGISTER.of("registration", || hub.register()).await };
+        let registered = async move { register(&*hub).await };
         ctx.spawn(registered.into_actor(self).map(|registered, this, ctx| match registered {
             Ok(()) if this.registration == Registration::Pending => {
                 log::info!("registered");
@@ -163,7 +203,7 @@ impl SyncPoller {
         if self.registration != Registration::Valid {
             return;
         }
-        if let Some((_, sent)) = self.reporting {
+        if let Some(Reporting { sent, .. }) = self.reporting {
             self.more_to_tell = true;
             let stale = (sent + STALE_REPORT).saturating_duration_since(Instant::now());
             ctx.run_later(stale, move |this, ctx| this.give_up_report(sent, ctx));
@@ -173,19 +213,23 @@ impl SyncPoller {
             ctx.cancel_future(timer);
         }
         let report = self.protocol.report();
+        let is_replaceable =
+            !matches!(report.state, AgentState::WaitingForJobs | AgentState::FinishedJob);
         let answer = self.hub.sync(&report);
         let answered = answer.into_actor(self);
         let answered = answered.map(move |answer, this, ctx| this.reported(&report, answer, ctx));
-        self.reporting = Some((ctx.spawn(answered), Instant::now()));
+        let (answer, sent) = (ctx.spawn(answered), Instant::now());
+        self.reporting = Some(Reporting { answer, sent, is_replaceable });
     }
 
     /// Tells what is new instead of waiting on for the answer to what is old.
     fn give_up_report(&mut self, sent: Instant, ctx: &mut Context<Self>) {
         if self.more_to_tell
-            && let Some((report, _)) = self.reporting.take_if(|(_, its)| *its == sent)
+            && let Some(Reporting { answer, .. }) =
+                self.reporting.take_if(|its| its.sent == sent && its.is_replaceable)
         {
             log::warn!("no answer to a report; there is a newer one");
-            ctx.cancel_future(report);
+            ctx.cancel_future(answer);
             self.more_to_tell = false;
             self.report(ctx);
         }
@@ -202,6 +246,7 @@ impl SyncPoller {
             Ok(answer) => {
                 log::debug!(state:? = sent.state, action = answer.action.as_str(); "reported");
                 self.last_taken = Instant::now();
+                self.not_found = None;
                 let pause = match answer.next_sync_after {
                     0 => fastrand::u64(USUAL_PAUSE),
                     asked => asked.clamp(SHORTEST_PAUSE, LONGEST_PAUSE),
@@ -210,7 +255,15 @@ impl SyncPoller {
             }
             Err(error) => {
                 log::warn!(error:%, state:? = sent.state; "report not taken");
-                let decision = if self.last_taken.elapsed() < UNABLE_TO_SYNC {
+                if self.is_deleted(&error) {
+                    return self.forgotten(ctx);
+                }
+                let is_result = sent.state == AgentState::FinishedJob;
+                let told_for = self.result_since.map(|since| since.elapsed());
+                let is_due = is_result
+                    && self.protocol.leaving().is_none()
+                    && told_for.is_some_and(|told| told < RESULT_PATIENCE);
+                let decision = if is_due || self.last_taken.elapsed() < UNABLE_TO_SYNC {
                     Decision::default()
                 } else if self.protocol.leaving().is_some() {
                     self.protocol.sync_failed()
@@ -230,6 +283,38 @@ impl SyncPoller {
         } else {
             let pause = Duration::from_millis(pause);
             self.next_report = Some(ctx.run_later(pause, Self::report));
+        }
+    }
+
+    /// Whether this error means that the control plane has deleted the agent.
+    fn is_deleted(&mut self, error: &HubError) -> bool {
+        if !matches!(error, HubError::NotFound(_)) {
+            self.not_found = None;
+            return false;
+        }
+        let (times, since) = self.not_found.unwrap_or_else(|| (0, Instant::now()));
+        self.not_found = Some((times + 1, since));
+        times + 1 >= NOT_FOUND
+            && since.elapsed() >= NOT_FOUND_FOR
+            && self.protocol.leaving().is_none()
+    }
+
+    /// Registers anew, as soon as no job runs: the control plane has failed it.
+    fn forgotten(&mut self, ctx: &mut Context<Self>) {
+        log::warn!("the control plane has deleted this agent, which registers anew");
+        (self.not_found, self.more_to_tell) = (None, false);
+        self.registration = Registration::Pending;
+        if let Some(fetching) = self.fetching.take() {
+            ctx.cancel_future(fetching);
+        }
+        if let Some(Effect::Stop(id)) = self.protocol.forgotten() {
+            self.stop(id, ctx);
+        }
+        if self.protocol.is_running() {
+            self.is_forgotten = true;
+        } else {
+            self.protocol.begin_anew();
+            self.register(ctx);
         }
     }
 
@@ -263,6 +348,14 @@ impl SyncPoller {
             this.fetching = None;
             match job.and_then(|job| this.fit(job, &id)) {
                 Ok(job) => this.start(job, ctx),
+                Err(HubError::JobGone) => {
+                    log::info!(job:% = id; "the job is not available any more");
+                    let mut decision = this.protocol.job_gone(&id);
+                    if this.is_for_one_job {
+                        decision = this.protocol.leave_soon(ShutdownReason::JobFinished);
+                    }
+                    this.act(decision, ctx);
+                }
                 Err(why) => this.give_up(&id, &why.to_string(), ctx),
             }
         });
@@ -356,13 +449,37 @@ impl Tries {
         loop {
             tries += 1;
             match ask().await {
-                Err(HubError::Failed(why)) if tries < self.most => {
-                    log::warn!(what, why:%, tries; "not done, trying again");
+                Err(error) if error.may_pass() && tries < self.most => {
+                    log::warn!(what, error:%, tries; "not done, trying again");
                 }
                 answer => return answer,
             }
             sleep(self.pause).await;
         }
+    }
+}
+
+/// Registers the agent. A name that is still taken is asked for until it is free.
+async fn register(hub: &dyn HubApi) -> Result<(), HubError> {
+    let (mut taken_since, mut pause) = (None::<Instant>, REGISTER.pause);
+    loop {
+        let once = || async {
+            match hub.register().await {
+                // No try like the others.
+                Err(error @ HubError::NameTaken(_)) => Ok(Err(error)),
+                registered => registered.map(Ok),
+            }
+        };
+        let error = match REGISTER.of("registration", once).await? {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        if taken_since.get_or_insert_with(Instant::now).elapsed() >= NAME_TAKEN {
+            return Err(error);
+        }
+        log::warn!(error:%; "the agent's name is still taken, as after a crash; trying again");
+        sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_NAME_PAUSE);
     }
 }
 
@@ -380,6 +497,11 @@ impl Handler<JobFinished> for SyncPoller {
     fn handle(&mut self, message: JobFinished, ctx: &mut Self::Context) {
         let JobFinished { id, outcome } = message;
         log::info!(job:% = id, outcome:%; "job finished");
+        if std::mem::take(&mut self.is_forgotten) {
+            self.protocol.begin_anew();
+            return self.register(ctx);
+        }
+        self.result_since = Some(Instant::now());
         let decision = self.protocol.job_over(&id, outcome);
         self.act(decision, ctx);
     }

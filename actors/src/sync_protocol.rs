@@ -46,30 +46,48 @@ pub enum AgentState {
     FinishedJob,
 }
 
-/// What the control plane answers to a [`Report`].
+/// What the control plane answers to a [`Report`]. One odd field makes nothing of the others worthless.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct Answer {
     /// What to do, in the protocol's words.
-    #[serde(deserialize_with = "null_is_empty")]
+    #[serde(deserialize_with = "lenient_text")]
     pub action: String,
     /// With which job.
-    #[serde(deserialize_with = "null_is_empty")]
+    #[serde(deserialize_with = "lenient_text")]
     pub job_id: String,
     /// Why to shut down.
-    #[serde(deserialize_with = "null_is_empty")]
+    #[serde(deserialize_with = "lenient_text")]
     pub shutdown_reason: String,
     /// When to report again, in milliseconds; 0 leaves it to the agent.
-    #[serde(deserialize_with = "null_is_empty")]
+    #[serde(deserialize_with = "lenient_milliseconds")]
     pub next_sync_after: u64,
 }
 
-fn null_is_empty<'de, D, T>(deserializer: D) -> Result<T, D::Error>
-where
-    D: serde::Deserializer<'de>,
-    T: Default + Deserialize<'de>,
-{
-    Ok(Option::<T>::deserialize(deserializer)?.unwrap_or_default())
+/// Text; empty for anything that is none.
+fn lenient_text<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    Ok(match serde_json::Value::deserialize(deserializer)? {
+        serde_json::Value::String(text) => text,
+        _ => String::new(),
+    })
+}
+
+/// A number of milliseconds, whole or not, as such or as text; 0 for anything that is none.
+fn lenient_milliseconds<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<u64, D::Error> {
+    let number = match serde_json::Value::deserialize(deserializer)? {
+        serde_json::Value::Number(number) => number.as_f64(),
+        serde_json::Value::String(text) => text.trim().parse().ok(),
+        _ => None,
+    };
+    let number = number.filter(|number: &f64| number.is_finite() && *number > 0.0);
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "saturates, and is positive"
+    )]
+    Ok(number.unwrap_or(0.0) as u64)
 }
 
 /// Why an agent ends.
@@ -266,6 +284,43 @@ impl SyncProtocol {
             }
             _ => Decision::NOTHING,
         }
+    }
+
+    /// The control plane has no such job any more: there is nothing to tell about it.
+    pub fn job_gone(&mut self, id: &JobId) -> Decision {
+        match &self.phase {
+            Phase::Starting { id: starting, .. } if starting == id => {
+                self.phase = Phase::Waiting;
+                match self.leaving {
+                    Some(reason) => Decision::with(Effect::Leave(reason)),
+                    None => Decision::sync(),
+                }
+            }
+            _ => Decision::NOTHING,
+        }
+    }
+
+    /// The control plane has forgotten the agent and failed its job: what is to be done before it registers anew, if
+    /// anything.
+    pub fn forgotten(&mut self) -> Option<Effect> {
+        match &mut self.phase {
+            Phase::Running { id, stopping } => {
+                let is_first = !std::mem::replace(stopping, true);
+                is_first.then(|| Effect::Stop(id.clone()))
+            }
+            Phase::Waiting | Phase::Starting { .. } | Phase::Finished { .. } => None,
+        }
+    }
+
+    /// Whether a job runs.
+    pub fn is_running(&self) -> bool {
+        matches!(self.phase, Phase::Running { .. })
+    }
+
+    /// The agent is registered anew: of a job that it had nobody wants to hear.
+    pub fn begin_anew(&mut self) {
+        self.phase = Phase::Waiting;
+        self.last = None;
     }
 
     /// The job can't be had, is none, or was stopped before it ran.

@@ -12,14 +12,27 @@ const EVENT_OVERHEAD: usize = 96;
 pub const FULL_EVENT: usize = 24 * 1024;
 
 /// Collects output until it is taken as events' texts.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct TerminalText {
+    /// The longest line of the log, in bytes.
+    max_line: usize,
     text: String,
     /// The bytes of an unfinished UTF-8 sequence, or a `\r`.
     held: Vec<u8>,
 }
 
+impl Default for TerminalText {
+    fn default() -> Self {
+        Self::new(MAX_OUTPUT_LINE)
+    }
+}
+
 impl TerminalText {
+    /// For a log whose lines have at most `max_line` bytes.
+    pub const fn new(max_line: usize) -> Self {
+        Self { max_line, text: String::new(), held: Vec::new() }
+    }
+
     /// Adds what the terminal gave.
     pub fn push(&mut self, bytes: &[u8]) {
         if self.held.is_empty() {
@@ -51,7 +64,14 @@ impl TerminalText {
     /// Takes everything that can be taken, cut so that each piece fits one log line.
     pub fn take(&mut self) -> Vec<String> {
         let text = std::mem::take(&mut self.text);
-        cut_to_lines(text)
+        cut_to_lines(text, self.max_line)
+    }
+
+    /// Takes only what fills whole lines; the rest may share one with what comes.
+    pub fn take_full(&mut self) -> Vec<String> {
+        let mut pieces = self.take();
+        self.text = pieces.pop().unwrap_or_default();
+        pieces
     }
 
     fn decode(&mut self, bytes: &[u8]) {
@@ -109,12 +129,12 @@ const fn encoded_len(byte: u8) -> usize {
 }
 
 /// Cuts text into pieces that fit one log line each.
-pub(crate) fn cut_to_lines(text: String) -> Vec<String> {
-    const BUDGET: usize = MAX_OUTPUT_LINE - EVENT_OVERHEAD;
+pub(crate) fn cut_to_lines(text: String, max_line: usize) -> Vec<String> {
+    let budget = max_line - EVENT_OVERHEAD;
     if text.is_empty() {
         return Vec::new();
     }
-    if text.len() * 6 <= BUDGET || text.bytes().map(encoded_len).sum::<usize>() <= BUDGET {
+    if text.len() * 6 <= budget || text.bytes().map(encoded_len).sum::<usize>() <= budget {
         return vec![text];
     }
     let mut pieces = Vec::new();
@@ -125,7 +145,7 @@ pub(crate) fn cut_to_lines(text: String) -> Vec<String> {
             1 => encoded_len(text.as_bytes()[at]),
             long => long,
         };
-        if used + needed > BUDGET {
+        if used + needed > budget {
             pieces.push(text[start..at].to_owned());
             (start, used) = (at, 0);
         }
@@ -215,7 +235,7 @@ mod tests {
         #[test]
         fn every_piece_fits_its_line(seed in prop::collection::vec(any::<char>(), 1..200), times in 1..2000usize) {
             let whole: String = seed.iter().collect::<String>().repeat(times);
-            let pieces = cut_to_lines(whole.clone());
+            let pieces = cut_to_lines(whole.clone(), MAX_OUTPUT_LINE);
             for piece in &pieces {
                 let mut line = Vec::new();
                 LogEvent::CmdOutput { timestamp: u64::MAX, output: piece.clone() }.encode(&mut line).unwrap();

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 use tokio::sync::{Notify, mpsc};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::job::{EnvVar, InjectedFile, Job};
 use crate::log_buffer::LogRange;
@@ -142,6 +142,8 @@ struct ScriptedState {
     hang_at_the_end: Cell<bool>,
     hang_in_upload: Cell<bool>,
     refused_callbacks: Cell<u32>,
+    /// How long a refusal takes.
+    callback_latency: Cell<Duration>,
     /// The last job's.
     spool: RefCell<MemorySpool>,
 }
@@ -193,6 +195,13 @@ impl ScriptedJob {
     #[must_use]
     pub fn refusing_callbacks(self, number: u32) -> Self {
         self.0.refused_callbacks.set(number);
+        self
+    }
+
+    /// Each refusal of a callback takes so long.
+    #[must_use]
+    pub fn answering_callbacks_after(self, latency: Duration) -> Self {
+        self.0.callback_latency.set(latency);
         self
     }
 
@@ -268,7 +277,14 @@ impl CallbackSender for ScriptedJob {
                 Err(CallbackError::Failed("500".to_owned()))
             }
         };
-        std::future::ready(taken).boxed_local()
+        let latency = self.0.callback_latency.get();
+        async move {
+            if taken.is_err() && !latency.is_zero() {
+                sleep(latency).await;
+            }
+            taken
+        }
+        .boxed_local()
     }
 }
 
@@ -360,7 +376,9 @@ impl ShellSession for ScriptedSession {
                 (text, Some((now + time, end(exit_code, ""))))
             }
             Reaction::StopFromInside(text, result) => (text, Some((now, end(130, result)))),
-            Reaction::EndShell(text) => (text, Some((now, SessionEvent::ShellEnded(String::new())))),
+            Reaction::EndShell(text) => {
+                (text, Some((now, SessionEvent::ShellEnded(String::new()))))
+            }
             Reaction::Hang(text) => (text, None),
         };
         if !text.is_empty() {

@@ -198,6 +198,7 @@ async fn steps_that_need_an_ended_shell_fail_at_once() {
     let rest = [
         "+ one",
         "bye\n",
+        "The job's shell has ended, so this counts as failed.\n",
         "- one 1",
         "+ Exporting environment variables",
         "Exporting SEMAPHORE_JOB_RESULT\n",
@@ -529,6 +530,22 @@ async fn the_end_is_logged_after_the_finished_callback_even_if_nobody_takes_it()
     let finished = r#"call f with {"result":"passed"}"#;
     assert_eq!(world.calls().iter().filter(|call| *call == finished).count(), 3);
     assert_eq!(summary(&world).last().unwrap(), "job passed");
+}
+
+#[actix::test]
+async fn callbacks_that_are_never_answered_hold_the_job_for_a_bounded_time() {
+    tokio::time::pause();
+    let latency = Duration::from_secs(30);
+    let world =
+        ScriptedJob::default().refusing_callbacks(u32::MAX).answering_callbacks_after(latency);
+    let agent = hosted(&world, 300, false);
+    let begun = tokio::time::Instant::now();
+    agent.submit("1").await.unwrap();
+    agent.until_sealed().await;
+    assert!(begun.elapsed() < Duration::from_mins(16), "{:?}", begun.elapsed());
+    let finished = r#"call f with {"result":"passed"}"#;
+    let tries = world.calls().iter().filter(|call| *call == finished).count();
+    assert!((20..31).contains(&tries), "{tries} tries");
 }
 
 #[actix::test]

@@ -22,6 +22,9 @@ const API: &str = "/api/v1/self_hosted_agents";
 /// Where logs go.
 const LOGS: &str = "/api/v1/logs/";
 
+/// What stands for a secret in a request that was given out before.
+pub const SANITIZED: &str = "{SANITIZED}";
+
 /// What one request is answered with instead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -35,6 +38,12 @@ pub enum Fault {
     Cut,
     /// Something that is no JSON, and nothing is done.
     Nonsense,
+    /// This status and the reason in words, and nothing is done.
+    Refuse(u16, &'static str),
+    /// Somebody else's page and a status of success, as of a network that wants a login; nothing is done.
+    Page,
+    /// Nothing: the connection is closed after it was done.
+    Lost,
 }
 
 /// Which fault a request meets, by itself and its number from 0 on.
@@ -53,6 +62,8 @@ pub struct Asked {
     pub body: Value,
     /// What it was answered; nothing as long as it is not.
     pub status: Option<u16>,
+    /// The other end of the connection, which is another one for each.
+    pub peer: Option<SocketAddr>,
 }
 
 impl Asked {
@@ -68,6 +79,7 @@ impl Asked {
             body: if is_log { None } else { serde_json::from_slice(body).ok() }.unwrap_or_default(),
             path,
             status: None,
+            peer: request.peer_addr(),
         }
     }
 
@@ -97,6 +109,10 @@ pub struct Settings {
     pub compression: bool,
     /// The token that agents register with.
     pub token: String,
+    /// Gives out each job whole only once: what is secret in it is overwritten then.
+    pub once: bool,
+    /// How much memory each job's log may take, in bytes as its store estimates them.
+    pub memory: usize,
 }
 
 impl Default for Settings {
@@ -108,6 +124,8 @@ impl Default for Settings {
             most_lines,
             compression: false,
             token: "dev".into(),
+            once: false,
+            memory: usize::MAX,
         }
     }
 }
@@ -124,6 +142,8 @@ pub struct HubJob {
     /// How often it was fetched.
     pub fetched: usize,
     stop: bool,
+    /// Its store has lost a part of the log, and knows nothing of that.
+    has_holes: bool,
 }
 
 impl HubJob {
@@ -336,6 +356,14 @@ impl ControlPlane {
         self.state.known().tokens += 1;
     }
 
+    /// The store of the logs crashes, and forgets all that it has acknowledged.
+    pub fn lose_logs(&self) {
+        for job in self.state.known().jobs.values_mut() {
+            job.log.clear();
+            job.has_holes = true;
+        }
+    }
+
     /// What is known now.
     pub fn look<T>(&self, look: impl FnOnce(&Known) -> T) -> T {
         look(&self.state.known())
@@ -392,14 +420,19 @@ async fn answer(request: HttpRequest, body: Bytes, state: Data<State>) -> HttpRe
             state.answered(number, 200);
             return HttpResponse::Ok().body("<html>{\"action\":");
         }
-        Some(Fault::Drop) => {
-            if let Some(stream) = request.conn_data::<Arc<TcpStream>>() {
-                let _ = stream.shutdown(Shutdown::Both);
-            }
-            return HttpResponse::Ok().finish();
+        Some(Fault::Refuse(status, why)) => {
+            state.answered(number, status);
+            let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            return HttpResponse::build(status).content_type("text/plain").body(why);
         }
+        Some(Fault::Page) => {
+            state.answered(number, 200);
+            let page = "<!DOCTYPE html>\n<html><body>Please log in</body></html>\n";
+            return HttpResponse::Ok().content_type("text/html").body(page);
+        }
+        Some(Fault::Drop) => return close(&request),
         Some(Fault::Delay(delay)) => actix_web::rt::time::sleep(delay).await,
-        Some(Fault::Cut) | None => {}
+        Some(Fault::Cut | Fault::Lost) | None => {}
     }
     let (status, answer) = if let Some(id) = path.strip_prefix(LOGS) {
         take_log(&state, id, &request, &body)
@@ -409,6 +442,9 @@ async fn answer(request: HttpRequest, body: Bytes, state: Data<State>) -> HttpRe
         (404, Value::Null)
     };
     state.answered(number, status);
+    if fault == Some(Fault::Lost) {
+        return close(&request);
+    }
     let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let mut response = HttpResponse::build(status);
     if state.settings().compression {
@@ -425,14 +461,22 @@ async fn answer(request: HttpRequest, body: Bytes, state: Data<State>) -> HttpRe
     response.json(answer)
 }
 
+/// The connection is closed without an answer.
+fn close(request: &HttpRequest) -> HttpResponse {
+    if let Some(stream) = request.conn_data::<Arc<TcpStream>>() {
+        let _ = stream.shutdown(Shutdown::Both);
+    }
+    HttpResponse::Ok().finish()
+}
+
 fn header_of<'a>(request: &'a HttpRequest, name: &str) -> &'a str {
     request.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
 }
 
 fn take_log(state: &State, id: &str, request: &HttpRequest, body: &[u8]) -> (u16, Value) {
-    let (quota, most_lines) = {
+    let (quota, memory, most_lines) = {
         let settings = state.settings();
-        (settings.log_quota, settings.most_lines)
+        (settings.log_quota, settings.memory, settings.most_lines)
     };
     let mut known = state.known();
     if header_of(request, "authorization") != format!("Bearer {}", log_token(&known)) {
@@ -459,11 +503,12 @@ fn take_log(state: &State, id: &str, request: &HttpRequest, body: &[u8]) -> (u16
     let Some(job) = known.jobs.get_mut(id) else {
         return (404, Value::Null);
     };
-    if start > job.log.len() || !text.ends_with(b"\n") {
+    if (start > job.log.len() && !job.has_holes) || !text.ends_with(b"\n") {
         return (400, Value::Null);
     }
+    let start = start.min(job.log.len());
     let size: usize = job.log[..start].iter().map(Vec::len).sum();
-    if size + text.len() > quota {
+    if size + text.len() > quota || memory_of(&job.log[..start]) > memory {
         return (422, Value::Null);
     }
     let already = job.log.len();
@@ -476,6 +521,22 @@ fn take_log(state: &State, id: &str, request: &HttpRequest, body: &[u8]) -> (u16
         }
     }
     (200, Value::Null)
+}
+
+/// What the store takes these lines for: it keeps them in nodes of 8 KiB at most, unless one line is
+/// larger, and estimates all from the first five.
+fn memory_of(lines: &[Vec<u8>]) -> usize {
+    const NODE: usize = 8 << 10;
+    const SAMPLED: usize = 5;
+    let mut nodes: Vec<usize> = Vec::new();
+    for line in lines {
+        match nodes.last_mut() {
+            Some(node) if *node + line.len() <= NODE => *node += line.len(),
+            _ => nodes.push(line.len()),
+        }
+    }
+    let sampled = nodes.len().clamp(1, SAMPLED);
+    nodes.iter().take(sampled).sum::<usize>() * nodes.len() / sampled
 }
 
 fn tell_event(state: &State, id: &str, event: &Value) {
@@ -530,9 +591,29 @@ fn serve_agent(
                 let url = format!("http://{}{LOGS}{id}", state.address);
                 request["logger"] = json!({ "method": "push", "url": url, "token": token });
             }
+            if state.settings().once && job.fetched > 1 {
+                sanitize(&mut request);
+            }
             (200, request)
         }
         _ => (404, Value::Null),
+    }
+}
+
+/// Overwrites what is secret in a request that was given out before.
+fn sanitize(part: &mut Value) {
+    match part {
+        Value::Object(fields) => {
+            for (name, field) in fields {
+                if field.is_string() && ["value", "content", "token"].contains(&name.as_str()) {
+                    *field = SANITIZED.into();
+                } else {
+                    sanitize(field);
+                }
+            }
+        }
+        Value::Array(parts) => parts.iter_mut().for_each(sanitize),
+        _ => {}
     }
 }
 

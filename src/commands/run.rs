@@ -19,7 +19,7 @@ use crate::cli::{Output, RunArgs};
 use crate::docker::DockerConfig;
 use crate::executors::shell::ShellConfig;
 use crate::exit_code::Exit;
-use crate::job_file::{self, Source};
+use crate::job_file::{self, Source, UnknownFields};
 use crate::jobs::Jobs;
 use crate::render::{Renderer, Style};
 use crate::signals::Signals;
@@ -42,7 +42,8 @@ pub fn run(args: &RunArgs) -> Exit {
     }
     log.init();
     let source = Source::from(args.file.as_path());
-    let file = match job_file::read(&source) {
+    let unknown_fields = if args.lenient { UnknownFields::Warned } else { UnknownFields::Refused };
+    let file = match job_file::read(&source, unknown_fields) {
         Ok(file) => file,
         Err(error) => return refuse(&error),
     };
@@ -75,7 +76,7 @@ fn start(args: &RunArgs, job: Job) -> io::Result<Outcome> {
     let shell = ShellConfig::from_env()?;
     let path = args.state_dir.clone().unwrap_or_else(|| StateDir::default_path(&shell.home));
     let state = StateDir::open(&path).map_err(io::Error::other)?;
-    System::new().block_on(supervise(job, state, shell, style(args.output)))
+    System::new().block_on(supervise(job, state, shell, args))
 }
 
 fn style(asked: Option<Output>) -> Style {
@@ -92,13 +93,14 @@ async fn supervise(
     job: Job,
     state: StateDir,
     shell: ShellConfig,
-    style: Style,
+    args: &RunArgs,
 ) -> io::Result<Outcome> {
     let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
     let stops = Signals::heeded(&kinds)?;
     let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
     let config = Config { grace: GRACE, ..Config::default() };
-    let docker = DockerConfig::of(&shell);
+    let socket = args.docker_socket.unwrap_or_default();
+    let docker = DockerConfig { socket, ..DockerConfig::of(&shell) };
     let jobs = Jobs { state, shell, docker, metrics: metrics.clone(), jump_point: None };
     let supervisor = JobSupervisor::new(Box::new(jobs), metrics, config).start();
     let (finished, outcome) = FinishedOnce::ask();
@@ -109,7 +111,7 @@ async fn supervise(
         .map_err(io::Error::other)?;
 
     let stopping = actix::spawn(pass_on(stops, supervisor.clone()));
-    let shown = show_log(&supervisor, style).await;
+    let shown = show_log(&supervisor, style(args.output)).await;
     let outcome = outcome.await.map(|finished| finished.outcome).map_err(io::Error::other);
     stopping.abort();
     shown?;

@@ -21,6 +21,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::agent_log::AgentLogConfig;
+use crate::commands::check_clock;
 use crate::commands::run::{GRACE, refuse, tell};
 use crate::commands::serve::{fail, leave_at_once};
 use crate::config::start::{StartConfig, StartOptions, is_url};
@@ -68,6 +69,9 @@ pub fn start(options: StartOptions) -> Exit {
         // Nobody is left to be told if that fails.
         let _ = io::stdout().write_all(needs.config.printed.as_bytes());
         return Exit::Success;
+    }
+    if let Err(error) = check_clock() {
+        return fail(&error);
     }
     let state = match StateDir::open(&needs.config.state_dir) {
         Ok(state) => state,
@@ -134,7 +138,7 @@ fn registration(config: &StartConfig) -> Registration {
     );
     Registration {
         name: config.name.clone(),
-        version: env!("CARGO_PKG_VERSION"),
+        version: concat!("v", env!("CARGO_PKG_VERSION")),
         pid: std::process::id(),
         os,
         arch: std::env::consts::ARCH,
@@ -193,6 +197,7 @@ impl Agent {
             docker: DockerConfig {
                 files: config.files.clone(),
                 fail_on_missing_files: config.fail_on_missing_files,
+                socket: config.docker_socket,
                 ..DockerConfig::of(&shell)
             },
             shell,
@@ -201,8 +206,8 @@ impl Agent {
         };
         let supervisor = JobSupervisor::new(Box::new(jobs), metrics, job_config).start();
         log::info!(endpoint = config.endpoint.as_str(), version = env!("CARGO_PKG_VERSION"); "starting");
-        let poller =
-            SyncPoller::new(Rc::new(hub), supervisor.clone(), config.variables, urgency).start();
+        let poller = SyncPoller::new(Rc::new(hub), supervisor.clone(), config.variables, urgency);
+        let poller = poller.for_one_job(!config.job_id.is_empty()).start();
 
         let Some((left, crashed)) = live(&poller, &supervisor, &mut ends).await else {
             return Ok(leave_at_once(Exit::Failure));

@@ -125,7 +125,8 @@ fn a_job_runs_from_its_request_to_its_log() {
     let agent = Hosted::start(&World::new());
     let finished = agent.run_to_end(&job("1", &["echo hi", "exit 3", "echo never"]));
     assert_eq!(finished.result(), "failed");
-    assert_eq!(finished.commands(), [("hi\n".into(), 0), (String::new(), 1)]);
+    let reason = "The job's shell has ended (exit code 3), so this counts as failed.\n";
+    assert_eq!(finished.commands(), [("hi\n".into(), 0), (reason.into(), 1)]);
 }
 
 #[test]

@@ -138,6 +138,7 @@ interruption-grace-period: 60 # flag
 env-vars: ["ONE=…","EMPTY=…"] # {file}
 files: ["/a:/b"] # {file}
 fail-on-missing-files: false # default
+docker-socket: always # default
 upload-job-logs: never # default
 keep-daemons: false # default
 log-delivery-timeout: 900 # default

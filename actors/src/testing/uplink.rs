@@ -56,6 +56,8 @@ struct UplinkState {
     world: ScriptedJob,
     reply: RefCell<Decide>,
     latency: Cell<Duration>,
+    /// How many bytes it gets in a second; 0 for any number.
+    rate: Cell<u32>,
     refused_refreshes: Cell<u32>,
     pushes: RefCell<Vec<Push>>,
     lines: RefCell<Vec<Bytes>>,
@@ -69,6 +71,7 @@ impl ScriptedUplink {
             world: world.clone(),
             reply: RefCell::new(Box::new(|_| Reply::Taken)),
             latency: Cell::default(),
+            rate: Cell::default(),
             refused_refreshes: Cell::default(),
             pushes: RefCell::default(),
             lines: RefCell::default(),
@@ -84,6 +87,16 @@ impl ScriptedUplink {
     /// Every reply takes so long.
     pub fn take(&self, latency: Duration) {
         self.0.latency.set(latency);
+    }
+
+    /// The line to it takes so many bytes in a second, and it cuts off what takes longer than 5 s.
+    pub fn slow_down(&self, bytes_per_second: u32) {
+        self.0.rate.set(bytes_per_second);
+    }
+
+    /// Its store crashes, and has nothing any more.
+    pub fn forget(&self) {
+        self.0.lines.borrow_mut().clear();
     }
 
     /// The next so many tokens are not given out; the others are called `fresh`.
@@ -107,7 +120,20 @@ impl ScriptedUplink {
     }
 }
 
+/// How long the log server waits for all of a batch.
+const CUT_OFF: Duration = Duration::from_secs(5);
+
 impl UplinkState {
+    /// How long so many bytes are on their way.
+    fn time_for(&self, bytes: usize) -> Duration {
+        match (self.rate.get(), u32::try_from(bytes)) {
+            (0, _) => Duration::ZERO,
+            (rate, bytes) => {
+                Duration::from_secs_f64(f64::from(bytes.unwrap_or(u32::MAX)) / f64::from(rate))
+            }
+        }
+    }
+
     /// Puts the lines where they belong, and drops what was there and after.
     fn store(&self, first_line: u64, batch: &[u8]) {
         let mut lines = self.lines.borrow_mut();
@@ -167,6 +193,13 @@ impl LogUplink for ScriptedUplink {
             let latency = this.latency.get();
             if latency > Duration::ZERO {
                 sleep(latency).await;
+            }
+            let on_its_way = this.time_for(push.bytes);
+            if on_its_way > Duration::ZERO {
+                sleep(on_its_way.min(CUT_OFF)).await;
+            }
+            if on_its_way > CUT_OFF {
+                return Err(PushError::Failed("connection reset".to_owned()));
             }
             if !matches!(reply, Reply::Refused(_)) {
                 this.store(first_line, &batch.bytes);

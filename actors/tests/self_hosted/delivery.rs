@@ -145,7 +145,7 @@ async fn what_has_all_been_delivered_is_not_trimmed() {
 
 #[actix::test]
 async fn batches_that_time_out_shrink_and_grow_again() {
-    let agent = Agent::with_job(vec![Reaction::End(text(4 << 20), 0)]);
+    let agent = Agent::with_job(vec![Reaction::End(text(8 << 20), 0)]);
     let mut large = 0;
     agent.uplink.reply(unless(PushError::TimedOut, move |push| {
         large += u32::from(push.bytes > 200_000);

@@ -12,4 +12,6 @@ mod crashes;
 mod delivery;
 mod giving_up;
 mod leaving;
+mod outages;
+mod reporting;
 mod support;

@@ -193,7 +193,7 @@ pub(crate) fn shutdown(reason: &str) -> Answer {
 
 /// The log server is away.
 pub(crate) fn away() -> Reply {
-    Reply::Refused(PushError::Failed("connection refused".to_owned()))
+    Reply::Refused(PushError::Away("connection refused".to_owned()))
 }
 
 /// The log server takes what `fits`, and refuses the rest for this reason.

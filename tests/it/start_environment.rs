@@ -1,0 +1,127 @@
+//! What jobs of a control plane have in their environment, and where people find it.
+
+use std::fs;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::support::control_plane::Known;
+use crate::support::docker;
+use crate::support::hosted::{Hosted, job};
+use crate::support::self_hosted::{Hub, SOON, SelfHosted};
+use crate::support::{World, base64, job_of};
+
+const SHOW_PAGERS: &str = r#"echo "$PAGER,$GIT_PAGER""#;
+
+fn with_variables(mut job: Value, variables: &[(&str, &str)]) -> Value {
+    let named =
+        |(name, value): &(&str, &str)| json!({ "name": name, "value": base64(value.as_bytes()) });
+    job["env_vars"] = variables.iter().map(named).collect();
+    job
+}
+
+#[test]
+fn a_variable_that_no_shell_can_hold_is_skipped_and_shown() {
+    let hub = Hub::start(SOON);
+    let world = World::new();
+    let agent = SelfHosted::start(&world, &hub);
+    let odd = ["my-param", "1ST", "two words", "a.b", "ünï", "", "line\nend", "A;touch ~/never"];
+    let variables: Vec<_> = odd.iter().map(|name| (*name, "canary")).collect();
+    let variables = [&[("FIRST", "1"), ("ZZ", "2")], &variables[..]].concat();
+    let request = with_variables(job("1", &["echo \"$FIRST$ZZ\"; env"]), &variables);
+    let finished = hub.run(&request);
+    assert_eq!(finished.result(), "passed", "{finished:#?}");
+    assert!(finished.output().starts_with("12\n") && !finished.output().contains("canary"));
+    let (title, exported, code) = &finished.steps()[0];
+    assert_eq!((title.as_str(), *code), ("Exporting environment variables", 0));
+    assert!(exported.contains("Exporting FIRST\n") && exported.contains("Exporting ZZ\n"));
+    for name in ["my-param", "1ST", "two words", "a.b"] {
+        assert!(!exported.contains(&format!("Exporting {name}\n")), "{exported}");
+        let told = exported.lines().find(|line| line.contains(name));
+        assert!(told.is_some(), "{name} is not there: {exported}");
+    }
+    assert!(!format!("{finished:?}{}", agent.own_log()).contains("canary"));
+    assert!(!world.home().join("never").exists());
+}
+
+#[test]
+fn a_value_in_the_place_of_a_name_is_not_shown() {
+    let hub = Hub::start(SOON);
+    let world = World::new();
+    let _agent = SelfHosted::start(&world, &hub);
+    let finished = hub.run(&with_variables(job("1", &["true"]), &[("KEY=canary", "x")]));
+    assert_eq!(finished.result(), "passed", "{finished:#?}");
+    assert!(!format!("{finished:?}").contains("canary"), "{finished:#?}");
+    assert!(finished.steps()[0].1.contains("KEY"), "{finished:#?}");
+}
+
+#[test]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
+fn in_containers_a_variable_that_no_shell_can_hold_is_skipped_too() {
+    let hub = Hub::start(SOON);
+    let world = World::new();
+    let _agent = SelfHosted::start(&world, &hub);
+    let request = docker::job("bash", &["echo \"$FIRST\""]);
+    let id = request["job_id"].as_str().unwrap().to_owned();
+    hub.queue(with_variables(request, &[("FIRST", "1"), ("my-param", "canary")]));
+    let finished = hub.finish(&id);
+    assert_eq!((finished.result(), finished.output()), ("passed", "1\n".to_owned()));
+}
+
+#[test]
+fn no_pager_waits_for_a_key_in_a_job() {
+    let hub = Hub::start(SOON);
+    let world = World::new();
+    let _agent = SelfHosted::start(&world, &hub);
+    let finished = hub.run(&job("1", &[SHOW_PAGERS, "bash -c 'echo $PAGER'"]));
+    assert_eq!(finished.output(), "cat,cat\ncat\n");
+    // They are nobody's variables.
+    assert_eq!(finished.steps()[0].1, "");
+    let set = with_variables(job("2", &[SHOW_PAGERS]), &[("PAGER", "most"), ("GIT_PAGER", "more")]);
+    assert_eq!(hub.run(&set).output(), "most,more\n");
+    fs::write(world.home().join(".bash_profile"), "export PAGER=less GIT_PAGER=less\n").unwrap();
+    assert_eq!(hub.run(&job("3", &[SHOW_PAGERS])).output(), "less,less\n");
+}
+
+#[test]
+fn the_pager_of_the_agents_own_environment_is_heeded() {
+    let hub = Hub::start(SOON);
+    let world = World::new();
+    let _agent = SelfHosted::start_with(&world, &hub, |command| {
+        command.env("PAGER", "most").env("GIT_PAGER", "more");
+    });
+    assert_eq!(hub.run(&job("1", &[SHOW_PAGERS])).output(), "most,more\n");
+}
+
+#[test]
+fn git_shows_a_long_history_to_its_end() {
+    let hub = Hub::start(SOON);
+    let world = World::new();
+    let _agent = SelfHosted::start_with(&world, &hub, |command| {
+        command.env("LESS", "");
+    });
+    let commits = "for i in {1..100}; do git -c user.name=a -c user.email=b commit -q --allow-empty -m $i; done";
+    let id = hub.queue(job("1", &["stty rows 24", "git init -q r && cd r", commits, "git log"]));
+    let shows = |known: &Known| known.jobs["1"].result.clone();
+    let result = hub.wait_for(Duration::from_secs(40), shows);
+    assert_eq!(result.as_deref(), Some("passed"), "the pager waits");
+    assert_eq!(hub.finish(&id).result(), "passed");
+}
+
+#[test]
+fn no_pager_waits_in_a_job_from_a_file_or_a_platform() {
+    let finished = World::new().run(&job_of(&[SHOW_PAGERS]));
+    assert_eq!(finished.output(), "cat,cat\n");
+    let agent = Hosted::start(&World::new());
+    agent.post_job(&job("1", &[SHOW_PAGERS])).of_status(200);
+    agent.wait_for_log("1", "job_finished");
+    let log = agent.get("/jobs/1/log").text();
+    assert!(log.contains(r#""output":"cat,cat\n""#), "{log}");
+}
+
+#[test]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
+fn no_pager_waits_in_a_container() {
+    let finished = World::new().run(&docker::job("bash", &[SHOW_PAGERS]).to_string());
+    assert_eq!(finished.output(), "cat,cat\n");
+}
