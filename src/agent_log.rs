@@ -111,7 +111,7 @@ impl Drop for AgentLog {
 }
 
 fn line_of(record: &Record<'_>) -> String {
-    let now = humantime::format_rfc3339_millis(SystemTime::now());
+    let now = humantime::format_rfc3339_millis(SystemTime::now().max(SystemTime::UNIX_EPOCH));
     let mut line = format!("{now} {:5} {}", record.level(), escaped(&record.args().to_string()));
     // Fails only if writing to a string did.
     let _ = record.key_values().visit(&mut KeyValues(&mut line));

@@ -9,9 +9,12 @@ use semaphore_agent::commands;
 use semaphore_agent::docker::watch;
 use semaphore_agent::exit_code::Exit;
 use semaphore_agent::job_init;
+use semaphore_agent::signals;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    // It works without, too.
+    let _ = signals::survive_file_size_limits();
     let exit = match cli.command {
         Command::Run(args) => commands::run::run(&args),
         Command::Serve(options) => commands::serve::serve(*options),

@@ -263,10 +263,10 @@ mod tests {
         vec![
             LogEvent::job_started(),
             LogEvent::cmd_started(OWN_STEPS[0]),
-            LogEvent::cmd_finished(OWN_STEPS[0], 0, 0),
+            LogEvent::cmd_finished(OWN_STEPS[0], 0, 0, Duration::ZERO),
             LogEvent::cmd_started("make\nmake test"),
             LogEvent::cmd_output("\x1b[31mred\x1b[0m\nno newline"),
-            LogEvent::cmd_finished("make\nmake test", 2, 0),
+            LogEvent::cmd_finished("make\nmake test", 2, 0, Duration::ZERO),
             LogEvent::job_finished(actors::job::Outcome::Failed),
         ]
     }

@@ -5,6 +5,14 @@ use std::task::Poll;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use crate::sys;
+
+/// Has a full file fail the write that it is full for, instead of ending this process. What it starts is ended by that
+/// signal as ever.
+pub fn survive_file_size_limits() -> io::Result<()> {
+    sys::survive_file_size_limits()
+}
+
 /// Some kinds of signals.
 #[derive(Debug)]
 pub struct Signals(Vec<Signal>);

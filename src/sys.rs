@@ -118,6 +118,13 @@ fn reset() -> io::Result<()> {
     Ok(sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?)
 }
 
+/// Has a write beyond this process's limit for files fail like any other, instead of ending the process.
+pub(crate) fn survive_file_size_limits() -> io::Result<()> {
+    // SAFETY: ignores the signal, so no handler can run.
+    unsafe { nix::sys::signal::signal(Signal::SIGXFSZ, SigHandler::SigIgn) }?;
+    Ok(())
+}
+
 /// Watches a file, such as a terminal, for being readable or writable.
 pub(crate) fn watch(file: File) -> io::Result<AsyncFd<File>> {
     // SAFETY: a `File` owns its descriptor and answers the same one as long as it lives, and the

@@ -78,13 +78,18 @@ pub(super) fn app(
     app.default_service(web::to(not_found))
 }
 
+/// How much of a request's method and path stands in the agent's own log, in bytes.
+const SHOWN: usize = 200;
+
 /// Checks who asks, and notes the request in the agent's log.
 async fn guarded(
     request: ServiceRequest,
     next: Next<impl MessageBody + 'static>,
 ) -> Result<ServiceResponse<BoxBody>, Error> {
     let began = Instant::now();
-    let (method, path) = (request.method().clone(), request.path().to_owned());
+    // Long ones would push everything else out of the log.
+    let shown = |text: &str| text[..text.floor_char_boundary(SHOWN)].to_owned();
+    let (method, path) = (shown(request.method().as_str()), shown(request.path()));
     let peer = request.peer_addr().map_or_else(String::new, |peer| peer.to_string());
     let answer = match unauthorized(&request) {
         Some(refusal) => request.into_response(refusal),

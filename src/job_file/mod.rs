@@ -108,8 +108,17 @@ pub enum JobFileError {
     },
 }
 
+/// What becomes of fields that no job has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UnknownFields {
+    /// They are problems: a misspelt `commands` would be a job that passes without doing anything.
+    Refused,
+    /// They are told, and ignored.
+    Warned,
+}
+
 /// Reads and checks a job.
-pub fn read(from: &Source) -> Result<JobFile, JobFileError> {
+pub fn read(from: &Source, unknown_fields: UnknownFields) -> Result<JobFile, JobFileError> {
     let text = read_text(from)?;
     if text.trim().is_empty() {
         return Err(JobFileError::Empty { from: from.clone() });
@@ -124,28 +133,54 @@ pub fn read(from: &Source) -> Result<JobFile, JobFileError> {
         Some(line) => format!("{from}:{line}"),
         None => from.to_string(),
     };
+    unknown.retain(|path| !is_of_another_tool(path));
     let replaced = request.replaced_variables();
-    let unknown_told =
-        unknown.iter().map(|path| format!("{}: unknown field {}", place(path), described(path)));
-    let replaced_told = replaced.iter().map(|index| {
+    let unknown_told: Vec<_> = unknown
+        .iter()
+        .take(MOST_TOLD + 1)
+        .map(|path| format!("{}: unknown field {}", place(path), described(path)))
+        .collect();
+    let is_refused = unknown_fields == UnknownFields::Refused && !unknown.is_empty();
+    let replaced_told = replaced.iter().take(MOST_TOLD + 1).map(|index| {
         let path = [Segment::key("env_vars"), Segment::Index(*index), Segment::key("name")];
         let name = request.variable_name(*index).escape_debug().to_string();
         let place = place(&path);
         format!("{place}: variable `{name}` is set again further down; the last one wins")
     });
-    let all = unknown.len() + replaced.len();
-    let warnings = first_of(all, unknown_told.chain(replaced_told), from);
-
+    let replaced_told: Vec<_> = replaced_told.collect();
     let invalid = |what: Vec<String>| JobFileError::Invalid { what };
     let job = request.decode().map_err(|error| invalid(vec![format!("{from}: {error}")]))?;
-    let problems = job.problems().count();
-    if problems > 0 {
-        let told = job
-            .problems()
-            .map(|problem| format!("{}: {problem}", place(&Segment::parse(&problem.path))));
-        return Err(invalid(first_of(problems, told, from)));
+    let mut problems: Vec<_> = job
+        .problems()
+        .take(MOST_TOLD + 1)
+        .map(|problem| format!("{}: {problem}", place(&Segment::parse(&problem.path))))
+        .collect();
+    let mut count = job.problems().count();
+    if !job.has_commands() {
+        problems.push(format!(
+            "{from}: the job has no command: `commands` must be a list of at least one"
+        ));
+        count += 1;
     }
+    if count > 0 || is_refused {
+        let refused = if is_refused { unknown_told } else { Vec::new() };
+        let all = count + if is_refused { unknown.len() } else { 0 };
+        let mut what = first_of(all, refused.into_iter().chain(problems), from);
+        if is_refused {
+            what.push(format!(
+                "{from}: `--lenient` ignores unknown fields; those that begin with `x-` are free"
+            ));
+        }
+        return Err(invalid(what));
+    }
+    let all = unknown.len() + replaced.len();
+    let warnings = first_of(all, unknown_told.into_iter().chain(replaced_told), from);
     Ok(JobFile { job, warnings })
+}
+
+/// Whether a field is one that tools may put into any part of a job for themselves.
+fn is_of_another_tool(path: &[Segment]) -> bool {
+    path.iter().any(|segment| matches!(segment, Segment::Key(key) if key.starts_with("x-")))
 }
 
 /// The first of `all` lines, and how many there are besides.
@@ -298,6 +333,8 @@ file:
     mode: '644'
 comands: []
 entirely_else: 1
+commands:
+  - directive: 'true'
 ";
 
     const JSON: &str = r#"{
@@ -312,11 +349,13 @@ entirely_else: 1
     fn read_str(text: &str) -> Result<JobFile, JobFileError> {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), text).unwrap();
-        read(&Source::File(file.path().to_owned())).map_err(|error| match error {
-            JobFileError::Invalid { what } => {
-                JobFileError::Invalid { what: what.iter().map(|line| after_name(line)).collect() }
+        read(&Source::File(file.path().to_owned()), UnknownFields::Warned).map_err(|error| {
+            match error {
+                JobFileError::Invalid { what } => JobFileError::Invalid {
+                    what: what.iter().map(|line| after_name(line)).collect(),
+                },
+                other => other,
             }
-            other => other,
         })
     }
 
@@ -340,6 +379,29 @@ entirely_else: 1
             ]
         );
         assert_eq!(warnings(JSON), ["6: unknown field `commands[1].alais`; did you mean `alias`?"]);
+    }
+
+    #[test]
+    fn unknown_fields_are_refused_unless_they_are_asked_for() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), JSON).unwrap();
+        let error =
+            read(&Source::File(file.path().to_owned()), UnknownFields::Refused).unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.contains(":6: unknown field `commands[1].alais`; did you mean `alias`?"),
+            "{error}"
+        );
+        assert!(error.contains("--lenient"), "{error}");
+        let free = JSON.replace("alais", "x-mine");
+        std::fs::write(file.path(), free).unwrap();
+        read(&Source::File(file.path().to_owned()), UnknownFields::Refused).unwrap();
+    }
+
+    #[test]
+    fn a_job_without_a_command_is_refused() {
+        let error = read_str("job_id: '1'\ncommands: []\n").unwrap_err().to_string();
+        assert!(error.contains("has no command"), "{error}");
     }
 
     #[test]

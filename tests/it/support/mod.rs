@@ -1,5 +1,6 @@
 //! Runs the real binary in a world of its own: a private HOME, a private state directory.
 
+pub mod changed_shell;
 #[path = "../../../examples/hub/control_plane.rs"]
 #[expect(dead_code, reason = "the example uses all of it")]
 pub mod control_plane;
@@ -262,6 +263,23 @@ pub fn lives_with(marker: &str) -> Vec<String> {
         }
     }
     found
+}
+
+/// If a test fails, all that has this marker in its environment is killed.
+pub struct KilledOnFailure(pub String);
+
+impl Drop for KilledOnFailure {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        for found in lives_with(&self.0) {
+            let pid = found.split(' ').next().and_then(|path| path.strip_prefix("/proc/"));
+            let pid = pid.and_then(|pid| pid.parse().ok()).map(Pid::from_raw);
+            // Some end by themselves meanwhile.
+            let _ = pid.map(|pid| kill(pid, Signal::SIGKILL));
+        }
+    }
 }
 
 /// The keys of a configuration file, those that are commented out included.

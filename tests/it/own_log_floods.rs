@@ -1,0 +1,87 @@
+//! Who has no token does not decide what stays in the agent's own log, nor does what jobs print.
+
+use std::fs;
+use std::io::{BufReader, Write as _};
+
+use serde_json::json;
+
+use crate::support::World;
+use crate::support::hosted::{Answer, Hosted, encode_request, good_authorization, job};
+
+/// The size at which the log is rotated: two of that are kept.
+const SIZE: usize = 200_000;
+
+/// What must not be pushed out.
+const WORTH_KEEPING: &str = "job torn down job=1";
+
+/// An agent with a small log in which something is worth keeping.
+fn start(world: &World) -> Hosted {
+    let agent = Hosted::start_with(world, |command| {
+        command.env("SEMAPHORE_AGENT_LOG_MAX_SIZE", SIZE.to_string());
+    });
+    agent.run_to_end(&job("1", &["true"]));
+    agent
+}
+
+/// The file and the one before.
+fn kept(world: &World) -> String {
+    let path = world.home().with_file_name("agent_log");
+    let old = fs::read_to_string(path.with_extension("1")).unwrap_or_default();
+    old + &fs::read_to_string(path).unwrap()
+}
+
+/// Asks on one connection, or on a new one if the agent has closed it.
+fn ask_often(agent: &Hosted, times: usize, request: &[u8]) {
+    let mut connection = BufReader::new(agent.connect());
+    for _ in 0..times {
+        let asked = connection.get_mut().write_all(request);
+        if asked.is_err() || Answer::read_from(&mut connection, "GET").is_err() {
+            connection = BufReader::new(agent.connect());
+        }
+    }
+}
+
+#[test]
+fn long_requests_without_a_token_push_nothing_out() {
+    let filler = "x".repeat(30_000);
+    for (method, path) in [("GET", format!("/{filler}").as_str()), (filler.as_str(), "/jobs")] {
+        let world = World::new();
+        let agent = start(&world);
+        ask_often(&agent, 30, &encode_request(method, path, &[], b""));
+        agent.get("/status").of_status(200);
+        let log = kept(&world);
+        assert!(log.contains(WORTH_KEEPING), "{} bytes are left", log.len());
+        let longest = log.lines().map(str::len).max().unwrap();
+        assert!(longest < 4000, "a line of {longest} bytes");
+    }
+}
+
+#[test]
+fn long_requests_with_a_token_are_noted_in_short_lines_too() {
+    let world = World::new();
+    let agent = start(&world);
+    let path = format!("/jobs/{}/log", "x".repeat(30_000));
+    let headers = [("Authorization", good_authorization())];
+    ask_often(&agent, 30, &encode_request("GET", &path, &headers, b""));
+    agent.get("/status").of_status(200);
+    let longest = kept(&world).lines().map(str::len).max().unwrap();
+    assert!(longest < 4000, "a line of {longest} bytes");
+}
+
+#[test]
+fn what_a_host_setup_command_prints_pushes_nothing_out() {
+    let world = World::new();
+    let agent = start(&world);
+    let mut request = job("2", &["true"]);
+    request["executor"] = "dockercompose".into();
+    let setup = json!([{ "directive": "seq 1000000 1100000; exit 3" }]);
+    let containers = json!([{ "name": "main", "image": "agent-test/bash" }]);
+    request["compose"] = json!({ "containers": containers, "host_setup_commands": setup });
+    // The command fails before any engine is asked for.
+    let finished = agent.run_to_end(&request);
+    assert_eq!(finished.result(), "failed");
+    let log = kept(&world);
+    assert!(log.contains(WORTH_KEEPING), "{} bytes are left", log.len());
+    // The end of what it printed is somewhere, to find out why it failed.
+    assert!(log.contains("1100000") || finished.output().contains("1100000"), "{log}");
+}
