@@ -212,7 +212,7 @@ fn decode_or<'de, T: Deserialize<'de>>(
     })
 }
 
-/// Why a success is none.
+/// Why a `200` is not taken for the platform's.
 pub const SOMEBODY_ELSES: &str =
     "the answer is a page of somebody else, as a portal in between gives it";
 

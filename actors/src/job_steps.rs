@@ -430,7 +430,7 @@ impl JobSteps {
     }
 }
 
-/// What the log says when a step's shell has ended.
+/// The log's line for a step whose shell has ended.
 fn shell_ended(how: &str) -> String {
     let how = if how.is_empty() { String::new() } else { format!(" ({how})") };
     format!("The job's shell has ended{how}, so this counts as failed.\n")

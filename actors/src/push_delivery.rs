@@ -155,7 +155,7 @@ impl PushDelivery {
     async fn no_progress(&self, acknowledged: &Acknowledged) {
         let mut progress = acknowledged.subscribe();
         let mut last = *progress.borrow_and_update();
-        // Sending all of it anew, after an outage, is none.
+        // Starting again from line 0 after an outage is no progress.
         let mut grown = async || {
             while progress.changed().await.is_ok() {
                 let before = std::mem::replace(&mut last, *progress.borrow_and_update());

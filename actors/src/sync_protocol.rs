@@ -46,7 +46,7 @@ pub enum AgentState {
     FinishedJob,
 }
 
-/// What the control plane answers to a [`Report`]. One odd field makes nothing of the others worthless.
+/// The control plane's answer to a [`Report`]. A field with an odd value counts as absent; the others still count.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct Answer {
@@ -64,7 +64,7 @@ pub struct Answer {
     pub next_sync_after: u64,
 }
 
-/// Text; empty for anything that is none.
+/// Reads a string; any other value becomes an empty one.
 fn lenient_text<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     Ok(match serde_json::Value::deserialize(deserializer)? {
         serde_json::Value::String(text) => text,
@@ -72,7 +72,7 @@ fn lenient_text<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Str
     })
 }
 
-/// A number of milliseconds, whole or not, as such or as text; 0 for anything that is none.
+/// Reads a number of milliseconds, also with a fraction or as a string; any other value becomes 0.
 fn lenient_milliseconds<'de, D: serde::Deserializer<'de>>(
     deserializer: D,
 ) -> Result<u64, D::Error> {

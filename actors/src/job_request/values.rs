@@ -14,7 +14,7 @@ use crate::job::{EnvVar, InjectedFile, Problems, VariableName};
 raw!(RawEnvVar { name: String, value: String });
 raw!(RawFile { path: String, content: String, mode: String });
 
-/// What names a request's variables may have.
+/// Which names the variables of a request may have.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Names {
     /// A shell's; any other is a problem.
@@ -25,7 +25,7 @@ pub(super) enum Names {
     Container,
 }
 
-/// What became of a request's variables.
+/// The decoded variables of a request.
 pub(super) struct Environment {
     /// Sorted by name.
     pub(super) variables: Vec<EnvVar>,
