@@ -104,7 +104,7 @@ async fn measure_all(part: &str) -> Result<()> {
         ("serve: archived to `teardown_finished`, ms", Box::pin(async { hosted::teardown(place) })),
         ("serve: stop to `finished`, ms", Box::pin(async { hosted::stop(place) })),
         (
-            "serve: GET last 10 of 500,000 events, ms",
+            "serve: GET last 10 of 30,000 events, ms",
             Box::pin(async { hosted::last_events(place, 1, 1.0) }),
         ),
         (
