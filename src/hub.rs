@@ -35,9 +35,6 @@ const LARGEST_REFUSAL: usize = 64 << 10;
 const LAST_WORDS: Duration = Duration::from_secs(5);
 const SHOWN: usize = 200;
 
-/// What an error of an answer begins with that had begun.
-const BROKE_OFF: &str = "the answer broke off";
-
 /// What control planes put in the place of secrets that they have given out (PROTOCOL: `GET /jobs/{id}`).
 const SANITIZED: &str = "{SANITIZED}";
 
@@ -171,7 +168,7 @@ async fn answer_to(
     let status = response.status();
     if status.is_success() {
         let body = response.body().limit(largest).await;
-        return body.map_err(|error| HubError::Failed(format!("{BROKE_OFF}: {error}")));
+        return body.map_err(|error| HubError::BrokeOff(error.to_string()));
     }
     let text = match response.timeout(LAST_WORDS).body().limit(LARGEST_REFUSAL).await {
         Ok(text) if !is_secret => {
@@ -187,6 +184,7 @@ async fn answer_to(
     Err(match status {
         _ if says("job not available") => HubError::JobGone,
         _ if says("agent can't be registered") => HubError::NameTaken(why),
+        StatusCode::UNAUTHORIZED => HubError::Unauthorized(why),
         StatusCode::NOT_FOUND => HubError::NotFound(why),
         StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY => HubError::Unusable(why),
         _ => HubError::Failed(why),
@@ -271,7 +269,7 @@ impl HubApi for Hub {
                 HubError::NotFound(why) => HubError::Failed(format!(
                     "{why} (as with an endpoint that is not the organization's host)"
                 )),
-                HubError::Failed(why) if why.contains("401") => {
+                HubError::Unauthorized(why) => {
                     HubError::Failed(format!("{why} (as with a wrong registration token)"))
                 }
                 error => error,
@@ -308,7 +306,7 @@ impl HubApi for Hub {
             let is_secret = is_url(&shared.registration.name);
             let body = answer_to(request, Bytes::new(), LARGEST_JOB, is_secret).await;
             let body = body.map_err(|error| match error {
-                HubError::Failed(why) if why.starts_with(BROKE_OFF) => HubError::Unusable(why),
+                error @ HubError::BrokeOff(_) => HubError::Unusable(error.to_string()),
                 HubError::NotFound(why) => HubError::Failed(why),
                 error => error,
             })?;

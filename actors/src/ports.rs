@@ -315,6 +315,12 @@ pub enum HubError {
     /// What it answered can't be used, and won't change.
     #[error("{0}")]
     Unusable(String),
+    /// Its answer began and broke off.
+    #[error("the answer broke off: {0}")]
+    BrokeOff(String),
+    /// It does not accept the agent's token.
+    #[error("{0}")]
+    Unauthorized(String),
     /// It does not know the agent, or has no such page.
     #[error("{0}")]
     NotFound(String),
@@ -329,7 +335,7 @@ pub enum HubError {
 impl HubError {
     /// Whether it makes sense to ask again.
     pub fn may_pass(&self) -> bool {
-        matches!(self, Self::Failed(_) | Self::NotFound(_) | Self::NameTaken(_))
+        !matches!(self, Self::Unusable(_) | Self::JobGone)
     }
 }
 
