@@ -2,13 +2,14 @@
 //! (PROTOCOL: "Job logs as an artifact").
 
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::process_group::run_for;
+use crate::state_dir::StateDir;
 use actors::job::Job;
 use actors::log_buffer::LogRange;
 use actors::log_event::LogEvent;
@@ -60,6 +61,8 @@ impl UploadCondition {
 pub struct ArtifactUploads {
     /// What the program gets besides the job's token; without the agent's secrets.
     pub environment: Vec<(OsString, OsString)>,
+    /// Where the text of a log is put while it is uploaded.
+    pub state: StateDir,
     /// From how many bytes on a log is compressed.
     pub compression_size: u64,
     /// The same for all jobs; nothing if each job says it.
@@ -82,15 +85,13 @@ impl ArtifactUploads {
 
     async fn push(&self, job: &Job, log: &LogRange) -> Result<(), String> {
         let range = log.clone();
+        let directory = self.state.make_job_dir().map_err(|error| error.to_string())?;
+        let path = directory.scratch();
         let compression_size = self.compression_size;
-        let written = actix_rt::task::spawn_blocking(move || {
-            let directory = TemporaryDirectory::beside(&range.path)?;
-            let file = write_text(&range, &directory.0, compression_size)?;
-            io::Result::Ok((directory, file))
-        });
+        let written =
+            actix_rt::task::spawn_blocking(move || write_text(&range, &path, compression_size));
         let written = written.await.map_err(|error| error.to_string())?;
-        let (_directory, file) =
-            written.map_err(|error| format!("its text can't be written: {error}"))?;
+        let file = written.map_err(|error| format!("its text can't be written: {error}"))?;
 
         let mut command = Command::new("artifact");
         let compressed = file.extension().is_some_and(|extension| extension == "gz");
@@ -141,33 +142,16 @@ impl LogUploads for ArtifactUploads {
     }
 }
 
-/// Gone with this value.
-struct TemporaryDirectory(PathBuf);
-
-impl TemporaryDirectory {
-    /// In the job's own directory, which nobody else can look into.
-    fn beside(log: &Path) -> io::Result<Self> {
-        let path = log.with_file_name("artifact");
-        fs::create_dir(&path)?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for TemporaryDirectory {
-    fn drop(&mut self) {
-        crate::state_dir::remove(&self.0);
-    }
-}
-
 /// Writes directives and outputs, compressed if the text is as long as that.
 fn write_text(log: &LogRange, directory: &Path, compression_size: u64) -> io::Result<PathBuf> {
     let plain = directory.join("job_logs.txt");
     let mut text = BufWriter::new(File::create_new(&plain)?);
-    for line in BufReader::new(File::open(&log.path)?).lines() {
-        match LogEvent::decode(line?.as_bytes())? {
-            LogEvent::CmdStarted { directive, .. } => writeln!(text, "{directive}")?,
-            LogEvent::CmdOutput { output, .. } => text.write_all(output.as_bytes())?,
-            _ => {}
+    for line in BufReader::new(log.reader()).split(b'\n') {
+        match LogEvent::decode(&line?) {
+            Ok(LogEvent::CmdStarted { directive, .. }) => writeln!(text, "{directive}")?,
+            Ok(LogEvent::CmdOutput { output, .. }) => text.write_all(output.as_bytes())?,
+            // A job can write to its own log; what is no event is not the agent's.
+            Ok(_) | Err(_) => {}
         }
     }
     let size = text.into_inner()?.metadata()?.len();

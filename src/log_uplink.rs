@@ -1,8 +1,8 @@
 //! Reads logs from their spools and sends them to the platform (PROTOCOL: "Pushing logs").
 
 use std::cell::Cell;
-use std::fs::{self, DirBuilder, File};
-use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::fs::{self, DirBuilder};
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -62,9 +62,7 @@ fn remove_oldest(directory: &Path) -> io::Result<()> {
 }
 
 fn read_lines(range: &LogRange, most_lines: u64, most_bytes: u64) -> io::Result<LogBatch> {
-    let mut file = File::open(&range.path)?;
-    file.seek(SeekFrom::Start(range.start))?;
-    let mut file = file.take(range.end - range.start);
+    let mut file = range.reader();
     let mut bytes = Vec::new();
     // What is known to be whole lines, and how many.
     let (mut lines, mut end) = (0, 0);
@@ -186,7 +184,7 @@ impl LogUplink for HttpLogUplink {
         let name: String = job.as_str().chars().filter(is_plain).take(100).collect();
         for number in 1.. {
             let path = self.kept.join(format!("{name}.{number}.jsonl"));
-            match fs::hard_link(&log.path, &path) {
+            match log.source.keep_as(&path) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 linked => {
                     linked?;
@@ -201,25 +199,33 @@ impl LogUplink for HttpLogUplink {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use actors::ports::LogSpool as _;
 
-    fn range(path: PathBuf, start: u64, end: u64) -> LogRange {
-        LogRange { path, start, end, next_line: 0, sealed: true }
+    use super::*;
+    use crate::spool::FileSpool;
+
+    fn spool(directory: &Path, text: &str) -> FileSpool {
+        let mut spool = FileSpool::create(directory.join("log")).unwrap();
+        spool.append(text.as_bytes()).unwrap();
+        spool
+    }
+
+    fn range(spool: &FileSpool, start: u64, end: u64) -> LogRange {
+        LogRange { source: spool.source(), start, end, next_line: 0, sealed: true }
     }
 
     #[test]
     fn batches_are_whole_lines_within_both_limits() {
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("log");
         let lines: Vec<String> =
             (0..5000).map(|i| format!("{i}{}\n", "x".repeat(i * 37 % 90_000))).collect();
         let whole = lines.concat();
-        fs::write(&path, &whole).unwrap();
+        let spool = spool(directory.path(), &whole);
         for (most_lines, most_bytes) in [(2000, 1 << 20), (1, 1), (7, 100), (3000, 64 << 10)] {
             let mut got = Vec::new();
             let mut start = 0;
             while start < 20_000_000 {
-                let range = range(path.clone(), start, whole.len() as u64);
+                let range = range(&spool, start, whole.len() as u64);
                 let LogBatch { lines, bytes } = read_lines(&range, most_lines, most_bytes).unwrap();
                 assert!(lines <= most_lines && (bytes.len() as u64 <= most_bytes || lines == 1));
                 assert_eq!(memchr::memchr_iter(b'\n', &bytes).count() as u64, lines);
@@ -233,9 +239,8 @@ mod tests {
     #[test]
     fn what_is_not_published_yet_is_not_read() {
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("log");
-        fs::write(&path, "one\ntwo\nthr").unwrap();
-        let batch = read_lines(&range(path, 0, 8), 100, 100).unwrap();
+        let spool = spool(directory.path(), "one\ntwo\nthr");
+        let batch = read_lines(&range(&spool, 0, 8), 100, 100).unwrap();
         assert_eq!((batch.lines, &*batch.bytes), (2, &b"one\ntwo\n"[..]));
     }
 }

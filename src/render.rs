@@ -1,9 +1,7 @@
 //! Shows a job's log to a person, or passes it on as it is.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Write};
-use std::os::unix::fs::FileExt as _;
+use std::io::{self, Read as _, Write};
 use std::time::Duration;
 
 use actors::log_buffer::LogRange;
@@ -12,7 +10,7 @@ use anstream::adapter::StripBytes;
 use tokio::time::Instant;
 
 /// How much of a log is read at once, in bytes.
-const READ: usize = 256 * 1024;
+const READ: u64 = 256 * 1024;
 
 /// How many of the slowest steps the summary names.
 const SLOWEST: usize = 3;
@@ -41,7 +39,6 @@ pub enum Style {
 pub struct Renderer<W> {
     output: W,
     style: Style,
-    file: Option<File>,
     strip: StripBytes,
     step: Option<Step>,
     started: Option<Instant>,
@@ -65,7 +62,6 @@ impl<W: Write> Renderer<W> {
         Self {
             output,
             style,
-            file: None,
             strip: StripBytes::new(),
             step: None,
             started: None,
@@ -77,24 +73,13 @@ impl<W: Write> Renderer<W> {
 
     /// Shows the lines of `range`, which were readable at the moment `at`.
     pub fn show(&mut self, range: &LogRange, at: Instant) -> io::Result<()> {
-        // Once: the job may remove even that, and must not be stopped for it.
-        let file = match self.file.take() {
-            Some(file) => file,
-            None => File::open(&range.path)?,
-        };
-        let mut unread = range.start;
+        let mut reader = range.reader();
         let mut buffer = Vec::new();
-        while unread < range.end {
-            let begun = buffer.len();
-            let room = usize::try_from(range.end - unread).unwrap_or(READ).min(READ);
-            buffer.resize(begun + room, 0);
-            file.read_exact_at(&mut buffer[begun..], unread)?;
-            unread += room as u64;
+        while reader.by_ref().take(READ).read_to_end(&mut buffer)? > 0 {
             let whole = memchr::memrchr(b'\n', &buffer).map_or(0, |newline| newline + 1);
             self.show_lines(&buffer[..whole], at)?;
             buffer.drain(..whole);
         }
-        self.file = Some(file);
         self.output.flush()
     }
 
@@ -103,7 +88,10 @@ impl<W: Write> Renderer<W> {
             return self.output.write_all(lines);
         }
         for line in lines.split_inclusive(|byte| *byte == b'\n') {
-            self.show_event(LogEvent::decode(line)?, at)?;
+            // A job can write to its own log; what is no event is not the agent's.
+            if let Ok(event) = LogEvent::decode(line) {
+                self.show_event(event, at)?;
+            }
         }
         Ok(())
     }
@@ -238,18 +226,22 @@ fn duration(took: Duration) -> String {
 
 #[cfg(test)]
 mod tests {
+    use actors::ports::LogSpool as _;
+
     use super::*;
+    use crate::spool::FileSpool;
 
     fn rendered(style: Style, events: &[LogEvent]) -> String {
-        let file = tempfile::NamedTempFile::new().unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let mut spool = FileSpool::create(directory.path().join("log")).unwrap();
         let mut lines = Vec::new();
         for event in events {
             event.encode(&mut lines).unwrap();
         }
-        std::fs::write(file.path(), &lines).unwrap();
+        spool.append(&lines).unwrap();
         let mut output = Vec::new();
         let range = LogRange {
-            path: file.path().to_owned(),
+            source: spool.source(),
             start: 0,
             end: lines.len() as u64,
             next_line: events.len() as u64,

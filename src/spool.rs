@@ -2,47 +2,153 @@
 
 use std::fs::File;
 use std::io::{self, Write as _};
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use actors::ports::LogSpool;
+use actors::ports::{ForeignChange, LogSource, LogSpool};
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, fallocate};
+use nix::sys::resource::{Resource, getrlimit};
+use nix::unistd::linkat;
 
-/// A file that is only appended to; mode 0600.
+/// How much room is made on the disk at once, in bytes.
+const ROOM: u64 = 256 << 10;
+
+/// How much of it is kept for the last lines of a log, in bytes.
+const LAST_WORDS: u64 = 16 << 10;
+
+/// A file that is only appended to; mode 0600. It stays open from the moment it is made, and is never opened by its name
+/// again: a job may put something else there.
 #[derive(Debug)]
 pub struct FileSpool {
     path: PathBuf,
-    file: File,
+    file: Arc<OpenFile>,
+    /// Where the next line comes, in bytes.
+    end: u64,
+    /// Up to where the disk has room for sure, in bytes; as far as one can see where the disk can't tell.
+    room: u64,
+    /// No file may be larger, in bytes.
+    limit: u64,
 }
 
+/// A file that readers share, whatever becomes of its name.
+#[derive(Debug)]
+pub struct OpenFile(pub File);
+
 impl FileSpool {
-    /// Makes a new file; fails if there is one.
+    /// Makes a new file; fails if there is one, and if the disk is full.
     pub fn create(path: PathBuf) -> io::Result<Self> {
         let mut options = File::options();
-        options.read(true).append(true).create_new(true).mode(0o600);
-        let file = options.open(&path)?;
-        Ok(Self { path, file })
+        options.read(true).write(true).create_new(true).mode(0o600);
+        let file = Arc::new(OpenFile(options.open(&path)?));
+        let (limit, _) = getrlimit(Resource::RLIMIT_FSIZE)?;
+        let mut spool = Self { path, file, end: 0, room: 0, limit };
+        spool.make_room(0)?;
+        Ok(spool)
+    }
+
+    /// Sees to it that `more` bytes and the last words fit.
+    fn make_room(&mut self, more: u64) -> io::Result<()> {
+        let wanted = self.end + more + LAST_WORDS;
+        if wanted > self.limit {
+            return Err(Errno::EFBIG.into());
+        }
+        if wanted <= self.room {
+            return Ok(());
+        }
+        let room = wanted.next_multiple_of(ROOM);
+        let [from, length] =
+            [self.end, room - self.end].map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX));
+        match fallocate(&self.file.0, FallocateFlags::FALLOC_FL_KEEP_SIZE, from, length) {
+            Ok(()) => self.room = room,
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => self.room = u64::MAX,
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
     }
 }
 
 impl LogSpool for FileSpool {
     fn append(&mut self, lines: &[u8]) -> io::Result<()> {
-        self.file.write_all(lines)
+        self.make_room(lines.len() as u64)?;
+        self.append_last_words(lines)
+    }
+
+    fn append_last_words(&mut self, lines: &[u8]) -> io::Result<()> {
+        self.file.0.write_all_at(lines, self.end)?;
+        self.end += lines.len() as u64;
+        Ok(())
+    }
+
+    fn foreign_change(&self) -> io::Result<Option<ForeignChange>> {
+        let open = self.file.0.metadata()?;
+        Ok(if open.len() < self.end {
+            Some(ForeignChange::Cut(open.len()))
+        } else if open.len() > self.end {
+            Some(ForeignChange::Grown)
+        } else {
+            let named = self.path.symlink_metadata();
+            let is_there =
+                |named: std::fs::Metadata| (named.dev(), named.ino()) == (open.dev(), open.ino());
+            (!named.is_ok_and(is_there)).then_some(ForeignChange::Removed)
+        })
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        self.file.read_at(buffer, offset)
+        self.file.read_at(offset, buffer)
     }
 
     fn truncate(&mut self, length: u64) -> io::Result<()> {
-        self.file.set_len(length)
+        self.file.0.set_len(length)?;
+        self.end = length;
+        // What was behind the new end is free again.
+        self.room = self.room.min(length);
+        Ok(())
     }
 
-    fn path(&self) -> &Path {
-        &self.path
+    fn source(&self) -> Arc<dyn LogSource> {
+        Arc::clone(&self.file) as Arc<dyn LogSource>
     }
 
     fn reopen(&self) -> io::Result<Box<dyn LogSpool>> {
-        let file = File::options().read(true).append(true).open(&self.path)?;
-        Ok(Box::new(Self { path: self.path.clone(), file }))
+        let (path, file) = (self.path.clone(), Arc::clone(&self.file));
+        Ok(Box::new(Self { path, file, ..*self }))
+    }
+}
+
+impl LogSource for OpenFile {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read_at(buffer, offset)
+    }
+
+    fn keep_as(&self, path: &Path) -> io::Result<()> {
+        // By the descriptor: what has its name now may be something else.
+        let open = format!("/proc/self/fd/{}", self.0.as_raw_fd());
+        match linkat(AT_FDCWD, open.as_str(), AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW) {
+            Ok(()) => Ok(()),
+            Err(Errno::EEXIST) => Err(Errno::EEXIST.into()),
+            // The job has removed its last name, or the place is on another disk.
+            Err(_) => {
+                let mut copy =
+                    File::options().write(true).create_new(true).mode(0o600).open(path)?;
+                copy_all(self, &mut copy)
+            }
+        }
+    }
+}
+
+/// Copies a log from its beginning.
+fn copy_all(log: &dyn LogSource, copy: &mut File) -> io::Result<()> {
+    let mut buffer = vec![0; 64 << 10];
+    let mut offset = 0;
+    loop {
+        let read = log.read_at(offset, &mut buffer)?;
+        if read == 0 {
+            return Ok(());
+        }
+        copy.write_all(&buffer[..read])?;
+        offset += read as u64;
     }
 }

@@ -124,6 +124,12 @@ pub struct Abort;
 #[rtype(result = "()")]
 pub struct FlushOutput;
 
+/// Goes on with a log that lines could not be written to: what can't be appended from now on is missing there. The reply
+/// comes when the script that runs, if one does, is over.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Result<(), ExecutorError>")]
+pub struct GoOnWithoutLog;
+
 /// Takes what is still printed and drops it, until the shell has ended.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "()")]
@@ -147,9 +153,12 @@ pub enum ExecutorError {
     /// An [`Abort`] came.
     #[error("aborted")]
     Aborted,
-    /// The output could not be appended to the log.
-    #[error("the job's log could not be written: {0}")]
-    Log(String),
+    /// The log buffer has crashed.
+    #[error("{0}")]
+    LogCrashed(String),
+    /// The output could not be appended to the log. The script still runs.
+    #[error("{0}")]
+    LogProblem(String),
 }
 
 impl From<PreparationError> for ExecutorError {
@@ -179,6 +188,8 @@ struct Work {
     flush: Rc<Flush>,
     backend: Box<dyn ExecutorBackend>,
     session: Option<Box<dyn ShellSession>>,
+    /// A script was started, and its end has not been seen.
+    script_runs: bool,
     output: Output,
 }
 
@@ -187,6 +198,8 @@ struct Output {
     log: Addr<LogBuffer>,
     text: TerminalText,
     shape: OutputShape,
+    /// What can't be appended is dropped.
+    may_lose: bool,
     /// One event may be on its way while the terminal is read on: waiting for each before reading
     /// would leave the job waiting for its terminal.
     in_flight: Option<Request<LogBuffer, Append>>,
@@ -218,7 +231,13 @@ impl Output {
     async fn settle(&mut self) -> Result<(), ExecutorError> {
         if let Some(request) = self.in_flight.take() {
             let appended = request.await.unwrap_or(Err(LogError::Crashed));
-            appended.map_err(|error| ExecutorError::Log(error.to_string()))?;
+            return match appended {
+                Err(error @ (LogError::Spool(_) | LogError::Changed(_))) if !self.may_lose => {
+                    Err(ExecutorError::LogProblem(error.to_string()))
+                }
+                Ok(()) | Err(LogError::Spool(_) | LogError::Changed(_)) => Ok(()),
+                Err(error) => Err(ExecutorError::LogCrashed(error.to_string())),
+            };
         }
         Ok(())
     }
@@ -247,9 +266,10 @@ impl Executor {
         shape: OutputShape,
     ) -> Self {
         let text = TerminalText::new(shape.max_line);
-        let output = Output { log, text, shape, in_flight: None };
+        let output = Output { log, text, shape, may_lose: false, in_flight: None };
         let flush = Rc::<Flush>::default();
-        let work = Work { flush: Rc::clone(&flush), backend, session: None, output };
+        let work =
+            Work { flush: Rc::clone(&flush), backend, session: None, script_runs: false, output };
         Self { work: Rc::new(Mutex::new(work)), aborted: CancellationToken::new(), flush }
     }
 
@@ -292,13 +312,23 @@ impl Work {
         session.start(script).await.map_err(|error| {
             StepError(format!("the script can't be handed to the shell: {error}"))
         })?;
+        self.script_runs = true;
+        self.follow_to_the_end(aborted).await
+    }
+
+    /// Appends the output of the running script until that is over.
+    async fn follow_to_the_end(
+        &mut self,
+        aborted: &CancellationToken,
+    ) -> Result<ScriptEnd, ExecutorError> {
         let end = self.follow_script(aborted).await;
-        self.output.text.finish();
-        self.output.send().await?;
-        self.output.settle().await?;
         if matches!(end, Err(ExecutorError::ShellEnded(_))) {
             self.session = None;
         }
+        self.script_runs &= !matches!(end, Ok(_) | Err(ExecutorError::ShellEnded(_)));
+        self.output.text.finish();
+        self.output.send().await?;
+        self.output.settle().await?;
         end
     }
 
@@ -416,6 +446,20 @@ impl Handler<RunCommand> for Executor {
     fn handle(&mut self, message: RunCommand, _: &mut Self::Context) -> Self::Result {
         self.reply_with(async move |work: &mut Work, aborted: &CancellationToken| {
             work.run(&message.script, aborted).await
+        })
+    }
+}
+
+impl Handler<GoOnWithoutLog> for Executor {
+    type Result = ResponseActFuture<Self, Result<(), ExecutorError>>;
+
+    fn handle(&mut self, _: GoOnWithoutLog, _: &mut Self::Context) -> Self::Result {
+        self.reply_with(async move |work: &mut Work, aborted: &CancellationToken| {
+            work.output.may_lose = true;
+            if work.script_runs {
+                work.follow_to_the_end(aborted).await?;
+            }
+            Ok(())
         })
     }
 }

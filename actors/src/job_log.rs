@@ -8,7 +8,10 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::job::Outcome;
-use crate::log_buffer::{Append, Follow, LogBuffer, LogError, LogRange, Published, ReadFrom, Seal};
+use crate::log_buffer::{
+    Append, AppendLastWords, Check, Follow, LogBuffer, LogError, LogRange, Published, ReadFrom,
+    Seal,
+};
 use crate::log_event::LogEvent;
 use crate::ports::LogSpool;
 use crate::terminal_text::cut_to_lines;
@@ -25,6 +28,10 @@ pub(crate) struct JobLog {
     spare: Box<dyn LogSpool>,
     published: Published,
     crash_told: Cell<bool>,
+    /// Why a line could not be written, if there was one.
+    problem: RefCell<Option<String>>,
+    /// The log itself says so.
+    problem_told: Cell<bool>,
     /// Nobody writes any more.
     ended: Cell<bool>,
     crashed: CancellationToken,
@@ -51,6 +58,8 @@ impl JobLog {
             spare,
             published,
             crash_told: Cell::new(false),
+            problem: RefCell::default(),
+            problem_told: Cell::new(false),
             ended: Cell::new(false),
             crashed,
             max_line,
@@ -66,14 +75,59 @@ impl JobLog {
         self.buffer.borrow().clone()
     }
 
+    /// Appends a line; fails only if the log buffer has crashed or the log is sealed. A line that can't be written
+    /// otherwise is missing, and the job has a [problem](Self::has_problem).
     pub(crate) async fn append(&self, event: LogEvent) -> Result<(), LogError> {
-        let buffer = self.buffer();
-        match buffer.send(Append { event }).await {
-            Ok(appended) => appended,
-            Err(_) => {
-                self.recover()?;
-                Err(LogError::Crashed)
+        match self.try_append(event.clone()).await {
+            Err(error @ (LogError::Spool(_) | LogError::Changed(_))) => {
+                self.note_problem(&error.to_string()).await;
+                match self.try_append(event).await {
+                    Err(LogError::Spool(_) | LogError::Changed(_)) => Ok(()),
+                    appended => appended,
+                }
             }
+            appended => appended,
+        }
+    }
+
+    async fn try_append(&self, event: LogEvent) -> Result<(), LogError> {
+        self.when_alive(self.buffer().send(Append { event }).await)
+    }
+
+    fn when_alive(
+        &self,
+        appended: Result<Result<(), LogError>, MailboxError>,
+    ) -> Result<(), LogError> {
+        appended.unwrap_or_else(|_| {
+            self.recover()?;
+            Err(LogError::Crashed)
+        })
+    }
+
+    /// Whether lines are missing because the log could not be written: such a job has failed.
+    pub(crate) fn has_problem(&self) -> bool {
+        self.problem.borrow().is_some()
+    }
+
+    /// Puts into the log, once, why lines of it are missing.
+    pub(crate) async fn note_problem(&self, why: &str) {
+        if self.problem.borrow().is_none() {
+            log::error!(why; "a job's log is not whole");
+            self.problem.replace(Some(why.to_owned()));
+        }
+        if self.problem_told.get() {
+            return;
+        }
+        let line = format!("The job has failed, and lines of its log may be missing: {why}.\n");
+        let event = LogEvent::cmd_output(line);
+        let told = self.when_alive(self.buffer().send(AppendLastWords { event }).await);
+        self.problem_told.set(told.is_ok());
+    }
+
+    /// Looks whether somebody has changed the log since its last line.
+    pub(crate) async fn check(&self) {
+        if let Ok(Err(error @ LogError::Changed(_))) = self.buffer().send(Check).await {
+            self.note_problem(&error.to_string()).await;
         }
     }
 

@@ -14,8 +14,8 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::executor::{
-    Abort, Executor, ExecutorError, Export, FlushOutput, GetPreparation, Inject, Prepare,
-    RunCommand, ShownPath,
+    Abort, Executor, ExecutorError, Export, FlushOutput, GetPreparation, GoOnWithoutLog, Inject,
+    Prepare, RunCommand, ShownPath,
 };
 use crate::job::{Command, EnvVar, Job, Outcome, Problem, VariableName};
 use crate::job_hooks::{HookFailure, HookPlace, HookRun, JobHooks};
@@ -30,6 +30,9 @@ const STOP_FROM_INSIDE: i32 = 130;
 
 /// How long the shell may take to notice that the hook it waits for was killed.
 const HOOK_KILL_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a script whose output can't be logged may go on after what it waited for was killed.
+const UNLOGGED_PATIENCE: Duration = Duration::from_mins(1);
 
 /// How long an executor may take to give up its work after an abort.
 const ABORT_PATIENCE: Duration = Duration::from_secs(5);
@@ -115,7 +118,8 @@ impl JobSteps {
         })
         .await?;
         self.run_post_job_hook().await?;
-        Ok(result)
+        self.log.check().await;
+        Ok(if self.log.has_problem() { Outcome::Failed } else { result })
     }
 
     /// All that is left to do for a job that was stopped, in a shell of its own.
@@ -192,7 +196,7 @@ impl JobSteps {
             let done = match kind {
                 PreparationStep::Hidden => match self.ask(Prepare { step }).await? {
                     Ok(()) => true,
-                    Err(ExecutorError::Untold) => false,
+                    Err(ExecutorError::Untold | ExecutorError::LogProblem(_)) => false,
                     Err(error) => self.preparation_failed(format!("{error}\n")).await?,
                 },
                 PreparationStep::Shown(title) => succeeded(
@@ -250,7 +254,9 @@ impl JobSteps {
             }
         }
         let end = self.commands_until_failure(&self.job.commands).await?;
+        self.log.check().await;
         Ok(match end.exit_code {
+            _ if self.log.has_problem() => MainEnd::Failed,
             0 => MainEnd::Passed,
             STOP_FROM_INSIDE => MainEnd::StoppedFromInside(self.check_job_result(&end).await?),
             _ => MainEnd::Failed,
@@ -304,12 +310,14 @@ impl JobSteps {
         .await
     }
 
-    /// Runs the commands up to the first that fails; answers how the last one ended.
+    /// Runs the commands up to the first that fails; answers how the last one ended. One whose log could not be written
+    /// has failed.
     async fn commands_until_failure(&self, commands: &[Command]) -> StepEnd {
         let mut end = ScriptEnd::default();
+        let had_problem = self.log.has_problem();
         for command in commands {
             end = self.command(command).await?;
-            if !succeeded(&end) {
+            if !succeeded(&end) || self.log.has_problem() != had_problem {
                 break;
             }
         }
@@ -373,6 +381,8 @@ impl JobSteps {
         match self.ask(message).await? {
             Ok(end) => Ok(end),
             Err(ExecutorError::ShellEnded(how)) => self.failed_because(shell_ended(&how)).await,
+            // The log says it already.
+            Err(ExecutorError::LogProblem(_)) => Ok(failed()),
             Err(error) => self.failed_because(format!("{error}\n")).await,
         }
     }
@@ -397,10 +407,36 @@ impl JobSteps {
             answer = &mut reply => answer,
         };
         match answer {
-            Ok(Err(ExecutorError::Log(why))) => Err(Interrupted::Crashed(why)),
+            Ok(Err(ExecutorError::LogCrashed(why))) => Err(Interrupted::Crashed(why)),
+            Ok(Err(ExecutorError::LogProblem(why))) => {
+                self.go_on_without_log(&why).await?;
+                Ok(Err(ExecutorError::LogProblem(why)))
+            }
             Ok(Err(ExecutorError::Aborted)) => Err(Interrupted::Stopped),
             Ok(answer) => Ok(answer),
             Err(_) => Err(Interrupted::Crashed("the executor has crashed".into())),
+        }
+    }
+
+    /// Brings the running script to its end, so that what must run in any case still can.
+    async fn go_on_without_log(&self, why: &str) -> Result<(), Interrupted> {
+        self.log.note_problem(why).await;
+        self.containment.kill_foreground();
+        let rest = timeout(UNLOGGED_PATIENCE, self.executor.send(GoOnWithoutLog));
+        tokio::select! {
+            biased;
+            interrupted = self.interrupted() => {
+                self.abort();
+                Err(interrupted)
+            }
+            ended = rest => match ended {
+                Ok(Ok(_)) => Ok(()),
+                Ok(Err(_)) => Err(Interrupted::Crashed("the executor has crashed".into())),
+                Err(_) => {
+                    self.abort();
+                    Err(Interrupted::Crashed(format!("{why}; the script did not end then")))
+                }
+            },
         }
     }
 

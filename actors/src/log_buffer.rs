@@ -6,9 +6,12 @@
 //!
 //! A line is readable only after it was written whole, and never changes then. A crash leaves the
 //! [`Published`] length behind: [`LogBuffer::recover`] cuts what was not published and goes on.
+//!
+//! A job can change the file behind the agent's back. That is noticed with the next line or reader at the
+//! latest, and told to whoever appends the next line. A log never gets fewer lines: empty ones stand
+//! where some were cut off, so that readers who count lines find the end.
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -17,7 +20,7 @@ use tokio::sync::oneshot;
 
 use crate::log_event::LogEvent;
 use crate::log_index::{LogIndex, Position};
-use crate::ports::LogSpool;
+use crate::ports::{ForeignChange, LogSource, LogSpool};
 
 /// Writes an event as the next line.
 #[derive(Debug, Message)]
@@ -26,6 +29,19 @@ pub struct Append {
     /// What happened.
     pub event: LogEvent,
 }
+
+/// Writes an event as [`Append`] does, into the room that is kept for the last lines if there is no other.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<(), LogError>")]
+pub struct AppendLastWords {
+    /// What happened.
+    pub event: LogEvent,
+}
+
+/// Looks for what somebody else did to the log, and tells what was not told yet.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Result<(), LogError>")]
+pub struct Check;
 
 /// Asks where the lines from `line` on are, as many as there are now.
 #[derive(Clone, Copy, Debug, Message)]
@@ -49,10 +65,10 @@ pub struct Follow {
 pub struct Seal;
 
 /// Where some whole lines are.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct LogRange {
-    /// The file.
-    pub path: PathBuf,
+    /// The open file.
+    pub source: Arc<dyn LogSource>,
     /// The offset of the first line wanted, in bytes; `end` if there is no such line.
     pub start: u64,
     /// The end of the last whole line, in bytes.
@@ -61,6 +77,31 @@ pub struct LogRange {
     pub next_line: u64,
     /// Whether the log ends at `end`.
     pub sealed: bool,
+}
+
+impl LogRange {
+    /// Reads the range's bytes from its start on; fewer if somebody has cut the file meanwhile.
+    pub fn reader(&self) -> LogReader {
+        LogReader { source: Arc::clone(&self.source), at: self.start, end: self.end }
+    }
+}
+
+/// See [`LogRange::reader`].
+#[derive(Debug)]
+pub struct LogReader {
+    source: Arc<dyn LogSource>,
+    at: u64,
+    end: u64,
+}
+
+impl io::Read for LogReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = usize::try_from(self.end - self.at).unwrap_or(usize::MAX);
+        let wanted = buffer.len().min(left);
+        let read = self.source.read_at(self.at, &mut buffer[..wanted])?;
+        self.at += read as u64;
+        Ok(read)
+    }
 }
 
 /// Why the log could not be written or read.
@@ -73,8 +114,11 @@ pub enum LogError {
     #[error("an event could not be encoded")]
     Encode(#[from] serde_json::Error),
     /// The spool failed.
-    #[error("the log file failed: {0}")]
+    #[error("the job's log could not be written: {0}")]
     Spool(#[from] io::Error),
+    /// Somebody else changed the log. Told once; lines that come after are written.
+    #[error("the job's log was changed by somebody else: {0}")]
+    Changed(#[from] ForeignChange),
     /// The log buffer is gone.
     #[error("the log buffer has crashed")]
     Crashed,
@@ -82,12 +126,18 @@ pub enum LogError {
 
 /// How much of the spool is published; shared with whoever may have to recover it.
 #[derive(Clone, Debug, Default)]
-pub struct Published(Arc<AtomicU64>);
+pub struct Published(Arc<PublishedEnd>);
+
+#[derive(Debug, Default)]
+struct PublishedEnd {
+    lines: AtomicU64,
+    bytes: AtomicU64,
+}
 
 impl Published {
-    /// In bytes.
-    fn length(&self) -> u64 {
-        self.0.load(Ordering::Acquire)
+    fn publish(&self, end: Position) {
+        self.0.lines.store(end.line, Ordering::Release);
+        self.0.bytes.store(end.offset, Ordering::Release);
     }
 }
 
@@ -100,6 +150,10 @@ pub struct LogBuffer {
     sealed: bool,
     followers: Vec<Follower>,
     line: Vec<u8>,
+    /// What somebody else did, until it is told.
+    untold: Option<ForeignChange>,
+    /// Somebody took the file's name away. That stays so.
+    removed: bool,
 }
 
 #[derive(Debug)]
@@ -118,39 +172,81 @@ impl LogBuffer {
             sealed: false,
             followers: Vec::new(),
             line: Vec::new(),
+            untold: None,
+            removed: false,
         }
     }
 
     /// A buffer over the spool of one that crashed: what was not published is cut.
-    pub fn recover(mut spool: Box<dyn LogSpool>, published: Published) -> io::Result<Self> {
-        let length = published.length();
-        spool.truncate(length)?;
+    pub fn recover(spool: Box<dyn LogSpool>, published: Published) -> io::Result<Self> {
+        let PublishedEnd { lines, bytes } = &*published.0;
+        let (lines, bytes) = (lines.load(Ordering::Acquire), bytes.load(Ordering::Acquire));
+        let mut buffer = Self::new(spool, published);
+        buffer.cut_to(bytes, lines)?;
+        Ok(buffer)
+    }
+
+    /// Goes on with what is whole within the first `length` bytes of the file, and with empty lines up to `lines`.
+    fn cut_to(&mut self, length: u64, lines: u64) -> io::Result<()> {
         let mut index = LogIndex::default();
-        let mut line_start = 0;
         let mut offset = 0;
         let mut buffer = vec![0; 64 * 1024];
         while offset < length {
-            let read = spool.read_at(offset, &mut buffer)?;
+            let read = self.spool.read_at(offset, &mut buffer)?;
             if read == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+                self.untold = Some(ForeignChange::Cut(offset));
+                break;
             }
-            for newline in memchr::memchr_iter(b'\n', &buffer[..read]) {
+            let within = usize::try_from(length - offset).map_or(read, |left| left.min(read));
+            for newline in memchr::memchr_iter(b'\n', &buffer[..within]) {
                 let next_line = offset + newline as u64 + 1;
-                index.append(next_line - line_start);
-                line_start = next_line;
+                index.append(next_line - index.end().offset);
             }
-            offset += read as u64;
+            offset += within as u64;
         }
-        Ok(Self { index, ..Self::new(spool, published) })
+        self.spool.truncate(index.end().offset)?;
+        let mut empty = Vec::new();
+        LogEvent::cmd_output("").encode(&mut empty)?;
+        while index.end().line < lines {
+            self.spool.append(&empty)?;
+            index.append(empty.len() as u64);
+        }
+        self.index = index;
+        self.published.publish(self.index.end());
+        Ok(())
     }
 
-    fn append(&mut self, event: &LogEvent) -> Result<(), LogError> {
+    /// Looks whether somebody else changed the file, and goes on with what is left of it.
+    fn notice_changes(&mut self) -> io::Result<()> {
+        let Some(change) = self.spool.foreign_change()? else {
+            return Ok(());
+        };
+        match change {
+            ForeignChange::Removed if self.removed => return Ok(()),
+            ForeignChange::Removed => self.removed = true,
+            ForeignChange::Cut(left) => self.cut_to(left, self.index.end().line)?,
+            ForeignChange::Grown => self.spool.truncate(self.index.end().offset)?,
+        }
+        self.untold = Some(change);
+        Ok(())
+    }
+
+    fn append(&mut self, event: &LogEvent, are_last_words: bool) -> Result<(), LogError> {
         if self.sealed {
             return Err(LogError::Sealed);
         }
+        self.notice_changes()?;
+        if let Some(change) = self.untold.take() {
+            return Err(change.into());
+        }
         self.line.clear();
         event.encode(&mut self.line)?;
-        if let Err(error) = self.spool.append(&self.line) {
+        let written = if are_last_words {
+            self.spool.append_last_words(&self.line)
+        } else {
+            self.spool.append(&self.line)
+        };
+        if let Err(error) = written {
             // Half a line may be there; the next one must not continue it.
             if self.spool.truncate(self.index.end().offset).is_err() {
                 // It can't be cut off, so nothing may come after it.
@@ -160,7 +256,7 @@ impl LogBuffer {
             return Err(error.into());
         }
         self.index.append(self.line.len() as u64);
-        self.published.0.store(self.index.end().offset, Ordering::Release);
+        self.published.publish(self.index.end());
         // Whoever reads the end of the job is to know that nothing follows.
         self.sealed = matches!(event, LogEvent::JobFinished { .. });
         self.line.shrink_to(2 * crate::log_event::MAX_OUTPUT_LINE);
@@ -176,10 +272,11 @@ impl LogBuffer {
         }
     }
 
-    fn range_from(&self, line: u64) -> Result<LogRange, LogError> {
+    fn range_from(&mut self, line: u64) -> Result<LogRange, LogError> {
+        self.notice_changes()?;
         let end = self.index.end();
         Ok(LogRange {
-            path: self.spool.path().to_owned(),
+            source: self.spool.source(),
             start: if line >= end.line { end.offset } else { self.offset_of(line)? },
             end: end.offset,
             next_line: end.line,
@@ -217,7 +314,25 @@ impl Handler<Append> for LogBuffer {
     type Result = Result<(), LogError>;
 
     fn handle(&mut self, message: Append, _: &mut Self::Context) -> Self::Result {
-        self.append(&message.event)
+        let is_the_end = matches!(message.event, LogEvent::JobFinished { .. });
+        self.append(&message.event, is_the_end)
+    }
+}
+
+impl Handler<AppendLastWords> for LogBuffer {
+    type Result = Result<(), LogError>;
+
+    fn handle(&mut self, message: AppendLastWords, _: &mut Self::Context) -> Self::Result {
+        self.append(&message.event, true)
+    }
+}
+
+impl Handler<Check> for LogBuffer {
+    type Result = Result<(), LogError>;
+
+    fn handle(&mut self, _: Check, _: &mut Self::Context) -> Self::Result {
+        self.notice_changes()?;
+        self.untold.take().map_or(Ok(()), |change| Err(change.into()))
     }
 }
 
@@ -344,5 +459,55 @@ mod tests {
         recovered.send(output("after")).await.unwrap().unwrap();
         let range = recovered.send(ReadFrom { line: 198 }).await.unwrap().unwrap();
         assert_eq!(read(&spool, &range), ["198", "199", "after"]);
+    }
+
+    #[actix::test]
+    async fn a_log_that_somebody_cuts_keeps_its_number_of_lines_and_tells_it_once() {
+        let spool = MemorySpool::default();
+        let log = LogBuffer::new(Box::new(spool.clone()), Published::default()).start();
+        for i in 0..200 {
+            log.send(output(&i.to_string())).await.unwrap().unwrap();
+        }
+        spool.cut_behind_the_writer(spool.contents().len() / 2 + 3);
+        let range = log.send(ReadFrom { line: 198 }).await.unwrap().unwrap();
+        assert_eq!(read(&spool, &range), ["", ""]);
+        let told = log.send(output("not written")).await.unwrap();
+        assert!(matches!(told, Err(LogError::Changed(ForeignChange::Cut(_)))), "{told:?}");
+        log.send(output("after")).await.unwrap().unwrap();
+        let all = log.send(ReadFrom { line: 0 }).await.unwrap().unwrap();
+        let lines = read(&spool, &all);
+        assert_eq!((lines.len(), &*lines[0], &*lines[50], &*lines[200]), (201, "0", "50", "after"));
+    }
+
+    #[actix::test]
+    async fn what_somebody_else_appends_is_no_part_of_the_log() {
+        let spool = MemorySpool::default();
+        let log = LogBuffer::new(Box::new(spool.clone()), Published::default()).start();
+        log.send(output("a")).await.unwrap().unwrap();
+        spool.write_behind_the_writer(b"garbage");
+        assert!(matches!(
+            log.send(Check).await.unwrap(),
+            Err(LogError::Changed(ForeignChange::Grown))
+        ));
+        log.send(output("b")).await.unwrap().unwrap();
+        let range = log.send(ReadFrom { line: 0 }).await.unwrap().unwrap();
+        assert_eq!(read(&spool, &range), ["a", "b"]);
+        assert_eq!(spool.contents().len() as u64, range.end);
+    }
+
+    #[actix::test]
+    async fn a_crash_after_somebody_cut_the_log_is_survived() {
+        let spool = MemorySpool::default();
+        let published = Published::default();
+        let log = LogBuffer::new(Box::new(spool.clone()), published.clone()).start();
+        for text in ["a", "b", "c"] {
+            log.send(output(text)).await.unwrap().unwrap();
+        }
+        assert!(log.send(crate::testing::PanicNow).await.is_err());
+        spool.cut_behind_the_writer(10);
+        let recovered = LogBuffer::recover(Box::new(spool.clone()), published).unwrap().start();
+        assert!(matches!(recovered.send(Check).await.unwrap(), Err(LogError::Changed(_))));
+        let range = recovered.send(ReadFrom { line: 0 }).await.unwrap().unwrap();
+        assert_eq!((read(&spool, &range), range.next_line), (vec![String::new(); 3], 3));
     }
 }

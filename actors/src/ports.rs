@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -169,10 +170,39 @@ pub trait Containment {
     fn release(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>>;
 }
 
+/// A log as its readers have it: open, whatever becomes of the file's name.
+pub trait LogSource: Send + Sync + fmt::Debug {
+    /// Reads from `offset` on, in bytes; 0 bytes at the end. Never waits for anybody.
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;
+
+    /// Makes the log a file of this new name as well; fails if there is one.
+    fn keep_as(&self, path: &Path) -> io::Result<()>;
+}
+
+/// What somebody else did to the file of a log. A job can: it runs as the agent's user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ForeignChange {
+    /// It is not at its place any more, or something else is.
+    #[error("its file was removed or replaced")]
+    Removed,
+    /// Only so many of its bytes are left.
+    #[error("its file was cut")]
+    Cut(u64),
+    /// Somebody else wrote to its end.
+    #[error("somebody else wrote to its file")]
+    Grown,
+}
+
 /// An append-only file of lines that outlives a crash of the actor that writes it.
 pub trait LogSpool: Send + fmt::Debug {
-    /// Writes whole lines at the end.
+    /// Writes whole lines at the end. Fails while there is still room for [`Self::append_last_words`].
     fn append(&mut self, lines: &[u8]) -> io::Result<()>;
+
+    /// Writes the last lines, up to a few kilobytes, for which room is kept.
+    fn append_last_words(&mut self, lines: &[u8]) -> io::Result<()>;
+
+    /// Looks for what somebody else did since the file was made, written or cut here.
+    fn foreign_change(&self) -> io::Result<Option<ForeignChange>>;
 
     /// Reads from `offset` on; 0 bytes at the end.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;
@@ -180,8 +210,8 @@ pub trait LogSpool: Send + fmt::Debug {
     /// Cuts everything from `length` bytes on.
     fn truncate(&mut self, length: u64) -> io::Result<()>;
 
-    /// Where the file is.
-    fn path(&self) -> &Path;
+    /// The same file for readers.
+    fn source(&self) -> Arc<dyn LogSource>;
 
     /// Another handle on the same file.
     fn reopen(&self) -> io::Result<Box<dyn LogSpool>>;

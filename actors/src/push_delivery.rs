@@ -186,13 +186,13 @@ impl PushDelivery {
     }
 
     async fn report_undelivered(&self, job: &Job, log: &JobLog, acknowledged: u64) {
-        let Ok(LogRange { path, start, end, next_line, sealed }) = log.follow(acknowledged).await
-        else {
+        let Ok(rest) = log.follow(acknowledged).await else {
             log::error!(job:% = job.id; "the job's log was not delivered, and can't be read");
             return;
         };
-        let (events, bytes) = (next_line.saturating_sub(acknowledged), end - start);
-        let whole = LogRange { path, start: 0, end, next_line, sealed };
+        let events = rest.next_line.saturating_sub(acknowledged);
+        let bytes = rest.end - rest.start;
+        let whole = LogRange { start: 0, ..rest };
         match self.uplink.keep(&job.id, &whole) {
             Ok(kept) => {
                 log::error!(job:% = job.id, events, bytes, kept:% = kept.display(); "a part of the job's log was not delivered");

@@ -1,6 +1,7 @@
 //! Scripted ports, and ways to make actors crash. For tests only.
 
 use std::cell::{Cell, RefCell};
+use std::cmp::Ordering;
 use std::collections::VecDeque;
 use std::io;
 use std::path::Path;
@@ -18,8 +19,8 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::job::{EnvVar, InjectedFile, Job};
 use crate::log_buffer::LogRange;
 use crate::ports::{
-    Callback, CallbackError, CallbackSender, Containment, ExecutorBackend, JobParts,
-    JobPartsFactory, JumpPointFiles, LeftBehind, LogSpool, LogUploads, MetricsSink,
+    Callback, CallbackError, CallbackSender, Containment, ExecutorBackend, ForeignChange, JobParts,
+    JobPartsFactory, JumpPointFiles, LeftBehind, LogSource, LogSpool, LogUploads, MetricsSink,
     PreparationError, PreparationStep, Script, ScriptEnd, SessionEvent, ShellSession, SparePlace,
     StepError, StepLog,
 };
@@ -52,7 +53,10 @@ pub struct MemorySpool(Arc<Mutex<MemorySpoolState>>);
 #[derive(Debug, Default)]
 struct MemorySpoolState {
     bytes: Vec<u8>,
+    /// How long the log is for who writes it.
+    known: usize,
     fail_after: Option<usize>,
+    is_full: bool,
 }
 
 impl MemorySpool {
@@ -69,38 +73,64 @@ impl MemorySpool {
     pub fn fail_next_append_after(&self, bytes: usize) {
         self.state().fail_after = Some(bytes);
     }
+
+    /// From now on there is room for last words only, or for everything again.
+    pub fn set_full(&self, is_full: bool) {
+        self.state().is_full = is_full;
+    }
+
+    /// Somebody else cuts the file.
+    pub fn cut_behind_the_writer(&self, length: usize) {
+        self.state().bytes.truncate(length);
+    }
+
+    /// Somebody else writes to the file.
+    pub fn write_behind_the_writer(&self, bytes: &[u8]) {
+        self.state().bytes.extend_from_slice(bytes);
+    }
 }
 
 impl LogSpool for MemorySpool {
     fn append(&mut self, lines: &[u8]) -> io::Result<()> {
         let mut state = self.state();
-        match state.fail_after.take() {
-            Some(bytes) => {
-                state.bytes.extend_from_slice(&lines[..bytes]);
-                Err(io::ErrorKind::StorageFull.into())
-            }
-            None => {
-                state.bytes.extend_from_slice(lines);
-                Ok(())
-            }
+        if state.is_full {
+            return Err(io::ErrorKind::StorageFull.into());
         }
+        let written = state.fail_after.take();
+        state.bytes.extend_from_slice(&lines[..written.unwrap_or(lines.len())]);
+        state.known = state.bytes.len();
+        written.map_or(Ok(()), |_| Err(io::ErrorKind::StorageFull.into()))
     }
 
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        let state = self.state();
-        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(state.bytes.len());
-        let length = buffer.len().min(state.bytes.len() - start);
-        buffer[..length].copy_from_slice(&state.bytes[start..start + length]);
-        Ok(length)
-    }
-
-    fn truncate(&mut self, length: u64) -> io::Result<()> {
-        self.state().bytes.truncate(usize::try_from(length).unwrap_or(usize::MAX));
+    fn append_last_words(&mut self, lines: &[u8]) -> io::Result<()> {
+        let mut state = self.state();
+        state.bytes.extend_from_slice(lines);
+        state.known = state.bytes.len();
         Ok(())
     }
 
-    fn path(&self) -> &Path {
-        Path::new("memory")
+    fn foreign_change(&self) -> io::Result<Option<ForeignChange>> {
+        let state = self.state();
+        Ok(match state.bytes.len().cmp(&state.known) {
+            Ordering::Less => Some(ForeignChange::Cut(state.bytes.len() as u64)),
+            Ordering::Equal => None,
+            Ordering::Greater => Some(ForeignChange::Grown),
+        })
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        LogSource::read_at(&*self.0, offset, buffer)
+    }
+
+    fn truncate(&mut self, length: u64) -> io::Result<()> {
+        let mut state = self.state();
+        state.bytes.truncate(usize::try_from(length).unwrap_or(usize::MAX));
+        state.known = state.bytes.len();
+        Ok(())
+    }
+
+    fn source(&self) -> Arc<dyn LogSource> {
+        Arc::clone(&self.0) as Arc<dyn LogSource>
     }
 
     fn reopen(&self) -> io::Result<Box<dyn LogSpool>> {
@@ -109,6 +139,20 @@ impl LogSpool for MemorySpool {
 
     fn may_block(&self) -> bool {
         false
+    }
+}
+
+impl LogSource for Mutex<MemorySpoolState> {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        let state = self.lock().unwrap_or_else(PoisonError::into_inner);
+        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(state.bytes.len());
+        let length = buffer.len().min(state.bytes.len() - start);
+        buffer[..length].copy_from_slice(&state.bytes[start..start + length]);
+        Ok(length)
+    }
+
+    fn keep_as(&self, _: &Path) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -225,6 +269,11 @@ impl ScriptedJob {
             }
             called.await;
         }
+    }
+
+    /// The spool of the job's log, once the job has begun.
+    pub fn spool(&self) -> MemorySpool {
+        self.0.spool.borrow().clone()
     }
 
     /// The job's log, as text.

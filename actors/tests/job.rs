@@ -609,3 +609,48 @@ async fn logs_that_can_not_be_pulled_are_refused() {
     }
     assert_eq!(agent.state().await, State::WaitingForJob);
 }
+
+/// Runs a job whose log can't be written from its first command on, until `again`.
+async fn with_a_full_disk(reactions: [Reaction; 3], again: bool) -> (Outcome, ScriptedJob) {
+    let world = ScriptedJob::new(reactions);
+    let supervisor = supervisor(&world);
+    let finished = start(&supervisor, job(FULL_JOB)).await;
+    let log = supervisor.send(GetLog).await.unwrap().unwrap().buffer;
+    log.send(Follow { line: PREPARED.len() as u64 }).await.unwrap().unwrap();
+    world.spool().set_full(true);
+    if again {
+        log.send(Follow { line: PREPARED.len() as u64 + 1 }).await.unwrap().unwrap();
+        world.spool().set_full(false);
+    }
+    (finished.await.unwrap().outcome, world)
+}
+
+const FULL: &str = "The job has failed, and lines of its log may be missing: \
+                    the job's log could not be written: no storage space.\n";
+
+#[actix::test]
+async fn a_job_whose_log_can_not_be_written_fails_and_its_epilogue_still_runs() {
+    let second = Duration::from_secs(1);
+    let one = Reaction::EndAfter(second, "", 0);
+    let reactions = [one, Reaction::End("", 0), Reaction::End("lost", 0)];
+    let (outcome, world) = with_a_full_disk(reactions, false).await;
+    assert_eq!(outcome, Outcome::Failed);
+    assert_log(&world, &[&PREPARED, &["+ one", FULL, "job failed"]]);
+    let scripts: Vec<_> =
+        world.calls().into_iter().filter(|call| call.starts_with("run ")).collect();
+    let result = "run export SEMAPHORE_JOB_RESULT";
+    assert_eq!(scripts, ["run export A B", "run one", result, "run always", "run on fail"]);
+}
+
+#[actix::test]
+async fn a_log_that_can_be_written_again_goes_on() {
+    let second = Duration::from_secs(1);
+    let [one, always] = [0, 0].map(|code| Reaction::EndAfter(second, "", code));
+    let reactions = [one, always, Reaction::End("", 0)];
+    let (outcome, world) = with_a_full_disk(reactions, true).await;
+    assert_eq!(outcome, Outcome::Failed);
+    let epilogue = ["- always 0", "+ on fail", "- on fail 0", "job failed"];
+    let log = summary(&world);
+    assert_eq!(log[PREPARED.len()..PREPARED.len() + 2], ["+ one", FULL]);
+    assert!(log.ends_with(&epilogue.map(str::to_owned)), "{log:?}");
+}

@@ -166,6 +166,7 @@ impl Agent {
             attempts: config.callback_attempts,
             uploads: Box::new(ArtifactUploads {
                 environment: shell.environment.clone(),
+                state: state.clone(),
                 compression_size,
                 condition: None,
             }),

@@ -171,6 +171,7 @@ impl Agent {
             uplink: Rc::new(HttpLogUplink::new(clients, hub.clone(), kept)),
             uploads: Box::new(ArtifactUploads {
                 environment: shell.environment.clone(),
+                state: state.clone(),
                 compression_size,
                 condition: Some(config.upload_job_logs),
             }),

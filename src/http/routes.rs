@@ -1,8 +1,8 @@
 //! The routes, and the answers of the protocol.
 
-use std::fs::File;
 use std::io;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use actix_server::GracefulShutdownSignal;
@@ -28,6 +28,7 @@ use crate::http::Api;
 use crate::http::connection::Handover;
 use crate::http::transfer::{FileBody, TransferReport};
 use crate::serde_words::without_value;
+use crate::spool::OpenFile;
 
 /// Every request that has an answer: its method and its path.
 pub const ROUTES: [(&str, &str); 7] = [
@@ -288,15 +289,7 @@ async fn log(id: Option<web::Path<String>>, request: HttpRequest, api: Data<Api>
         }
         Err(_) => return broken(),
     };
-    let file = match File::open(&range.path) {
-        Ok(file) => file,
-        // The next job has just started, and this log is gone.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return message(StatusCode::FORBIDDEN, ReadRefused::OtherJob);
-        }
-        Err(error) => return unreadable(&error),
-    };
-    let mut body = FileBody::new(file, range.start, range.end);
+    let mut body = FileBody::new(Arc::clone(&range.source), range.start, range.end);
     let compress = accepts_gzip(&request) && range.end - range.start >= WORTH_COMPRESSING;
     if compress {
         body = body.compressed();
@@ -382,7 +375,7 @@ async fn agent_logs(request: HttpRequest, api: Data<Api>) -> HttpResponse {
     let opened = open_to_read(path).and_then(|file| Ok((file.metadata()?.len(), file)));
     match opened {
         Ok((length, file)) => {
-            let body = FileBody::new(file, 0, length);
+            let body = FileBody::new(Arc::new(OpenFile(file)), 0, length);
             let compress = accepts_gzip(&request) && length >= WORTH_COMPRESSING;
             text(if compress { body.compressed() } else { body }, compress)
         }

@@ -1,10 +1,9 @@
 //! Answers that come from a file: sent chunk by chunk as the client takes them.
 
-use std::fs::File;
 use std::io::{self, Write as _};
-use std::os::unix::fs::FileExt as _;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use actix::Addr;
@@ -12,6 +11,7 @@ use actix_web::body::{BodySize, MessageBody};
 use actors::http_intake::HttpIntake;
 use actors::job::JobId;
 use actors::job_supervisor::ReportTransfer;
+use actors::ports::LogSource;
 use actors::pull_delivery::Transfer;
 use bytes::{Bytes, BytesMut};
 use flate2::Compression;
@@ -51,7 +51,7 @@ impl Drop for TransferReport {
 /// A part of a file as the body of an answer. The file is held open: whatever becomes of its name, a
 /// slow client gets everything.
 pub(super) struct FileBody {
-    file: File,
+    source: Arc<dyn LogSource>,
     at: u64,
     end: u64,
     gzip: Option<GzEncoder<Vec<u8>>>,
@@ -62,9 +62,9 @@ pub(super) struct FileBody {
 }
 
 impl FileBody {
-    /// The bytes of `file` from `start` to `end`.
-    pub(super) fn new(file: File, start: u64, end: u64) -> Self {
-        Self { file, at: start, end, gzip: None, rested: false, report: None }
+    /// The bytes of `source` from `start` to `end`.
+    pub(super) fn new(source: Arc<dyn LogSource>, start: u64, end: u64) -> Self {
+        Self { source, at: start, end, gzip: None, rested: false, report: None }
     }
 
     /// The same, compressed: fast rather than small.
@@ -97,7 +97,7 @@ impl FileBody {
         let wanted = usize::try_from(CHUNK.min(self.end - self.at)).map_err(io::Error::other)?;
         let mut chunk = BytesMut::zeroed(wanted);
         // Inline: it was written a moment ago, so it is in memory.
-        let read = self.file.read_at(&mut chunk, self.at)?;
+        let read = self.source.read_at(self.at, &mut chunk)?;
         if read == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
