@@ -94,6 +94,11 @@ impl JobPartsFactory for Jobs {
         Ok(JobParts { backend, containment: Box::new(containment), spool, jump_point })
     }
 
+    fn check(&self) -> io::Result<()> {
+        let directory = self.state.make_job_dir()?;
+        FileSpool::create(directory.log()).map(drop)
+    }
+
     fn make_spare_place(&self, job: &Job) -> io::Result<SparePlace> {
         let directory = Rc::new(self.state.make_job_dir()?);
         if let Ok(ExecutorKind::DockerCompose(compose)) = &job.executor {

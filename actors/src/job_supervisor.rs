@@ -74,6 +74,11 @@ pub enum StopManner {
 #[rtype(result = "Option<JobId>")]
 pub struct GetStatus;
 
+/// Asks whether a job's parts could be made now; the error says in words why not.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Result<(), String>")]
+pub struct CheckReadiness;
+
 /// Asks for the log of the running job, or of the last one.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Option<JobLogAddress>")]
@@ -502,6 +507,14 @@ impl Handler<GetStatus> for JobSupervisor {
 
     fn handle(&mut self, _: GetStatus, _: &mut Self::Context) -> Self::Result {
         self.lifecycle.active().cloned()
+    }
+}
+
+impl Handler<CheckReadiness> for JobSupervisor {
+    type Result = Result<(), String>;
+
+    fn handle(&mut self, _: CheckReadiness, _: &mut Self::Context) -> Self::Result {
+        self.factory.check().map_err(|error| error.to_string())
     }
 }
 

@@ -39,6 +39,9 @@ pub trait JobPartsFactory {
     /// Makes `job`'s parts; nothing of the job runs yet.
     fn make(&self, job: &Job) -> io::Result<JobParts>;
 
+    /// Looks whether a job's parts could be made now, as they can't while the disk is full.
+    fn check(&self) -> io::Result<()>;
+
     /// Makes a place for what is to run after `job` was stopped.
     fn make_spare_place(&self, job: &Job) -> io::Result<SparePlace>;
 }

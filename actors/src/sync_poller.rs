@@ -15,7 +15,9 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::job::{EnvVar, Job, JobId};
-use crate::job_supervisor::{JobFinished, JobSupervisor, StartJob, StopJob, StopManner};
+use crate::job_supervisor::{
+    CheckReadiness, JobFinished, JobSupervisor, StartJob, StopJob, StopManner,
+};
 use crate::log_event::unix_time;
 use crate::ports::{HubApi, HubError};
 use crate::push_delivery::{Urgency, target_of};
@@ -140,11 +142,21 @@ pub struct SyncPoller {
     is_forgotten: bool,
     /// The agent is for one job only, which may be gone.
     is_for_one_job: bool,
+    /// As far as it is known, a job could be started.
+    is_ready: bool,
     /// When the last job's result was first to be told.
     result_since: Option<Instant>,
     /// A job that is on its way here.
     fetching: Option<SpawnHandle>,
     left: watch::Sender<Option<Left>>,
+}
+
+/// Why the control plane did not take a report.
+enum NotTaken {
+    /// It was not sent: a job that it might ask for could not be started, for this reason.
+    NotReady(String),
+    /// It was sent in vain.
+    Failed(HubError),
 }
 
 impl SyncPoller {
@@ -169,6 +181,7 @@ impl SyncPoller {
             not_found: None,
             is_forgotten: false,
             is_for_one_job: false,
+            is_ready: true,
             result_since: None,
             fetching: None,
             left: watch::Sender::default(),
@@ -215,7 +228,19 @@ impl SyncPoller {
         let report = self.protocol.report();
         let is_replaceable =
             !matches!(report.state, AgentState::WaitingForJobs | AgentState::FinishedJob);
-        let answer = self.hub.sync(&report);
+        // Whoever says that it waits gets a job.
+        let is_asking = report.state == AgentState::WaitingForJobs && report.interrupted_at == 0;
+        let readiness = is_asking.then(|| self.supervisor.send(CheckReadiness));
+        let hub = Rc::clone(&self.hub);
+        let told = report.clone();
+        let answer = async move {
+            if let Some(readiness) = readiness
+                && let Ok(Err(why)) = readiness.await
+            {
+                return Err(NotTaken::NotReady(why));
+            }
+            hub.sync(&told).await.map_err(NotTaken::Failed)
+        };
         let answered = answer.into_actor(self);
         let answered = answered.map(move |answer, this, ctx| this.reported(&report, answer, ctx));
         let (answer, sent) = (ctx.spawn(answered), Instant::now());
@@ -238,11 +263,20 @@ impl SyncPoller {
     fn reported(
         &mut self,
         sent: &Report,
-        answer: Result<Answer, HubError>,
+        answer: Result<Answer, NotTaken>,
         ctx: &mut Context<Self>,
     ) {
         self.reporting = None;
+        let was_ready = std::mem::replace(&mut self.is_ready, true);
         let (decision, pause) = match answer {
+            Err(NotTaken::NotReady(why)) => {
+                if was_ready {
+                    log::error!(why:%; "no job can be started here now, so none is asked for");
+                }
+                self.is_ready = false;
+                self.last_taken = Instant::now();
+                (Decision::default(), fastrand::u64(USUAL_PAUSE))
+            }
             Ok(answer) => {
                 log::debug!(state:? = sent.state, action = answer.action.as_str(); "reported");
                 self.last_taken = Instant::now();
@@ -253,7 +287,7 @@ impl SyncPoller {
                 };
                 (self.protocol.answered(sent, &answer), pause)
             }
-            Err(error) => {
+            Err(NotTaken::Failed(error)) => {
                 log::warn!(error:%, state:? = sent.state; "report not taken");
                 if self.is_deleted(&error) {
                     return self.forgotten(ctx);

@@ -190,6 +190,7 @@ struct ScriptedState {
     callback_latency: Cell<Duration>,
     /// The last job's.
     spool: RefCell<MemorySpool>,
+    is_not_ready: Cell<bool>,
 }
 
 impl ScriptedJob {
@@ -271,6 +272,11 @@ impl ScriptedJob {
         }
     }
 
+    /// No job could be started now, or one could again.
+    pub fn set_not_ready(&self, is_not_ready: bool) {
+        self.0.is_not_ready.set(is_not_ready);
+    }
+
     /// The spool of the job's log, once the job has begun.
     pub fn spool(&self) -> MemorySpool {
         self.0.spool.borrow().clone()
@@ -297,6 +303,10 @@ impl JobPartsFactory for ScriptedJob {
             spool: Box::new(spool),
             jump_point: Some(Rc::new(self.clone())),
         })
+    }
+
+    fn check(&self) -> io::Result<()> {
+        if self.0.is_not_ready.get() { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
     }
 
     fn make_spare_place(&self, _: &Job) -> io::Result<SparePlace> {

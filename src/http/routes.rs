@@ -178,8 +178,7 @@ async fn submit(request: HttpRequest, payload: Payload, api: Data<Api>) -> HttpR
         Ok(Err(refused)) => {
             let status = match refused {
                 SubmitRefused::Unfit(_) | SubmitRefused::Busy => StatusCode::UNPROCESSABLE_ENTITY,
-                SubmitRefused::Closed => StatusCode::SERVICE_UNAVAILABLE,
-                SubmitRefused::Broken(_) => StatusCode::INTERNAL_SERVER_ERROR,
+                SubmitRefused::Closed | SubmitRefused::Broken(_) => StatusCode::SERVICE_UNAVAILABLE,
             };
             message(status, refused)
         }

@@ -102,6 +102,22 @@ async fn what_changes_during_a_report_is_told_right_after_it() {
     agent.assert_time("report finished-job 1 passed interrupted", running + seconds(4));
 }
 
+#[actix::test]
+async fn an_agent_that_could_not_start_a_job_asks_for_none() {
+    let world = ScriptedJob::default();
+    world.set_not_ready(true);
+    let agent = Agent::idle(world.clone());
+    agent.until("register").await;
+    tokio::time::sleep(seconds(3600)).await;
+    assert_eq!(agent.count("report waiting-for-jobs"), 0);
+    world.set_not_ready(false);
+    agent.until("report waiting-for-jobs").await;
+    // One that is to end says so all the same.
+    world.set_not_ready(true);
+    agent.poller.send(Interrupt).await.unwrap();
+    agent.until("report waiting-for-jobs interrupted").await;
+}
+
 #[test]
 fn the_control_plane_says_when_it_wants_to_hear_again() {
     let cases = [
