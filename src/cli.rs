@@ -66,10 +66,16 @@ pub enum Command {
     Version,
     /// The first process of a shell job; only the agent itself can start it
     #[command(hide = true)]
-    JobInit,
+    JobInit {
+        /// The name of the job's directory, by which this process is found.
+        job: String,
+    },
     /// Ends what a job has in containers if the agent dies; only the agent itself can start it
     #[command(hide = true)]
-    DockerWatch,
+    DockerWatch {
+        /// The name of the job's directory, by which this process is found.
+        job: String,
+    },
 }
 
 /// Arguments of `agent run`.

@@ -25,6 +25,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::cgroup::JobCgroup;
 use crate::job_init::{KILL_PATIENCE, Spec};
+use crate::job_mark;
 use crate::process_tree::{descendants, names_of, signal_all};
 use crate::state_dir::JobDir;
 
@@ -57,12 +58,19 @@ struct Shared {
     first: RefCell<Option<FirstProcess>>,
     /// No process may be started any more.
     closed: Cell<bool>,
+    /// The first process was told to release what the shell has detached.
+    may_release: Cell<bool>,
 }
 
 impl ShellContainment {
     /// Of a job that has not started anything.
     pub fn new(directory: Rc<JobDir>) -> Self {
-        let shared = Shared { directory, first: RefCell::new(None), closed: Cell::new(false) };
+        let shared = Shared {
+            directory,
+            first: RefCell::new(None),
+            closed: Cell::new(false),
+            may_release: Cell::new(false),
+        };
         Self { shared: Rc::new(shared) }
     }
 
@@ -80,8 +88,9 @@ impl ShellContainment {
         prctl::set_child_subreaper(true)?;
         let (ours, theirs) = StdUnixStream::pair()?;
         let mut command = Command::new("/proc/self/exe");
-        command.arg0("agent").arg("job-init").env_clear().envs(environment);
-        command.stdin(OwnedFd::from(theirs)).stdout(terminal).stderr(Stdio::inherit());
+        command.arg0("agent").args(["job-init", self.shared.directory.name()]);
+        command.env_clear().envs(environment);
+        command.stdin(OwnedFd::from(theirs)).stdout(terminal).stderr(Stdio::null());
         let child = command.spawn()?;
         // It holds this process's copies of the terminal's and the socket's other ends.
         drop(command);
@@ -101,11 +110,11 @@ impl ShellContainment {
         let overdue = Rc::clone(&first.overdue);
         self.shared.first.replace(Some(first));
         let answers = BufReader::new(UnixStream::from_std(ours)?);
-        let directory = Rc::clone(&self.shared.directory);
+        let shared = Rc::clone(&self.shared);
         // A task of its own, as this one may be given up at any moment. If it dies, `ended` closes.
         actix::spawn(async move {
-            let result = watch_over(child, answers, started, &overdue, &directory).await;
-            directory.remove_scratch();
+            let result = watch_over(child, answers, started, &overdue, &shared).await;
+            shared.directory.remove_scratch();
             ended.send_replace(Some(result));
         });
         let answer = answer.await.unwrap_or_default();
@@ -159,7 +168,7 @@ async fn watch_over(
     mut answers: BufReader<UnixStream>,
     started: oneshot::Sender<String>,
     overdue: &Notify,
-    directory: &JobDir,
+    shared: &Shared,
 ) -> Result<(), LeftBehind> {
     let mut next_line = async || {
         let mut line = String::new();
@@ -185,21 +194,25 @@ async fn watch_over(
         Some(what) => Err(LeftBehind { what: what.to_owned() }),
         None if reported == "empty" => Ok(()),
         // It lives on as the parent of what it has released, and is waited for in the background.
-        None if reported == "released" => return Ok(()),
+        None if reported == "released" && shared.may_release.get() => return Ok(()),
         None => {
             // It may be dead, or so confused that it must not go on.
             let _ = child.start_kill();
             let _ = child.wait().await;
-            sweep(&directory.group_name()).await
+            sweep(shared.directory.name()).await
         }
     };
     let _ = child.wait().await;
+    // Whatever it said, nothing that is the job's may be left.
+    if result.is_ok() && !job_mark::kill_all(shared.directory.name()) {
+        return sweep(shared.directory.name()).await;
+    }
     result
 }
 
 /// Kills everything below this process, which adopted what the job left.
-async fn sweep(group: &str) -> Result<(), LeftBehind> {
-    let group = JobCgroup::find(group);
+async fn sweep(job: &str) -> Result<(), LeftBehind> {
+    let group = JobCgroup::find(&job_mark::group_name(job));
     let give_up = Instant::now() + KILL_PATIENCE;
     loop {
         if let Some(group) = &group {
@@ -245,6 +258,7 @@ impl Containment for ShellContainment {
     }
 
     fn release(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
+        self.shared.may_release.set(true);
         self.end("release", grace)
     }
 }

@@ -22,7 +22,7 @@
 //! A release ends the shell only. What is left then is no part of the job any more: this process stays
 //! as its parent, and neither the agent's end nor anything else ends it.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -42,6 +42,7 @@ use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, getpid, setsid};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::JobCgroup;
+use crate::job_mark;
 use crate::jump_point::SshAccess;
 use crate::open_files;
 use crate::process_tree::{Descendant, descendants, foreground_beside, names_of, signal_all};
@@ -57,10 +58,10 @@ pub struct Spec {
     pub home: PathBuf,
     /// Printed on the terminal when the shell has ended: between two bytes 1, with words that say how behind it.
     pub gone: String,
+    /// The name of the job's directory.
+    pub job: String,
     /// Removed with all that is in it if the agent dies.
     pub job_directory: PathBuf,
-    /// The name for a control group.
-    pub group: String,
     /// How many files its processes may have open, if not as many as the agent.
     pub open_files: Option<u64>,
     /// Taken back if the agent dies.
@@ -71,7 +72,7 @@ pub struct Spec {
 pub const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How much sooner than other processes the kernel takes a job's when memory runs out, of 1000.
-const OOM_SCORE_ADJUSTMENT: &str = "500";
+const OOM_SCORE_ADJUSTMENT: i32 = 500;
 
 /// How long to wait between two looks at what is left.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
@@ -121,6 +122,31 @@ fn spawn(mut command: Command, group: Option<&JobCgroup>) -> io::Result<Pid> {
     i32::try_from(pid).map(Pid::from_raw).map_err(io::Error::other)
 }
 
+/// This process, and what it starts, is the first to go when memory runs out, as long as this value is there.
+struct RaisedOomScore<'a> {
+    file: &'a File,
+    before: String,
+}
+
+impl<'a> RaisedOomScore<'a> {
+    /// `file` is this process's own, opened before it was hidden from others.
+    fn of(mut file: &'a File) -> io::Result<Self> {
+        let mut before = String::new();
+        file.read_to_string(&mut before)?;
+        let usual: i32 = before.trim().parse().map_err(io::Error::other)?;
+        if usual < OOM_SCORE_ADJUSTMENT {
+            file.write_all(OOM_SCORE_ADJUSTMENT.to_string().as_bytes())?;
+        }
+        Ok(Self { file, before })
+    }
+}
+
+impl Drop for RaisedOomScore<'_> {
+    fn drop(&mut self) {
+        let _ = self.file.write_all(self.before.trim().as_bytes());
+    }
+}
+
 /// When the job is to be killed, and when to give up killing it.
 struct Ending {
     kill_at: Instant,
@@ -151,25 +177,34 @@ impl JobInit {
             open_files::lower_to(limit)?;
         }
 
+        // Jobs run as the same user. Some files of this process are only to be had before.
+        let oom_score = File::options().read(true).write(true).open("/proc/self/oom_score_adj");
+        prctl::set_dumpable(false)?;
+
         let terminal = nix::unistd::ttyname(io::stdout())?;
         let end = || -> io::Result<Stdio> { Ok(io::stdout().as_fd().try_clone_to_owned()?.into()) };
         let Some((program, arguments)) = spec.shell.split_first() else {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "no shell is named"));
         };
-        let group = JobCgroup::create(&spec.group);
+        let group = JobCgroup::create(&job_mark::group_name(&spec.job));
         let mut command = Command::new(program);
         command.args(arguments).current_dir(&spec.home);
         command.stdin(end()?).stdout(end()?).stderr(end()?);
         sys::lead_terminal_session(&mut command);
-        let shell = spawn(command, group.as_ref()).map_err(|error| {
+        // When memory runs out, a job goes before the agent and its helpers. A job can do without.
+        let raised = oom_score
+            .as_ref()
+            .map_err(|_| ())
+            .and_then(|file| RaisedOomScore::of(file).map_err(|_| ()));
+        let spawned = spawn(command, group.as_ref());
+        drop(raised);
+        let shell = spawned.map_err(|error| {
             if let Some(group) = &group {
                 group.remove();
             }
             let home = spec.home.display();
             io::Error::new(error.kind(), format!("{program} can't be started in {home}: {error}"))
         })?;
-        // When memory runs out, a job goes before the agent and its helpers. A job can do without.
-        let _ = fs::write(format!("/proc/{shell}/oom_score_adj"), OOM_SCORE_ADJUSTMENT);
         Ok(Self {
             shell: Some(shell),
             terminal,

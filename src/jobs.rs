@@ -16,6 +16,7 @@ use crate::docker::bodies::main_container_name;
 use crate::docker::place::Place;
 use crate::executors::docker::DockerBackend;
 use crate::executors::shell::{ShellBackend, ShellConfig};
+use crate::job_mark;
 use crate::jump_point::{LeadsTo, SshAccess};
 use crate::spool::FileSpool;
 use crate::state_dir::{JobDir, StateDir};
@@ -45,7 +46,8 @@ pub struct JumpPointConfig {
 
 impl Jobs {
     fn docker_backend(&self, job: &Job, compose: &Compose, place: &Place) -> DockerBackend {
-        let (config, metrics) = (self.docker.clone(), self.metrics.clone());
+        let (mut config, metrics) = (self.docker.clone(), self.metrics.clone());
+        config.environment.push(job_mark::variable(place.id()));
         DockerBackend::new(config, &job.id, compose.clone(), place.clone(), metrics)
     }
 
@@ -74,7 +76,9 @@ impl Jobs {
         containment: &ShellContainment,
         access: Option<SshAccess>,
     ) -> ShellBackend {
-        ShellBackend::new(self.shell.clone(), directory, containment.clone(), access)
+        let mut config = self.shell.clone();
+        config.environment.push(job_mark::variable(directory.name()));
+        ShellBackend::new(config, directory, containment.clone(), access)
     }
 }
 

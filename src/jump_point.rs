@@ -18,12 +18,13 @@ use actors::ports::JumpPointFiles;
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
-use memchr::memmem;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use self::user_file::{MARK, UserFile, is_not_ours, split};
+use crate::job_mark::{kill_those_with, those_with};
+use crate::process_tree::{descendants, signal_all, start_of};
 use crate::session::quoted;
 use crate::state_dir;
 
@@ -39,7 +40,7 @@ const LOCK_TRIES: u32 = 100;
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// How often to look for sessions, as each of their processes may just make another.
-const SESSION_SWEEPS: u32 = 10;
+const SESSION_SWEEPS: u32 = 100;
 
 /// The way in to one job.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -140,7 +141,11 @@ impl SshAccess {
     fn show_environment(&self, with_keys: bool) -> io::Result<()> {
         let mark = if with_keys {
             format!(
-                "[ -z \"${{SSH_CONNECTION-}}\" ] || {{ export {SESSION_VARIABLE}={job}; : > {used}; }}\n",
+                "[ -z \"${{SSH_CONNECTION-}}\" ] || {{ export {SESSION_VARIABLE}={job}; \
+                 read -r -d '' {SESSION_VARIABLE}_STAT < /proc/$$/stat || :; \
+                 {SESSION_VARIABLE}_STAT=(${{{SESSION_VARIABLE}_STAT##*) }}); \
+                 printf '%s %s %s\\n' $$ \"${{{SESSION_VARIABLE}_STAT[19]}}\" \"$SSH_CONNECTION\" >> {used}; \
+                 unset {SESSION_VARIABLE}_STAT; }}\n",
                 job = quoted(&self.job_directory),
                 used = quoted(&self.used_file()),
             )
@@ -204,27 +209,12 @@ impl SshAccess {
 
     /// Ends what people who logged in still run.
     fn end_sessions(&self) -> io::Result<()> {
-        if !self.used_file().exists() {
-            return Ok(());
-        }
-        let job = self.job_directory.as_os_str().as_bytes();
-        let marker = [SESSION_VARIABLE.as_bytes(), b"=", job, b"\0"].concat();
+        let logins = Logins::read(self)?;
         for _ in 0..SESSION_SWEEPS {
-            let mut found = false;
-            for entry in fs::read_dir("/proc")? {
-                let entry = entry?;
-                let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
-                // Processes of others, and those that have just ended, can't be read.
-                if let Some(pid) = pid
-                    && let Ok(environment) = fs::read(entry.path().join("environ"))
-                    && memmem::find(&environment, &marker).is_some()
-                {
-                    found |= kill(Pid::from_raw(pid), Signal::SIGKILL).is_ok();
-                }
-            }
-            if !found {
+            if logins.kill()? == 0 {
                 break;
             }
+            std::thread::yield_now();
         }
         Ok(())
     }
@@ -261,12 +251,87 @@ impl JumpPointFiles for SshAccess {
         let access = self.clone();
         on_a_thread(move || access.close_now())
     }
+
+    fn close_if_unused(&self) -> LocalBoxFuture<'static, io::Result<bool>> {
+        let access = self.clone();
+        on_a_thread(move || {
+            if Logins::read(&access)?.is_anybody_there()? {
+                return Ok(false);
+            }
+            access.close_now().map(|()| true)
+        })
+    }
+}
+
+/// Who has logged in to a job.
+struct Logins {
+    /// The number of each login shell, and when it began.
+    shells: Vec<(Pid, String)>,
+    /// What is in the environment of everything that they run, unless they remove it.
+    markers: Vec<Vec<u8>>,
+}
+
+impl Logins {
+    /// What the login shells have told.
+    fn read(access: &SshAccess) -> io::Result<Self> {
+        let told = match fs::read_to_string(access.used_file()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Self { shells: Vec::new(), markers: Vec::new() });
+            }
+            told => told?,
+        };
+        let job = access.job_directory.as_os_str().as_bytes();
+        let mut markers = vec![[SESSION_VARIABLE.as_bytes(), b"=", job, b"\0"].concat()];
+        let mut shells = Vec::new();
+        for line in told.lines() {
+            let mut words = line.splitn(3, ' ');
+            let (Some(pid), Some(start)) = (words.next(), words.next()) else {
+                continue;
+            };
+            shells.extend(pid.parse().ok().map(|pid| (Pid::from_raw(pid), start.to_owned())));
+            if let Some(connection) = words.next().filter(|connection| !connection.is_empty()) {
+                markers.push(format!("SSH_CONNECTION={connection}\0").into_bytes());
+            }
+        }
+        Ok(Self { shells, markers })
+    }
+
+    fn living_shells(&self) -> impl Iterator<Item = Pid> {
+        let lives = |(pid, start): &&(Pid, String)| start_of(*pid).as_ref() == Some(start);
+        self.shells.iter().filter(lives).map(|(pid, _)| *pid)
+    }
+
+    fn is_anybody_there(&self) -> io::Result<bool> {
+        if self.living_shells().next().is_some() {
+            return Ok(true);
+        }
+        for marker in &self.markers {
+            if !those_with(marker)?.is_empty() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Kills all that they run. How much there was.
+    fn kill(&self) -> io::Result<usize> {
+        let mut killed = 0;
+        for shell in self.living_shells() {
+            let below = descendants(shell).unwrap_or_default();
+            signal_all(&below, Signal::SIGKILL);
+            killed += below.len() + usize::from(kill(shell, Signal::SIGKILL).is_ok());
+        }
+        for marker in &self.markers {
+            killed += kill_those_with(marker)?;
+        }
+        Ok(killed)
+    }
 }
 
 /// Files of the user may be far away, and somebody may hold their lock.
-fn on_a_thread(
-    work: impl FnOnce() -> io::Result<()> + Send + 'static,
-) -> LocalBoxFuture<'static, io::Result<()>> {
+fn on_a_thread<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> LocalBoxFuture<'static, io::Result<T>> {
     let done = actix_rt::task::spawn_blocking(work);
     async { done.await.map_err(io::Error::other)? }.boxed_local()
 }

@@ -15,6 +15,7 @@ pub mod http_client;
 pub mod hub;
 pub mod job_file;
 pub mod job_init;
+pub mod job_mark;
 pub mod jobs;
 pub mod jump_point;
 pub mod log_artifact;

@@ -4,24 +4,31 @@ use std::io::{self, Write as _};
 use std::process::ExitCode;
 
 use clap::Parser as _;
+use nix::sys::prctl;
 use semaphore_agent::cli::{Cli, Command};
 use semaphore_agent::commands;
 use semaphore_agent::docker::watch;
 use semaphore_agent::exit_code::Exit;
 use semaphore_agent::job_init;
+use semaphore_agent::open_files;
 use semaphore_agent::signals;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     // It works without, too.
     let _ = signals::survive_file_size_limits();
+    // What the agent's parent left open is nothing to a job.
+    let _ = open_files::keep_inherited_from_children();
+    // Jobs run as the same user: none is to look into this process, or to take it over. A shell makes itself
+    // accessible again by being started.
+    let hidden = prctl::set_dumpable(false);
     let exit = match cli.command {
         Command::Run(args) => commands::run::run(&args),
-        Command::Serve(options) => commands::serve::serve(*options),
-        Command::Start(options) => commands::start::start(*options),
+        Command::Serve(options) => commands::serve::serve(*options, hidden),
+        Command::Start(options) => commands::start::start(*options, hidden),
         Command::Version => commands::version::version(),
-        Command::JobInit => beside_the_agent(job_init::run()),
-        Command::DockerWatch => beside_the_agent(watch::run()),
+        Command::JobInit { .. } => beside_the_agent(job_init::run()),
+        Command::DockerWatch { .. } => beside_the_agent(watch::run()),
     };
     exit.into()
 }

@@ -6,6 +6,8 @@ use std::sync::OnceLock;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use crate::sys;
+
 /// More is of no use.
 const ENOUGH: u64 = 65_536;
 
@@ -24,6 +26,17 @@ pub fn raise() -> io::Result<u64> {
 /// The limit from before it was raised, if it was.
 pub fn before() -> Option<u64> {
     BEFORE.get().copied()
+}
+
+/// Has the files that this process found open be closed in what it starts, except for the standard ones.
+pub fn keep_inherited_from_children() -> io::Result<()> {
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        let number = entry?.file_name().to_str().and_then(|name| name.parse().ok());
+        if let Some(number) = number.filter(|number| *number > 2) {
+            sys::close_on_exec(number)?;
+        }
+    }
+    Ok(())
 }
 
 /// Sets the limit, for this process and what it starts from now on.

@@ -60,6 +60,16 @@ fn parse_stat(pid: Pid, stat: &str) -> Option<Descendant> {
     Some(Descendant { pid, parent, name: name.to_owned(), zombie })
 }
 
+/// When the living process of this number began, as the kernel tells it: no other of the same number has the same.
+pub fn start_of(pid: Pid) -> Option<String> {
+    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    let stat = String::from_utf8_lossy(&stat);
+    let (_, fields) = stat.rsplit_once(')')?;
+    let mut fields = fields.split_ascii_whitespace();
+    let lives = !matches!(fields.next()?, "Z" | "X");
+    lives.then(|| fields.nth(18).map(str::to_owned))?
+}
+
 /// The process group in the foreground of the terminal of `shell`, unless that is the shell's own.
 pub fn foreground_beside(shell: Pid) -> Option<Pid> {
     let stat = fs::read(format!("/proc/{shell}/stat")).ok()?;

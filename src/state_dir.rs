@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use nix::unistd::geteuid;
 
 use crate::docker::watch;
+use crate::job_mark;
 use crate::session::Mark;
 
 /// What the names of directories begin with whose jobs are dead, but perhaps not all they have elsewhere.
@@ -61,6 +62,9 @@ impl StateDir {
             let is_dead = || File::open(&path).is_ok_and(|directory| directory.try_lock().is_ok());
             if !is_job || !is_dead() {
                 continue;
+            }
+            if !job_mark::kill_all_and_guards(place) {
+                log::warn!(job = place; "processes of a dead job can't be killed");
             }
             if !watch::may_be_on_engine(&path) {
                 remove(&path);
@@ -124,11 +128,6 @@ impl JobDir {
     /// A name that no other job of this agent has, and hardly one of any other.
     pub fn name(&self) -> &str {
         &self.name
-    }
-
-    /// A name for the job's control group that no other has.
-    pub fn group_name(&self) -> String {
-        format!("semaphore-agent-{}", self.name)
     }
 
     /// Where scripts and variables are while the job runs.

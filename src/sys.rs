@@ -125,6 +125,15 @@ pub(crate) fn survive_file_size_limits() -> io::Result<()> {
     Ok(())
 }
 
+/// Has the descriptor of this number be closed in programs that are started from now on.
+pub(crate) fn close_on_exec(number: i32) -> io::Result<()> {
+    // SAFETY: sets a flag of a descriptor; if there is none of this number, that is an error.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Watches a file, such as a terminal, for being readable or writable.
 pub(crate) fn watch(file: File) -> io::Result<AsyncFd<File>> {
     // SAFETY: a `File` owns its descriptor and answers the same one as long as it lives, and the

@@ -21,7 +21,7 @@ use std::time::Duration;
 use actix::prelude::*;
 use futures_util::future::LocalBoxFuture;
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::delivery::{Delivery, JobDelivery};
@@ -38,6 +38,9 @@ use crate::ports::{
     Containment, JobParts, JobPartsFactory, JumpPointFiles, LeftBehind, SparePlace,
 };
 use crate::pull_delivery::{Archive, Transfer};
+
+/// How long to wait between two looks whether somebody is still logged in to a job that is over.
+const LOOK_FOR_LOGINS: Duration = Duration::from_secs(5);
 
 /// Starts a job. The reply is the admission decision, not the outcome.
 #[derive(Debug, Message)]
@@ -287,6 +290,16 @@ async fn close(access: Option<&Access>) {
     }
 }
 
+/// Closes the way in as soon as nobody is logged in.
+async fn close_when_unused(access: Option<&Access>) {
+    if let Some(access) = access {
+        // Where it can't be closed now, the job's last moment is another try.
+        while let Ok(false) = access.files.close_if_unused().await {
+            sleep(LOOK_FOR_LOGINS).await;
+        }
+    }
+}
+
 /// One job from its first event to the last of its processes.
 struct JobTask {
     steps: JobSteps,
@@ -330,7 +343,11 @@ impl JobTask {
         end.report_left(cleaned);
         let tag = format!("result:{outcome}");
         metrics.do_send(Time { name: "job.duration", duration: started.elapsed(), tag });
-        end.delivery.deliver(job, log).await;
+        let mut delivered = std::pin::pin!(end.delivery.deliver(job, log));
+        tokio::select! {
+            () = &mut delivered => {}
+            () = close_when_unused(end.access.as_ref()) => delivered.await,
+        }
         end.leave(&supervisor, outcome).await;
     }
 }

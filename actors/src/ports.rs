@@ -232,6 +232,9 @@ pub trait JumpPointFiles {
 
     /// Takes back exactly what `open` added. Doing it twice, or without `open`, is no error.
     fn close(&self) -> LocalBoxFuture<'static, io::Result<()>>;
+
+    /// The same, unless somebody is logged in: `false` then.
+    fn close_if_unused(&self) -> LocalBoxFuture<'static, io::Result<bool>>;
 }
 
 /// One message to a platform about a job's end.

@@ -16,7 +16,6 @@ use actors::job_supervisor::{
 use actors::metrics::Metrics;
 use actors::ports::{DiscardMetrics, MetricsSink};
 use actors::pull_delivery::PullDelivery;
-use nix::sys::prctl;
 use tokio::signal::unix::SignalKind;
 use tokio::time::timeout;
 
@@ -46,9 +45,7 @@ const USUAL_OPEN_FILES: u64 = 1024;
 const LAST_MOMENTS: Duration = Duration::from_secs(1);
 
 /// Serves jobs until it is asked to end.
-pub fn serve(options: ServeOptions) -> Exit {
-    // Jobs run as the same user: they must not find the secret in this process's environment.
-    let hidden = prctl::set_dumpable(false);
+pub fn serve(options: ServeOptions, hidden: nix::Result<()>) -> Exit {
     let prepared =
         ServeConfig::load(options).map_err(|error| error.to_string()).and_then(|config| {
             Ok((config, AgentLogConfig::from_env()?, ArtifactUploads::compression_size_from_env()?))

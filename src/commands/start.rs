@@ -14,7 +14,6 @@ use actors::ports::DiscardMetrics;
 use actors::push_delivery::{PushDelivery, Urgency};
 use actors::sync_poller::{AwaitLeave, Interrupt, LeaveSoon, Left, SyncPoller};
 use actors::sync_protocol::ShutdownReason;
-use nix::sys::prctl;
 use nix::sys::utsname::uname;
 use tokio::signal::unix::SignalKind;
 use tokio::sync::watch;
@@ -51,9 +50,7 @@ const LEAST_FOR_HOOK: Duration = Duration::from_secs(4);
 const LAST_KILL: Duration = Duration::from_secs(15);
 
 /// Runs jobs until the control plane, or this machine, wants no more.
-pub fn start(options: StartOptions) -> Exit {
-    // Jobs run as the same user: they must not find the token in this process's environment.
-    let hidden = prctl::set_dumpable(false);
+pub fn start(options: StartOptions, hidden: nix::Result<()>) -> Exit {
     let print = options.print_config;
     let prepared = StartConfig::load(options)
         .map_err(|error| error.to_string())

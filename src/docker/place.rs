@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::future::Future;
+use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
@@ -17,6 +18,8 @@ use bollard::query_parameters::{
 use futures_util::FutureExt as _;
 use futures_util::future::{LocalBoxFuture, join_all};
 use nix::unistd::Pid;
+use tokio::io::AsyncReadExt as _;
+use tokio::net::unix::pipe::Receiver;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
@@ -24,11 +27,15 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use super::bodies::PLACE_LABEL;
 use super::engine::Engine;
 use super::watch::{Watch, WatchSpec};
+use crate::job_mark;
 use crate::jump_point::SshAccess;
 use crate::state_dir::JobDir;
 
 /// How long removing everything may take before what is left is reported.
 const PATIENCE: Duration = Duration::from_mins(1);
+
+/// How often who watches is replaced.
+const MOST_WATCHES: u32 = 1000;
 
 /// How long to wait between two looks at what is left.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -52,6 +59,8 @@ struct Shared {
     /// Taken back if the agent dies.
     access: Option<SshAccess>,
     watch: RefCell<Option<Watch>>,
+    /// What runs for the job on this machine.
+    group: Cell<Option<Pid>>,
 }
 
 /// The place was closed meanwhile, or its request crashed.
@@ -70,6 +79,7 @@ impl Place {
             closed: Cell::new(false),
             access,
             watch: RefCell::default(),
+            group: Cell::new(None),
         };
         Self { shared: Rc::new(shared) }
     }
@@ -86,19 +96,52 @@ impl Place {
 
     /// From now on what the job has goes even if the agent dies.
     pub fn watch(&self, environment: &[(OsString, OsString)]) {
+        match self.start_watch(environment) {
+            Ok(end) => {
+                let (place, environment) = (self.clone(), environment.to_vec());
+                actix::spawn(async move { place.replace_dead_watches(end, &environment).await });
+            }
+            Err(error) => self.unwatched(&error),
+        }
+    }
+
+    /// Starts who watches. The result is readable at its end.
+    fn start_watch(&self, environment: &[(OsString, OsString)]) -> io::Result<Receiver> {
         let directory = &self.shared.directory;
         let spec = WatchSpec {
             place: directory.name().to_owned(),
             job_directory: directory.path().to_owned(),
             access: self.shared.access.clone(),
         };
-        match Watch::start(&spec, environment) {
-            Ok(watch) => drop(self.shared.watch.replace(Some(watch))),
-            Err(error) => self.unwatched(&error),
+        let mut watch = Watch::start(&spec, environment)?;
+        if self.shared.engine.borrow().is_some() {
+            watch.on_engine()?;
         }
+        watch.group(self.shared.group.get())?;
+        let end = watch.end().ok_or(io::ErrorKind::BrokenPipe)?;
+        self.shared.watch.replace(Some(watch));
+        Receiver::from_owned_fd(end)
     }
 
-    fn unwatched(&self, error: &std::io::Error) {
+    /// Whoever kills the one that watches gets another one to kill.
+    async fn replace_dead_watches(&self, mut end: Receiver, environment: &[(OsString, OsString)]) {
+        for _ in 0..MOST_WATCHES {
+            // It writes nothing: this is its end.
+            let _ = end.read_u8().await;
+            if self.shared.watch.borrow().is_none() {
+                return;
+            }
+            log::warn!(place = self.id(); "who watches over a job's containers was killed, and is replaced");
+            end = match self.start_watch(environment) {
+                Ok(end) => end,
+                Err(error) => return self.unwatched(&error),
+            };
+            sleep(LOOK_AGAIN).await;
+        }
+        log::error!(place = self.id(); "who watches over a job's containers is killed again and again");
+    }
+
+    fn unwatched(&self, error: &io::Error) {
         log::error!(place = self.id(), error:%; "a job's containers would stay if this agent were killed");
     }
 
@@ -114,6 +157,7 @@ impl Place {
 
     /// A process group of this machine belongs to it; nothing for none.
     pub fn has_group(&self, group: Option<Pid>) {
+        self.shared.group.set(group);
         if let Some(watch) = &mut *self.shared.watch.borrow_mut()
             && let Err(error) = watch.group(group)
         {
@@ -214,6 +258,10 @@ impl Shared {
     }
 
     async fn end(&self) -> Result<(), LeftBehind> {
+        // Programs of this machine that ran for the job, such as host setup commands.
+        if !job_mark::kill_all(self.directory.name()) {
+            log::error!(place = self.directory.name(); "processes of a job on this machine can't be killed");
+        }
         let asked: Vec<_> = self.asked.take();
         let _ = timeout(PATIENCE, join_all(asked)).await;
         let engine = self.engine.borrow().clone();

@@ -3,17 +3,20 @@
 //!
 //! Its standard input is a pipe from the agent: first a [`WatchSpec`] in JSON, a line; then `group NUMBER` for
 //! a process group of this machine that is the job's (0 for none), `engine` as soon as there may be
-//! something on the engine, and `done`. If it ends without that, the agent has.
+//! something on the engine, and `done`. If it ends without that, the agent has. Its standard output is a pipe to the
+//! agent, which ends with it: the job may have killed it, and gets another one.
 
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, BufRead as _, Write as _};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use actix::System;
+use nix::sys::prctl;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, setsid};
 use serde::{Deserialize, Serialize};
@@ -22,6 +25,7 @@ use tokio::time::{Instant, sleep};
 use super::engine::Engine;
 use super::place::remove_all;
 use crate::executors::shell::agent_environment;
+use crate::job_mark;
 use crate::jump_point::SshAccess;
 use crate::state_dir;
 use crate::sys;
@@ -68,21 +72,30 @@ pub struct Watch {
     job_directory: PathBuf,
     pipe: Option<ChildStdin>,
     process: Option<Child>,
+    end: Option<ChildStdout>,
 }
 
 impl Watch {
     /// Starts it, with nothing but `environment`, which tells where the engine is.
     pub fn start(spec: &WatchSpec, environment: &[(OsString, OsString)]) -> io::Result<Self> {
         let mut command = Command::new("/proc/self/exe");
-        command.arg0("agent").arg("docker-watch").env_clear();
-        command.envs(environment.iter().cloned());
-        command.stdin(Stdio::piped()).stdout(Stdio::null());
+        command.arg0("agent").args(["docker-watch", &spec.place]).env_clear();
+        // It must not be found among what is the job's.
+        let is_mark = |(name, _): &&(OsString, OsString)| name.as_os_str() == job_mark::VARIABLE;
+        command.envs(environment.iter().filter(|each| !is_mark(each)).cloned());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         sys::start_clean(&mut command);
         let mut process = command.spawn()?;
         let job_directory = spec.job_directory.clone();
-        let mut watch = Self { job_directory, pipe: process.stdin.take(), process: Some(process) };
+        let (pipe, end) = (process.stdin.take(), process.stdout.take());
+        let mut watch = Self { job_directory, pipe, process: Some(process), end };
         watch.tell(&serde_json::to_string(spec)?)?;
         Ok(watch)
+    }
+
+    /// Readable at its end, and not before. Once only.
+    pub fn end(&mut self) -> Option<OwnedFd> {
+        self.end.take().map(OwnedFd::from)
     }
 
     /// From now on there may be something on the engine.
@@ -120,6 +133,8 @@ impl Drop for Watch {
 
 /// Waits for the agent's word, or its end.
 pub fn run() -> io::Result<()> {
+    // Jobs run as the same user.
+    prctl::set_dumpable(false)?;
     // Out of the reach of the terminal that the agent may run on. Fails for a leader only.
     let _ = setsid();
     let mut lines = io::stdin().lock().lines();
@@ -137,6 +152,7 @@ pub fn run() -> io::Result<()> {
         // It may have ended by itself.
         let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
     }
+    job_mark::kill_all(&spec.place);
     let closed = spec.access.as_ref().map_or(Ok(()), SshAccess::close_now);
     let scratch = state_dir::scratch_of(&spec.job_directory);
     state_dir::remove(&scratch);

@@ -14,6 +14,7 @@ use actors::ports::{
     ExecutorBackend, PreparationError, PreparationStep, Script, SessionEvent, ShellSession,
     StepError, StepLog,
 };
+use bytes::Bytes;
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 
@@ -94,8 +95,8 @@ impl ShellBackend {
             shell: ["bash", "--login", "--noediting"].map(str::to_owned).into(),
             home: self.config.home.clone(),
             gone: gone.as_str().to_owned(),
+            job: self.directory.name().to_owned(),
             job_directory: self.directory.path().to_owned(),
-            group: self.directory.group_name(),
             open_files: open_files::before(),
             access: self.access.clone(),
         };
@@ -121,7 +122,8 @@ impl ShellBackend {
                 printed.trim()
             )));
         }
-        Ok(LocalSession { session, script: self.directory.scratch().join("command") })
+        let script = self.directory.scratch().join("command");
+        Ok(LocalSession { session, script, kills_before: memory_kills(), end: None })
     }
 
     /// `path` made absolute, without `.` and `..`.
@@ -272,6 +274,36 @@ fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
 struct LocalSession {
     session: Session<Pty>,
     script: PathBuf,
+    /// How many processes the kernel had killed for want of memory when that was last looked at, which is after each
+    /// failure: looking takes a tenth of a short command's time.
+    kills_before: u64,
+    /// The end of the script, behind a line that was added to its output.
+    end: Option<SessionEvent>,
+}
+
+impl LocalSession {
+    /// The output's last line if the kernel has killed a process while the script that failed ran.
+    fn reason_of(&mut self, end: &SessionEvent) -> Option<SessionEvent> {
+        let has_failed = match end {
+            SessionEvent::Output(_) => false,
+            SessionEvent::ScriptEnded(end) => end.exit_code != 0,
+            SessionEvent::ShellEnded(_) => true,
+        };
+        let line = "The machine's memory ran out meanwhile, and the kernel killed a process: probably one of this job.\n";
+        if !has_failed {
+            return None;
+        }
+        let kills = memory_kills();
+        (kills > std::mem::replace(&mut self.kills_before, kills))
+            .then(|| SessionEvent::Output(Bytes::from_static(line.as_bytes())))
+    }
+}
+
+/// How many processes the kernel has killed for want of memory, here or in a control group.
+fn memory_kills() -> u64 {
+    let counters = fs::read_to_string("/proc/vmstat").unwrap_or_default();
+    let count = counters.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    count.and_then(|count| count.parse().ok()).unwrap_or(0)
 }
 
 impl ShellSession for LocalSession {
@@ -285,6 +317,19 @@ impl ShellSession for LocalSession {
     }
 
     fn next_event(&mut self) -> LocalBoxFuture<'_, SessionEvent> {
-        self.session.next_event().boxed_local()
+        async {
+            if let Some(end) = self.end.take() {
+                return end;
+            }
+            let event = self.session.next_event().await;
+            match self.reason_of(&event) {
+                Some(reason) => {
+                    self.end = Some(event);
+                    reason
+                }
+                None => event,
+            }
+        }
+        .boxed_local()
     }
 }
