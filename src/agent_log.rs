@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, SystemTime};
@@ -15,6 +15,7 @@ use env_logger::{Builder, Target};
 use log::kv::{self, Key, Value, VisitSource};
 use log::{LevelFilter, Record};
 use nix::libc::{O_NOFOLLOW, O_NONBLOCK};
+use nix::unistd::geteuid;
 
 const LEVEL: &str = "SEMAPHORE_AGENT_LOG_LEVEL";
 const PATH: &str = "SEMAPHORE_AGENT_LOG_FILE_PATH";
@@ -193,7 +194,20 @@ impl RotatedFile {
         Ok(Self { path: path.to_owned(), file, size, max_size })
     }
 
+    /// Whether the file that is written is still the one of its name.
+    fn is_at_its_place(&self) -> io::Result<bool> {
+        let (open, named) = (self.file.metadata()?, self.path.symlink_metadata()?);
+        Ok((open.dev(), open.ino()) == (named.dev(), named.ino()))
+    }
+
     fn write(&mut self, line: &[u8]) -> io::Result<()> {
+        if !self.is_at_its_place().unwrap_or(false)
+            && let Ok(file) = open_to_append(&self.path)
+        {
+            // Somebody has removed it, or put it elsewhere.
+            self.size = file.metadata()?.len();
+            self.file = file;
+        }
         let length = line.len() as u64;
         if self.size > 0 && self.size + length > self.max_size {
             let mut old = self.path.clone().into_os_string();
@@ -223,8 +237,16 @@ pub fn open_to_read(path: &Path) -> io::Result<File> {
 /// The default place is a directory where others can put links and pipes.
 fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     let file = options.custom_flags(O_NOFOLLOW | O_NONBLOCK).open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "is not a regular file"));
+    let found = file.metadata()?;
+    let refused = |why| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    if !found.is_file() {
+        return refused("is not a regular file");
+    }
+    if found.uid() != geteuid().as_raw() {
+        return refused("belongs to another user");
+    }
+    if found.nlink() > 1 {
+        return refused("has another name as well");
     }
     Ok(file)
 }
@@ -271,6 +293,17 @@ mod tests {
             assert!(open_to_read(&path(name)).is_err(), "{name}");
             assert!(RotatedFile::open(&path(name), 11).is_err(), "{name}");
         }
+    }
+
+    #[test]
+    fn a_file_that_is_removed_comes_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let mut file = RotatedFile::open(&path, 1000).unwrap();
+        file.write(b"one\n").unwrap();
+        fs::remove_file(&path).unwrap();
+        file.write(b"two\n").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "two\n");
     }
 
     #[test]

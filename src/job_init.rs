@@ -62,6 +62,8 @@ pub struct Spec {
     pub job: String,
     /// Removed with all that is in it if the agent dies.
     pub job_directory: PathBuf,
+    /// Removed if the agent dies.
+    pub environment_copy: Option<PathBuf>,
     /// How many files its processes may have open, if not as many as the agent.
     pub open_files: Option<u64>,
     /// Taken back if the agent dies.
@@ -98,6 +100,7 @@ struct JobInit {
     terminal: PathBuf,
     gone: String,
     job_directory: PathBuf,
+    environment_copy: Option<PathBuf>,
     access: Option<SshAccess>,
     group: Option<JobCgroup>,
     children: SignalFd,
@@ -210,6 +213,7 @@ impl JobInit {
             terminal,
             gone: spec.gone,
             job_directory: spec.job_directory,
+            environment_copy: spec.environment_copy,
             access: spec.access,
             group,
             children,
@@ -446,7 +450,10 @@ impl JobInit {
         if agent_lives && writeln!(control, "{report}").is_ok() {
             return Ok(());
         }
-        let closed = self.access.map_or(Ok(()), |access| access.close_now());
+        let closed = self.access.map_or(Ok(()), |access| access.close_for_good());
+        if let Some(copy) = &self.environment_copy {
+            state_dir::remove_environment_copy(copy);
+        }
         state_dir::remove(&self.job_directory);
         closed
     }

@@ -19,7 +19,7 @@ use crate::executors::shell::{ShellBackend, ShellConfig};
 use crate::job_mark;
 use crate::jump_point::{LeadsTo, SshAccess};
 use crate::spool::FileSpool;
-use crate::state_dir::{JobDir, StateDir};
+use crate::state_dir::{ENVIRONMENT_COPY, JobDir, StateDir};
 
 /// See the module.
 pub struct Jobs {
@@ -31,6 +31,8 @@ pub struct Jobs {
     pub docker: DockerConfig,
     /// Where measurements go.
     pub metrics: Addr<Metrics>,
+    /// The variables of shell jobs are also in a file in the directory for temporary files.
+    pub copies_environment: bool,
     /// How people log in; nothing if nobody is to.
     pub jump_point: Option<JumpPointConfig>,
 }
@@ -92,6 +94,13 @@ impl JobPartsFactory for Jobs {
             let place = Place::new(directory, access);
             let backend = Box::new(self.docker_backend(job, compose, &place));
             return Ok(JobParts { backend, containment: Box::new(place), spool, jump_point });
+        }
+        if self.copies_environment {
+            let name = format!("{ENVIRONMENT_COPY}{}", job.id.as_str());
+            // An identifier that is no file name names no file.
+            if !name.contains('/') {
+                directory.note_environment_copy(std::env::temp_dir().join(name))?;
+            }
         }
         let containment = ShellContainment::new(Rc::clone(&directory));
         let backend = Box::new(self.shell_backend(directory, &containment, access));

@@ -31,6 +31,9 @@ use crate::state_dir;
 /// Where people and tools expect the script (PROTOCOL: "SSH jump point").
 pub const DEFAULT_SCRIPT: &str = "/tmp/ssh_jump_point";
 
+/// The script while no job can be reached through it.
+const NO_JOB: &str = "#!/usr/bin/env bash\necho 'No job runs here now.' >&2\nexit 1\n";
+
 /// Set for everything that runs in an SSH session of the job.
 const SESSION_VARIABLE: &str = "SEMAPHORE_AGENT_SSH_SESSION";
 
@@ -102,10 +105,32 @@ fi
 exec docker exec -i "$container" "$@"
 "#;
 
+/// The script's place is this agent's, until this value goes.
+#[derive(Debug)]
+pub struct ClaimedScript(PathBuf);
+
+impl Drop for ClaimedScript {
+    fn drop(&mut self) {
+        let removed = split(&self.0).and_then(|(directory, name)| {
+            UserFile::at(directory, name)?.remove_if(|content| content == NO_JOB.as_bytes())
+        });
+        if let Err(error) = removed {
+            log::warn!(path:% = self.0.display(), error:%; "the script for SSH access can't be removed");
+        }
+    }
+}
+
 impl SshAccess {
-    /// Takes back what jobs added whose agents died with all that could have cleaned up.
-    pub fn remove_dead(home: &Path, script: &Path) -> io::Result<()> {
-        remove_marked(home, script, &|job_directory| !job_directory.exists())
+    /// Takes back what jobs added whose agents died with all that could have cleaned up, and puts a script in the
+    /// script's place that leads nowhere, so that nobody else can put theirs there.
+    pub fn claim(home: &Path, script: &Path) -> io::Result<ClaimedScript> {
+        remove_marked(home, script, &|job_directory| !job_directory.exists())?;
+        let (directory, name) = split(script)?;
+        let path = UserFile::at(directory, name)?;
+        if !path.is_ours()? {
+            path.replace(NO_JOB.as_bytes(), 0o600)?;
+        }
+        Ok(ClaimedScript(script.to_owned()))
     }
 
     /// Sourced by everything that logs in.
@@ -224,17 +249,27 @@ impl SshAccess {
             return Ok(());
         }
         let _others_wait = lock(&self.home)?;
+        // First: without a script of its own, who is let in by a key of the job would run somebody else's.
+        self.write_script().map_err(|error| {
+            io::Error::new(error.kind(), format!("{}: {error}", self.script.display()))
+        })?;
         // What can be offered is, whatever can't.
         let added = [
             ("the keys", self.add_keys(keys)),
             ("the login profile", self.show_environment(!keys.is_empty())),
-            ("the script", self.write_script()),
         ];
         first_error(added)
     }
 
-    /// What [`JumpPointFiles::close`] does, for a process that has nothing else to do.
-    pub fn close_now(&self) -> io::Result<()> {
+    /// What [`JumpPointFiles::close`] does, for a process whose agent is dead: the script's place is nobody's then.
+    pub fn close_for_good(&self) -> io::Result<()> {
+        let claimed = ClaimedScript(self.script.clone());
+        let closed = self.close_now();
+        drop(claimed);
+        closed
+    }
+
+    fn close_now(&self) -> io::Result<()> {
         let removed =
             remove_marked(&self.home, &self.script, &|job| job == self.job_directory.as_path());
         first_error([("the files", removed), ("sessions", self.end_sessions())])
@@ -371,7 +406,8 @@ fn remove_marked(home: &Path, script: &Path, gone: &dyn Fn(&Path) -> bool) -> io
     };
     let profile = UserFile::at(home, ".bash_profile").and_then(|profile| profile.remove(gone));
     let (directory, name) = split(script)?;
-    let script = UserFile::at(directory, name).and_then(|script| script.remove_if_marked(gone));
+    let script = UserFile::at(directory, name)
+        .and_then(|script| script.replace_if_marked(gone, NO_JOB.as_bytes()));
     first_error([("the keys", keys), ("the login profile", profile), ("the script", script)])
 }
 
@@ -442,7 +478,7 @@ mod tests {
         assert!(access.close_now().unwrap_err().to_string().contains("too large"));
         access.open_now(&[KEY]).unwrap();
         access.close_now().unwrap();
-        assert_eq!(place.read("jump"), None);
+        assert_eq!(place.read("jump").as_deref(), Some(NO_JOB));
     }
 
     #[test]
@@ -465,7 +501,7 @@ mod tests {
             two.close_now().unwrap();
             assert_eq!(place.read(".ssh/authorized_keys").as_deref(), before);
             assert_eq!(place.read(".bash_profile").as_deref(), before);
-            assert_eq!(place.read("jump"), None);
+            assert_eq!(place.read("jump").as_deref(), Some(NO_JOB));
         }
     }
 
@@ -482,7 +518,7 @@ mod tests {
         assert!(place.read("jump").unwrap().contains("exec"), "the link was replaced");
         // The other links are still there, and still not followed.
         access.close_now().unwrap();
-        assert_eq!(place.read("jump"), None);
+        assert_eq!(place.read("jump").as_deref(), Some(NO_JOB));
         assert_eq!(place.read("victim").as_deref(), Some("mine"));
     }
 
@@ -502,7 +538,7 @@ mod tests {
         dead.open_now(&[KEY]).unwrap();
         alive.open_now(&[KEY]).unwrap();
         fs::remove_dir_all(place.path("job-1")).unwrap();
-        SshAccess::remove_dead(&dead.home, &dead.script).unwrap();
+        SshAccess::claim(&dead.home, &dead.script).unwrap();
         let keys = place.read(".ssh/authorized_keys").unwrap();
         assert!(keys.contains("job-2") && !keys.contains("job-1"), "{keys}");
     }

@@ -1,9 +1,9 @@
 //! The agent's private directory, and one directory in it for each job.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use nix::unistd::geteuid;
@@ -14,6 +14,13 @@ use crate::session::Mark;
 
 /// What the names of directories begin with whose jobs are dead, but perhaps not all they have elsewhere.
 const DEAD: &str = "dead-";
+
+/// What the name of a copy of a job's variables begins with, for people on the machine (PROTOCOL: "`agent start`: the
+/// self-hosted API").
+pub const ENVIRONMENT_COPY: &str = ".env-";
+
+/// The link in a job's directory that leads to this copy.
+const COPY_NOTE: &str = "environment-copy";
 
 /// Where the agent keeps what only it may see; mode 0700.
 #[derive(Clone, Debug)]
@@ -58,6 +65,12 @@ impl StateDir {
             let path = entry?.path();
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             let place = name.strip_prefix(DEAD).unwrap_or(name);
+            // Only what the agent itself may have put there: the note lies where the job could write.
+            let copy = fs::read_link(path.join(COPY_NOTE)).ok();
+            let copy = copy.filter(|copy| {
+                let name = copy.file_name().and_then(|name| name.to_str());
+                name.is_some_and(|name| name.starts_with(ENVIRONMENT_COPY))
+            });
             let is_job = place.starts_with("job-");
             let is_dead = || File::open(&path).is_ok_and(|directory| directory.try_lock().is_ok());
             if !is_job || !is_dead() {
@@ -65,6 +78,9 @@ impl StateDir {
             }
             if !job_mark::kill_all_and_guards(place) {
                 log::warn!(job = place; "processes of a dead job can't be killed");
+            }
+            if let Some(copy) = copy {
+                remove_environment_copy(&copy);
             }
             if !watch::may_be_on_engine(&path) {
                 remove(&path);
@@ -102,7 +118,9 @@ impl StateDir {
         DirBuilder::new().mode(0o700).create(&path)?;
         let lock = File::open(&path)?;
         lock.lock()?;
-        let directory = JobDir { path, name, stays: Cell::new(false), _lock: lock };
+        let environment_copy = RefCell::default();
+        let directory =
+            JobDir { path, name, stays: Cell::new(false), environment_copy, _lock: lock };
         DirBuilder::new().mode(0o700).create(directory.scratch())?;
         Ok(directory)
     }
@@ -115,6 +133,8 @@ pub struct JobDir {
     name: String,
     /// Stays, with no more in it than that the job may have something elsewhere.
     stays: Cell<bool>,
+    /// Where people on the machine find the job's variables, if they do.
+    environment_copy: RefCell<Option<PathBuf>>,
     /// Held as long as the job's agent lives.
     _lock: File,
 }
@@ -153,6 +173,22 @@ impl JobDir {
     /// Removes the job's secrets.
     pub fn remove_scratch(&self) {
         remove(&self.scratch());
+        if let Some(copy) = self.environment_copy.take() {
+            remove_environment_copy(&copy);
+        }
+    }
+
+    /// Has the job's variables be found at `path` as well, a name that begins with [`ENVIRONMENT_COPY`], until
+    /// its processes are gone.
+    pub fn note_environment_copy(&self, path: PathBuf) -> io::Result<()> {
+        symlink(&path, self.path.join(COPY_NOTE))?;
+        self.environment_copy.replace(Some(path));
+        Ok(())
+    }
+
+    /// See [`Self::note_environment_copy`].
+    pub fn environment_copy(&self) -> Option<PathBuf> {
+        self.environment_copy.borrow().clone()
     }
 }
 
@@ -163,13 +199,22 @@ pub(crate) fn scratch_of(job_directory: &Path) -> PathBuf {
 
 impl Drop for JobDir {
     fn drop(&mut self) {
+        self.remove_scratch();
         if self.stays.get() {
-            self.remove_scratch();
             // Gone with all the rest if it can't be removed now.
             let _ = fs::remove_file(self.log());
         } else {
             remove(&self.path);
         }
+    }
+}
+
+/// Removes a copy of a job's variables. A link there is not followed.
+pub(crate) fn remove_environment_copy(path: &Path) {
+    if let Err(error) = fs::remove_file(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        log::warn!(path:?, error:%; "a copy of a job's variables can't be removed");
     }
 }
 

@@ -3,7 +3,7 @@
 //! One linear script: it decides what runs next and puts the step's events into the log; the
 //! executor does the work. Every wait in it races the stop request.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::rc::Rc;
 use std::time::Duration;
@@ -81,6 +81,8 @@ pub(crate) struct JobSteps {
     pub(crate) log: Rc<JobLog>,
     pub(crate) containment: Rc<dyn Containment>,
     pub(crate) interrupts: Interrupts,
+    /// Why nobody can log in, for the job's log.
+    pub(crate) access_problem: RefCell<Option<String>>,
 }
 
 impl JobSteps {
@@ -223,17 +225,21 @@ impl JobSteps {
         Ok(false)
     }
 
-    /// Lets people log in. Keys that are none are the job's fault; for anything else it can run
-    /// without.
+    /// Lets people log in. Malformed keys fail the job; any other problem is only logged.
     async fn open_access(&self) -> Result<(), &Vec<Problem>> {
         let Some(jump_point) = &self.jump_point else {
             return Ok(());
         };
         let keys = self.job.ssh_keys.as_ref()?.clone();
+        let is_expected = !keys.is_empty();
         match jump_point.send(OpenAccess { keys }).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
                 log::warn!(error:%; "not everything for SSH access to this job is there");
+                if is_expected {
+                    let line = format!("SSH access to this job is not available: {error}\n");
+                    self.access_problem.replace(Some(line));
+                }
             }
             Err(_) => log::error!("nobody can log in to this job: the jump point has crashed"),
         }
@@ -241,7 +247,9 @@ impl JobSteps {
     }
 
     async fn main_part(&self) -> Result<MainEnd, Interrupted> {
-        if !succeeded(&self.export(&self.job.environment, &self.job.skipped_variables).await?) {
+        let mut remarks = self.job.skipped_variables.clone();
+        remarks.extend(self.access_problem.take());
+        if !succeeded(&self.export(&self.job.environment, &remarks).await?) {
             return Ok(MainEnd::Failed);
         }
         if !succeeded(&self.inject_files().await?) {
@@ -263,11 +271,11 @@ impl JobSteps {
         })
     }
 
-    /// `skipped` has the lines about variables that are left out.
+    /// `remarks` are lines about what the job does not get.
     async fn export(
         &self,
         variables: &Result<Vec<EnvVar>, Vec<Problem>>,
-        skipped: &[String],
+        remarks: &[String],
     ) -> StepEnd {
         self.step("Exporting environment variables", async {
             let variables = match variables {
@@ -277,7 +285,7 @@ impl JobSteps {
             for variable in variables {
                 self.log.append_output(format!("Exporting {}\n", variable.name.as_str())).await?;
             }
-            for line in skipped {
+            for line in remarks {
                 self.log.append_output(line.clone()).await?;
             }
             if variables.is_empty() {

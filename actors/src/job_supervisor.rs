@@ -14,7 +14,7 @@
 //! A job's task holds all it needs to finish, so that even this actor's own crash ends the job in
 //! order: as failed, with a line in its log.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -242,6 +242,7 @@ impl JobSupervisor {
                 log: Rc::clone(&log),
                 containment: Rc::clone(&containment),
                 interrupts,
+                access_problem: RefCell::default(),
             },
             after_stop: AfterStop {
                 factory: Rc::clone(&self.factory),
@@ -384,6 +385,7 @@ impl AfterStop {
             log: Rc::clone(log),
             containment: Rc::clone(&containment),
             interrupts: Interrupts { stop: self.cut_short, orphaned },
+            access_problem: RefCell::default(),
         };
         // A task of its own: a crash in it must not keep the job from its end.
         if actix::spawn(steps.run_post_job_hook_afresh()).await.is_err() {

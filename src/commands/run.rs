@@ -101,7 +101,14 @@ async fn supervise(
     let config = Config { grace: GRACE, ..Config::default() };
     let socket = args.docker_socket.unwrap_or_default();
     let docker = DockerConfig { socket, ..DockerConfig::of(&shell) };
-    let jobs = Jobs { state, shell, docker, metrics: metrics.clone(), jump_point: None };
+    let jobs = Jobs {
+        state,
+        shell,
+        docker,
+        metrics: metrics.clone(),
+        copies_environment: false,
+        jump_point: None,
+    };
     let supervisor = JobSupervisor::new(Box::new(jobs), metrics, config).start();
     let (finished, outcome) = FinishedOnce::ask();
     supervisor

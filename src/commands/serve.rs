@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +30,7 @@ use crate::exit_code::Exit;
 use crate::http::auth::Auth;
 use crate::http::{Api, serve as serve_api};
 use crate::jobs::{Jobs, JumpPointConfig};
-use crate::jump_point::SshAccess;
+use crate::jump_point::{ClaimedScript, SshAccess};
 use crate::log_artifact::ArtifactUploads;
 use crate::open_files;
 use crate::signals::Signals;
@@ -116,6 +116,8 @@ struct Surroundings {
     state: StateDir,
     shell: ShellConfig,
     compression_size: u64,
+    /// Until the agent's end.
+    claimed: Option<ClaimedScript>,
 }
 
 fn prepare(
@@ -124,10 +126,18 @@ fn prepare(
     compression_size: u64,
 ) -> io::Result<Surroundings> {
     let shell = ShellConfig::from_env()?;
-    if let Err(error) = SshAccess::remove_dead(&shell.home, &config.jump_point) {
-        log::warn!(error:%; "what an earlier agent left for SSH can't be removed");
-    }
-    Ok(Surroundings { state, shell, compression_size })
+    let claimed = claim_script(&shell, &config.jump_point);
+    Ok(Surroundings { state, shell, compression_size, claimed })
+}
+
+/// Takes the place of the script for SSH access, before somebody else does.
+pub(crate) fn claim_script(shell: &ShellConfig, script: &Path) -> Option<ClaimedScript> {
+    SshAccess::claim(&shell.home, script)
+        .inspect_err(|error| {
+            let path = script.display();
+            log::warn!(path:%, error:%; "SSH access to jobs may not be available, or an earlier one not be closed");
+        })
+        .ok()
 }
 
 struct Agent {
@@ -148,7 +158,7 @@ struct ApiNeeds {
 impl Agent {
     async fn run(self) -> io::Result<Exit> {
         let Self { config, surroundings, api } = self;
-        let Surroundings { state, shell, compression_size } = surroundings;
+        let Surroundings { state, shell, compression_size, claimed: _claimed } = surroundings;
         let ApiNeeds { auth, tls, listener, agent_log, open_files } = api;
         let mut ends = Signals::heeded(&[SignalKind::interrupt(), SignalKind::terminate()])?;
         // Under `nohup` too: there is a use for it.
@@ -186,6 +196,7 @@ impl Agent {
             },
             shell,
             metrics: metrics.clone(),
+            copies_environment: false,
             jump_point: Some(jump_point),
         };
         let supervisor = JobSupervisor::new(Box::new(jobs), metrics, job_config).start();

@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use crate::agent_log::AgentLogConfig;
 use crate::commands::check_clock;
 use crate::commands::run::{GRACE, refuse, tell};
-use crate::commands::serve::{fail, leave_at_once};
+use crate::commands::serve::{claim_script, fail, leave_at_once};
 use crate::config::start::{StartConfig, StartOptions, is_url};
 use crate::docker::DockerConfig;
 use crate::executors::shell::ShellConfig;
@@ -30,7 +30,6 @@ use crate::exit_code::Exit;
 use crate::http_client::HttpClients;
 use crate::hub::{Hub, PATIENCE, Registration};
 use crate::jobs::{Jobs, JumpPointConfig};
-use crate::jump_point::SshAccess;
 use crate::log_artifact::ArtifactUploads;
 use crate::log_uplink::HttpLogUplink;
 use crate::process_group::run_for;
@@ -159,9 +158,7 @@ impl Agent {
         // A terminal that goes away must not take a job's result with it.
         let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
         let mut ends = Ends { signals: Signals::heeded(&kinds)?, count: 0 };
-        if let Err(error) = SshAccess::remove_dead(&shell.home, &config.jump_point) {
-            log::warn!(error:%; "what an earlier agent left for SSH can't be removed");
-        }
+        let _claimed = claim_script(&shell, &config.jump_point);
         let (urgency, urgent) = watch::channel(Urgency::default());
         let kept = config.state_dir.join(UNDELIVERED);
         let delivery = PushDelivery {
@@ -200,6 +197,7 @@ impl Agent {
             },
             shell,
             metrics: metrics.clone(),
+            copies_environment: true,
             jump_point: Some(jump_point),
         };
         let supervisor = JobSupervisor::new(Box::new(jobs), metrics, job_config).start();

@@ -153,7 +153,7 @@ pub fn run() -> io::Result<()> {
         let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
     }
     job_mark::kill_all(&spec.place);
-    let closed = spec.access.as_ref().map_or(Ok(()), SshAccess::close_now);
+    let closed = spec.access.as_ref().map_or(Ok(()), SshAccess::close_for_good);
     let scratch = state_dir::scratch_of(&spec.job_directory);
     state_dir::remove(&scratch);
     let removed = if on_engine {

@@ -1,4 +1,5 @@
 //! The places where a job's commands can run.
 
 pub mod docker;
+mod injection;
 pub mod shell;

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -19,6 +19,7 @@ use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 
 use crate::containment::ShellContainment;
+use crate::executors::injection::inject;
 use crate::job_init::Spec;
 use crate::jump_point::SshAccess;
 use crate::open_files;
@@ -97,6 +98,7 @@ impl ShellBackend {
             gone: gone.as_str().to_owned(),
             job: self.directory.name().to_owned(),
             job_directory: self.directory.path().to_owned(),
+            environment_copy: self.directory.environment_copy(),
             open_files: open_files::before(),
             access: self.access.clone(),
         };
@@ -184,6 +186,13 @@ impl ExecutorBackend for ShellBackend {
     ) -> LocalBoxFuture<'a, Result<Script, StepError>> {
         self.staged += 1;
         let path = self.directory.scratch().join(format!("environment-{}", self.staged));
+        // Of the job's own variables, which come first.
+        if self.staged == 1
+            && let Some(copy) = self.directory.environment_copy()
+            && let Err(error) = write_private(&copy, &plain_export_lines(variables))
+        {
+            log::warn!(path:% = copy.display(), error:%; "the job's variables can't be copied to where people look for them");
+        }
         let written = write_private(&path, &export_lines(variables));
         let script = written
             .map(|()| Script { text: format!("builtin . {}", quoted(&path)), untraced: true })
@@ -211,51 +220,40 @@ impl ExecutorBackend for ShellBackend {
     }
 }
 
-fn inject(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent)?;
-    }
-    let mut file = open_to_replace(path).or_else(|error| {
-        // One that an earlier job made read-only.
-        if error.kind() != io::ErrorKind::PermissionDenied {
-            return Err(error);
-        }
-        fs::remove_file(path)?;
-        open_to_replace(path)
-    })?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "is not a regular file"));
-    }
-    // Before the content comes, which is often a key; and again, as writing takes some bits away.
-    file.set_permissions(fs::Permissions::from_mode(mode))?;
-    file.write_all(content)?;
-    file.set_permissions(fs::Permissions::from_mode(mode))
-}
-
-fn open_to_replace(path: &Path) -> io::Result<File> {
-    let mut options = File::options();
-    options.write(true).create(true).truncate(true).mode(0o600);
-    // A pipe that nobody reads must not hold up the agent.
-    options.custom_flags(nix::libc::O_NONBLOCK).open(path)
-}
-
 /// Sets and exports each, not by a plain `export`, which `set -k` changes; the first that fails ends the script
 /// with bash's own words.
 fn export_lines(variables: &[EnvVar]) -> Vec<u8> {
     let mut script = Vec::new();
     for EnvVar { name, value } in variables {
         let name = name.as_str();
-        script.extend_from_slice(format!("builtin printf -v {name} %s '").as_bytes());
-        for (i, part) in value.split(|byte| *byte == b'\'').enumerate() {
-            if i > 0 {
-                script.extend_from_slice(br"'\''");
-            }
-            script.extend_from_slice(part);
-        }
-        let export = format!("' && builtin export {name} || builtin return 1\n");
+        script.extend_from_slice(format!("builtin printf -v {name} %s ").as_bytes());
+        push_quoted(&mut script, value);
+        let export = format!(" && builtin export {name} || builtin return 1\n");
         script.extend_from_slice(export.as_bytes());
     }
     script
+}
+
+/// The same for any other shell.
+fn plain_export_lines(variables: &[EnvVar]) -> Vec<u8> {
+    let mut lines = Vec::new();
+    for EnvVar { name, value } in variables {
+        lines.extend_from_slice(format!("export {}=", name.as_str()).as_bytes());
+        push_quoted(&mut lines, value);
+        lines.push(b'\n');
+    }
+    lines
+}
+
+fn push_quoted(script: &mut Vec<u8>, value: &[u8]) {
+    script.push(b'\'');
+    for (i, part) in value.split(|byte| *byte == b'\'').enumerate() {
+        if i > 0 {
+            script.extend_from_slice(br"'\''");
+        }
+        script.extend_from_slice(part);
+    }
+    script.push(b'\'');
 }
 
 /// Writes a file that only the agent's user can read, and never through what a job has put in its place.

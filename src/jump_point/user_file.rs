@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use memchr::memmem;
 use nix::libc::{ELOOP, O_DIRECTORY, O_NOFOLLOW, O_NONBLOCK};
+use nix::unistd::geteuid;
 
 use crate::session::Mark;
 
@@ -183,12 +184,34 @@ impl UserFile {
         }
     }
 
-    pub(super) fn remove_if_marked(&self, gone: &dyn Fn(&Path) -> bool) -> io::Result<()> {
-        let Some((content, _)) = self.read_ours()? else {
+    /// Puts `content` in its place if it is marked with a job for which `gone` holds.
+    pub(super) fn replace_if_marked(
+        &self,
+        gone: &dyn Fn(&Path) -> bool,
+        content: &[u8],
+    ) -> io::Result<()> {
+        let Some((found, mode)) = self.read_ours()? else {
             return Ok(());
         };
-        let mut marks = content.split_inclusive(|byte| *byte == b'\n').filter_map(mark_of);
-        if marks.any(|(job, _)| gone(&job)) { fs::remove_file(&self.path) } else { Ok(()) }
+        let mut marks = found.split_inclusive(|byte| *byte == b'\n').filter_map(mark_of);
+        if marks.any(|(job, _)| gone(&job)) { self.replace(content, mode) } else { Ok(()) }
+    }
+
+    /// Removes it if its content is of that kind.
+    pub(super) fn remove_if(&self, is_so: impl Fn(&[u8]) -> bool) -> io::Result<()> {
+        match self.read_ours()? {
+            Some((found, _)) if is_so(&found) => fs::remove_file(&self.path),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether it is there, and a regular file of this user.
+    pub(super) fn is_ours(&self) -> io::Result<bool> {
+        let found = match fs::symlink_metadata(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            found => found?,
+        };
+        Ok(found.is_file() && found.uid() == geteuid().as_raw())
     }
 }
 

@@ -7,6 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
+use crate::hosted_login::leads_nowhere;
 use crate::support::docker::{docker, make_images};
 use crate::support::hosted::{Hosted, RUNNING, wait_until};
 use crate::support::{Running, World, base64, lives_with, wait_for_file};
@@ -117,7 +118,7 @@ fn the_next_agent_takes_back_the_keys_of_a_dead_job_at_once() {
     drop(agent);
     let _next = Hosted::start(&world);
     assert!(!keys.exists());
-    assert!(!world.home().with_file_name("ssh_jump_point").exists());
+    assert!(leads_nowhere(&world));
     wait_until_nothing_is_left(&world, &place);
 }
 

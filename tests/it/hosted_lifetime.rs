@@ -85,7 +85,7 @@ fn left_behind(world: &World, marker: &str) -> Vec<String> {
         (world.state(), &["tls"][..]),
         (world.home(), &[".bash_profile", ".ssh"]),
         (world.home().join(".ssh"), &["authorized_keys"]),
-        (world.state().join(".."), &["agent_log", "home", "state", "working"]),
+        (world.state().join(".."), &["agent_log", "home", "ssh_jump_point", "state", "working"]),
     ];
     for (directory, names) in expected {
         let found = names_in(&directory).into_iter();
