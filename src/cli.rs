@@ -97,6 +97,10 @@ pub struct RunArgs {
     #[arg(long, env = "SEMAPHORE_AGENT_DOCKER_SOCKET", value_name = "WHEN", value_enum)]
     pub docker_socket: Option<DockerSocket>,
 
+    /// How long what the job leaves running has to end when it is asked to, in seconds [default: 2]
+    #[arg(long, env = "SEMAPHORE_AGENT_GRACE_PERIOD", value_name = "SECONDS")]
+    pub grace_period: Option<u32>,
+
     /// A private directory for what the agent keeps while jobs run [default: below the user's state
     /// directory, usually ~/.local/state/semaphore-agent]
     #[arg(long, env = "SEMAPHORE_AGENT_STATE_DIR", value_name = "DIR")]

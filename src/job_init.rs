@@ -433,13 +433,18 @@ impl JobInit {
         };
         let frame = format!("\x01{} {how}\x01", self.gone);
         let path = self.terminal.clone();
-        std::thread::spawn(move || {
+        let announce = move |flags: OFlag| {
             // A new descriptor, for the case that the shell's end hung up the old ones.
-            let terminal =
-                File::options().write(true).custom_flags(OFlag::O_NOCTTY.bits()).open(path);
+            let flags = (OFlag::O_NOCTTY | flags).bits();
+            let terminal = File::options().write(true).custom_flags(flags).open(&path);
             // If the agent has closed its end, there is nobody to tell.
             let _ = terminal.and_then(|mut terminal| terminal.write_all(frame.as_bytes()));
-        });
+        };
+        let at_once = announce.clone();
+        if std::thread::Builder::new().spawn(move || announce(OFlag::empty())).is_err() {
+            // The job has used up all threads. A full terminal loses it then, and the end is noticed later.
+            at_once(OFlag::O_NONBLOCK);
+        }
     }
 
     fn leave(self, control: &mut UnixStream, agent_lives: bool, report: &str) -> io::Result<()> {

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, FromRawFd as _};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
@@ -123,6 +123,41 @@ pub(crate) fn survive_file_size_limits() -> io::Result<()> {
     // SAFETY: ignores the signal, so no handler can run.
     unsafe { nix::sys::signal::signal(Signal::SIGXFSZ, SigHandler::SigIgn) }?;
     Ok(())
+}
+
+/// Overwrites the values that this process found in its environment under these names, which others could read there
+/// as long as it lives. The variables are empty from now on.
+///
+/// Only for a process with one thread.
+pub(crate) fn wipe_environment(names: &[&str]) {
+    unsafe extern "C" {
+        static environ: *const *mut libc::c_char;
+    }
+    // SAFETY: nobody else reads or changes the environment meanwhile, so `environ` leads to a list of texts that ends
+    // with a null pointer; each is the process's own and writable up to its final zero byte.
+    unsafe {
+        let mut next = environ;
+        while !next.is_null() && !(*next).is_null() {
+            let length = libc::strlen(*next);
+            let entry = std::slice::from_raw_parts_mut((*next).cast::<u8>(), length);
+            for name in names {
+                let is_named =
+                    entry.starts_with(name.as_bytes()) && entry.get(name.len()) == Some(&b'=');
+                if is_named {
+                    entry[name.len() + 1..].fill(0);
+                }
+            }
+            next = next.add(1);
+        }
+    }
+}
+
+/// Takes over the descriptor of this number, which the process found open; an error if there is none.
+pub(crate) fn take_descriptor(number: i32) -> io::Result<File> {
+    close_on_exec(number)?;
+    // SAFETY: it is open, as its flags could be set just now, and nothing in this process that is open since its start
+    // knows it.
+    Ok(unsafe { File::from_raw_fd(number) })
 }
 
 /// Has the descriptor of this number be closed in programs that are started from now on.

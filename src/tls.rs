@@ -3,11 +3,11 @@
 use std::fmt;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock};
 
-use nix::unistd::gethostname;
+use nix::unistd::{geteuid, gethostname};
 use openssl::asn1::Asn1Time;
 use openssl::bn::{BigNum, MsbOption};
 use openssl::ec::{EcGroup, EcKey};
@@ -16,11 +16,14 @@ use openssl::hash::MessageDigest;
 use openssl::nid::Nid;
 use openssl::pkey::{PKey, Private};
 use openssl::ssl::{SslAcceptor, SslMethod};
-use openssl::x509::extension::{BasicConstraints, SubjectAlternativeName};
+use openssl::x509::extension::{
+    BasicConstraints, ExtendedKeyUsage, KeyUsage, SubjectAlternativeName,
+};
 use openssl::x509::{X509, X509Name};
 
-/// How long a certificate that the agent makes is good for, in days.
-const OWN_VALIDITY: u32 = 3650;
+/// How long a certificate that the agent makes is good for, and how long before its end it is renewed, in days.
+const OWN_VALIDITY: u32 = 365;
+const RENEWED_BEFORE: u32 = 30;
 
 /// Where the pair comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,13 +42,46 @@ pub enum PairSource {
 impl PairSource {
     /// What is given; else `server.crt` and `server.key` in the working directory, if one of them
     /// is there; else an own pair in `own`.
-    pub fn choose(cert: Option<PathBuf>, key: Option<PathBuf>, own: PathBuf) -> Self {
-        let [default_cert, default_key] = ["server.crt", "server.key"].map(PathBuf::from);
-        let none_given = cert.is_none() && key.is_none();
-        if none_given && !default_cert.exists() && !default_key.exists() {
-            return Self::OwnIn(own);
+    ///
+    /// What is found there must be this user's, or root's: somebody else's key is known to them.
+    pub fn choose(
+        cert: Option<PathBuf>,
+        key: Option<PathBuf>,
+        own: PathBuf,
+    ) -> Result<Self, TlsError> {
+        let defaults = ["server.crt", "server.key"].map(PathBuf::from);
+        if cert.is_none() && key.is_none() {
+            if !defaults.iter().any(|path| path.exists()) {
+                return Ok(Self::OwnIn(own));
+            }
+            for path in &defaults {
+                if let Ok(found) = fs::metadata(path)
+                    && found.uid() != 0
+                    && found.uid() != geteuid().as_raw()
+                {
+                    let why = format!(
+                        "this file in the working directory belongs to another user (number {}), so \
+                         it is not used; name it with --tls-cert-path and --tls-key-path if it is meant",
+                        found.uid()
+                    );
+                    return Err(TlsError::of(path, why));
+                }
+            }
         }
-        Self::Files { cert: cert.unwrap_or(default_cert), key: key.unwrap_or(default_key) }
+        let [default_cert, default_key] = defaults;
+        Ok(Self::Files { cert: cert.unwrap_or(default_cert), key: key.unwrap_or(default_key) })
+    }
+
+    /// What is wrong with the key's file, if others can read it.
+    pub fn warning(&self) -> Option<String> {
+        let Self::Files { key, .. } = self else {
+            return None;
+        };
+        let mode = fs::metadata(key).ok()?.mode();
+        let path = key.display();
+        (mode & 0o004 != 0).then(|| {
+            format!("{path}: every user of this machine can read this private key; `chmod 600` it")
+        })
     }
 }
 
@@ -74,32 +110,58 @@ pub struct Tls {
 impl Tls {
     /// Reads the pair, or makes it. Answers its SHA-256 fingerprint too, in the usual notation.
     pub fn open(source: PairSource) -> Result<(Self, String), TlsError> {
-        if let PairSource::OwnIn(directory) = &source {
-            let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
-            let locked = made.and_then(|()| File::open(directory)).and_then(|own| {
-                own.lock()?;
-                Ok(own)
-            });
-            let _others_wait = locked.map_err(|why| TlsError::of(directory, why))?;
-            if read(&source).is_err() {
-                make_own_pair(directory).map_err(|why| TlsError::of(directory, why))?;
-            }
-        }
+        renew_own(&source)?;
         let (acceptor, fingerprint) = read(&source)?;
         Ok((Self { source, current: RwLock::new(acceptor) }, fingerprint))
     }
 
     /// Reads the pair anew, for new connections. On an error the old one stays.
     pub fn reload(&self) -> Result<String, TlsError> {
+        renew_own(&self.source)?;
         let (acceptor, fingerprint) = read(&self.source)?;
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = acceptor;
         Ok(fingerprint)
+    }
+
+    /// Whether this is an own pair that is to be made anew, for which [`Self::reload`] is enough.
+    pub fn is_due(&self) -> bool {
+        matches!(&self.source, PairSource::OwnIn(directory) if !is_usable_own(directory))
     }
 
     /// For the next connection.
     pub fn acceptor(&self) -> SslAcceptor {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
+}
+
+/// Makes the agent's own pair if it is to have one, and there is none that is good for a while.
+fn renew_own(source: &PairSource) -> Result<(), TlsError> {
+    let PairSource::OwnIn(directory) = source else {
+        return Ok(());
+    };
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+    let locked = made.and_then(|()| File::open(directory)).and_then(|own| {
+        own.lock()?;
+        Ok(own)
+    });
+    let _others_wait = locked.map_err(|why| TlsError::of(directory, why))?;
+    if is_usable_own(directory) {
+        return Ok(());
+    }
+    make_own_pair(directory).map_err(|why| TlsError::of(directory, why))
+}
+
+/// Whether there is an own pair that is good for a while, and whose key, which jobs of the same user can read, signs no
+/// certificates for others.
+fn is_usable_own(directory: &Path) -> bool {
+    let [cert, _] = own_files(directory);
+    let lasts = || -> Option<bool> {
+        let cert = X509::from_pem(&fs::read(&cert).ok()?).ok()?;
+        let soon = Asn1Time::days_from_now(RENEWED_BEFORE).ok()?;
+        let is_authority = cert.to_text().ok()?.windows(7).any(|text| text == b"CA:TRUE");
+        Some(cert.not_after() > soon && !is_authority)
+    };
+    lasts() == Some(true) && read(&PairSource::OwnIn(directory.to_owned())).is_ok()
 }
 
 fn own_files(directory: &Path) -> [PathBuf; 2] {
@@ -189,7 +251,9 @@ fn own_pair() -> Result<(Vec<u8>, Vec<u8>), ErrorStack> {
     let (now, end) = (Asn1Time::days_from_now(0)?, Asn1Time::days_from_now(OWN_VALIDITY)?);
     cert.set_not_before(&now)?;
     cert.set_not_after(&end)?;
-    cert.append_extension(BasicConstraints::new().critical().ca().build()?)?;
+    cert.append_extension(BasicConstraints::new().critical().build()?)?;
+    cert.append_extension(KeyUsage::new().critical().digital_signature().build()?)?;
+    cert.append_extension(ExtendedKeyUsage::new().server_auth().build()?)?;
     let mut names = SubjectAlternativeName::new();
     names.dns("localhost").ip("127.0.0.1").ip("::1");
     if let Some(host) = gethostname().ok().and_then(|host| host.into_string().ok())

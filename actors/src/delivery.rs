@@ -30,6 +30,14 @@ pub(crate) struct JobDelivery {
 }
 
 impl Delivery {
+    /// Whose doing a job that is over waits for, in a word.
+    pub(crate) fn waits_for(&self) -> Option<&'static str> {
+        match self {
+            Self::Pull(delivery) if delivery.waits.get() => Some("archivator"),
+            _ => None,
+        }
+    }
+
     /// The job begins.
     pub(crate) fn begin(
         &self,

@@ -18,7 +18,8 @@ use tokio::time::sleep;
 use crate::job::{Job, JobId, LogMethod};
 use crate::job_lifecycle::StartRefused;
 use crate::job_supervisor::{
-    GetLog, GetStatus, JobFinished, JobSupervisor, ReportTransfer, StartJob, StopJob, StopManner,
+    GetLog, GetStatus, GetWait, JobFinished, JobSupervisor, ReportTransfer, StartJob, StopJob,
+    StopManner,
 };
 use crate::log_buffer::{LogError, LogRange, ReadFrom};
 
@@ -94,8 +95,19 @@ pub struct RequestStop {
 
 /// Asks what the agent is doing.
 #[derive(Clone, Copy, Debug, Message)]
-#[rtype(result = "State")]
+#[rtype(result = "Status")]
 pub struct GetState;
+
+/// What the agent is doing, and what it waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// What it is doing.
+    pub state: State,
+    /// Whose doing a job that is over waits for, in a word.
+    pub waits_for: Option<&'static str>,
+    /// It could run a job now or later.
+    pub is_alive: bool,
+}
 
 /// What the agent is doing, in the protocol's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -278,16 +290,19 @@ impl Handler<ReportTransfer> for HttpIntake {
 }
 
 impl Handler<GetState> for HttpIntake {
-    type Result = ResponseFuture<State>;
+    type Result = ResponseFuture<Status>;
 
     fn handle(&mut self, _: GetState, _: &mut Self::Context) -> Self::Result {
-        let job = self.supervisor.send(GetStatus);
+        let (job, wait) = (self.supervisor.send(GetStatus), self.supervisor.send(GetWait));
         Box::pin(async move {
-            match job.await {
+            let job = job.await;
+            let is_alive = job.is_ok();
+            let state = match job {
                 Ok(None) => State::WaitingForJob,
                 // An agent without a supervisor can take no job.
                 Ok(Some(_)) | Err(_) => State::JobReceived,
-            }
+            };
+            Status { state, waits_for: wait.await.unwrap_or_default(), is_alive }
         })
     }
 }

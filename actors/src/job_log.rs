@@ -1,6 +1,8 @@
 //! The writing end of a job's log that survives the death of the log buffer.
 
 use std::cell::{Cell, RefCell};
+use std::io;
+use std::panic::catch_unwind;
 use std::time::Duration;
 
 use actix::prelude::*;
@@ -45,7 +47,9 @@ impl JobLog {
     pub(crate) fn start(spool: Box<dyn LogSpool>, max_line: usize) -> Result<Self, LogError> {
         let spare = spool.reopen()?;
         let published = Published::default();
-        let thread = spool.may_block().then(Arbiter::new);
+        // Panics if no thread can be had, which must be no end of more than this job.
+        let thread = spool.may_block().then(|| catch_unwind(Arbiter::new)).transpose();
+        let thread = thread.map_err(|_| io::Error::other("no thread can be had for the log"))?;
         let arbiter = thread.as_ref().map_or_else(Arbiter::current, Arbiter::handle);
         let buffer = LogBuffer::new(spool, published.clone());
         let buffer = LogBuffer::start_in_arbiter(&arbiter, |_| buffer);

@@ -77,6 +77,11 @@ pub enum StopManner {
 #[rtype(result = "Option<JobId>")]
 pub struct GetStatus;
 
+/// Asks whose doing the job that holds the slot waits for, if it is over but for that.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Option<&'static str>")]
+pub struct GetWait;
+
 /// Asks whether a job's parts could be made now; the error says in words why not.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Result<(), String>")]
@@ -526,6 +531,14 @@ impl Handler<GetStatus> for JobSupervisor {
 
     fn handle(&mut self, _: GetStatus, _: &mut Self::Context) -> Self::Result {
         self.lifecycle.active().cloned()
+    }
+}
+
+impl Handler<GetWait> for JobSupervisor {
+    type Result = Option<&'static str>;
+
+    fn handle(&mut self, _: GetWait, _: &mut Self::Context) -> Self::Result {
+        self.config.delivery.waits_for()
     }
 }
 

@@ -1,10 +1,11 @@
 //! What follows the end of a job whose log is pulled (PROTOCOL: "Teardown of a `pull` job"): tells the
 //! platform, and waits until its archivator has the whole log.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
 use crate::job::{Job, Outcome};
 use crate::log_buffer::LogRange;
@@ -15,6 +16,9 @@ const TRY_AGAIN: Duration = Duration::from_secs(1);
 
 /// How long all tries of one callback may take together (PROTOCOL: `agent serve`).
 const IN_ALL: Duration = Duration::from_mins(15);
+
+/// How long an archivator may take to come when the agent is to end.
+const WHEN_ENDING: Duration = Duration::from_mins(1);
 
 /// How long after the last broken transfer an archivator may come back.
 const COME_BACK: Duration = Duration::from_mins(10);
@@ -27,6 +31,12 @@ pub struct PullDelivery {
     pub attempts: u32,
     /// Keeps logs as artifacts.
     pub uploads: Box<dyn LogUploads>,
+    /// How long an archivator may take to come.
+    pub archive_timeout: Duration,
+    /// When the agent was asked to end, if it was.
+    pub asked_to_end: watch::Receiver<Option<Instant>>,
+    /// An archivator is waited for.
+    pub waits: Cell<bool>,
 }
 
 /// What happens to an archivator's transfer of a log that is sealed.
@@ -84,8 +94,18 @@ impl PullDelivery {
         log: Option<LogRange>,
         archive: watch::Receiver<Archive>,
     ) {
-        if !is_archived(archive).await {
-            log::error!(job:% = job.id; "no archivator came back for the job's log");
+        let since = Instant::now();
+        self.waits.set(true);
+        let archived = tokio::select! {
+            // One that has come already is not waited for.
+            biased;
+            archived = is_archived(archive) => archived,
+            () = self.time_is_up(job, since) => false,
+        };
+        self.waits.set(false);
+        if !archived {
+            let seconds = since.elapsed().as_secs();
+            log::warn!(job:% = job.id, seconds; "no archivator has fetched the job's whole log; it is not waited for any more");
         }
         let Some(log) = log else {
             return;
@@ -94,6 +114,23 @@ impl PullDelivery {
         let trimmed = log.end >= most;
         if let Err(why) = self.uploads.upload(job, &log, trimmed).await {
             log::error!(job:% = job.id, why:%; "the job's log was not uploaded");
+        }
+    }
+
+    /// Resolves when no archivator is waited for any more; says in the agent's log how long that will be.
+    async fn time_is_up(&self, job: &Job, since: Instant) {
+        let mut asked_to_end = self.asked_to_end.clone();
+        loop {
+            let asked = *asked_to_end.borrow_and_update();
+            let at_most = since + self.archive_timeout;
+            let give_up =
+                asked.map_or(at_most, |asked| at_most.min(asked.max(since) + WHEN_ENDING));
+            let seconds = give_up.saturating_duration_since(Instant::now()).as_secs();
+            log::info!(job:% = job.id, at_most_seconds = seconds; "waiting for an archivator to fetch the job's log");
+            tokio::select! {
+                () = sleep_until(give_up) => return,
+                Ok(()) = asked_to_end.changed() => {}
+            }
         }
     }
 

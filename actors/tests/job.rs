@@ -1,6 +1,7 @@
 //! Several actors together, over scripted ports: the protocol's sequence, stops, and crashes.
 #![expect(clippy::unwrap_used, reason = "a failed test is a panic")]
 
+use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -24,9 +25,12 @@ use actors::metrics::Metrics;
 use actors::ports::DiscardMetrics;
 use actors::pull_delivery::{PullDelivery, Transfer};
 use actors::testing::{PanicNow, Reaction, RecordingMetrics, ScriptedJob};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 
 const GRACE: Duration = Duration::from_secs(2);
+
+const ARCHIVE_TIMEOUT: Duration = Duration::from_hours(1);
 
 fn job(json: &str) -> Job {
     serde_json::from_str::<FileRequest>(json).unwrap().decode().unwrap()
@@ -456,21 +460,26 @@ async fn who_waits_for_an_intake_notices_that_it_crashed() {
 /// A supervisor whose jobs are pulled, and its intake.
 fn hosted(world: &ScriptedJob, attempts: u32, single_job: bool) -> Hosted {
     let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
+    let asked_to_end = watch::channel(None);
     let delivery = PullDelivery {
         callbacks: Box::new(world.clone()),
         attempts,
         uploads: Box::new(world.clone()),
+        archive_timeout: ARCHIVE_TIMEOUT,
+        asked_to_end: asked_to_end.1,
+        waits: Cell::new(false),
     };
     let jobs = Box::new(world.clone());
     let supervisor =
         JobSupervisor::new(jobs, metrics, config(Delivery::Pull(Rc::new(delivery)))).start();
     let intake = HttpIntake::new(supervisor.clone(), single_job).start();
-    Hosted { supervisor, intake }
+    Hosted { supervisor, intake, asked_to_end: asked_to_end.0 }
 }
 
 struct Hosted {
     supervisor: Addr<JobSupervisor>,
     intake: Addr<HttpIntake>,
+    asked_to_end: watch::Sender<Option<Instant>>,
 }
 
 impl Hosted {
@@ -487,7 +496,7 @@ impl Hosted {
     }
 
     async fn state(&self) -> State {
-        self.intake.send(GetState).await.unwrap()
+        self.intake.send(GetState).await.unwrap().state
     }
 
     /// Waits for the end of the log.
@@ -499,6 +508,37 @@ impl Hosted {
 
 const HOSTED_JOB: &str = r#"{"job_id":"ID","commands":[{"directive":"one"}],
     "callbacks":{"finished":"f","teardown_finished":"t","token":"x"}}"#;
+
+#[actix::test]
+async fn an_archivator_that_never_comes_is_waited_for_within_a_limit() {
+    for (asked, limit) in [(false, ARCHIVE_TIMEOUT), (true, Duration::from_mins(1))] {
+        let world = ScriptedJob::default();
+        let agent = hosted(&world, 1, false);
+        agent.submit("1").await.unwrap();
+        agent.until_sealed().await;
+        if !asked {
+            tokio::time::pause();
+        }
+        let begun = Instant::now();
+        if asked {
+            agent.asked_to_end.send_replace(Some(begun));
+        }
+        while agent.intake.send(GetState).await.unwrap().waits_for != Some("archivator") {
+            tokio::task::yield_now().await;
+        }
+        world.until_called("call t with {}").await;
+        assert_eq!(begun.elapsed().as_secs(), limit.as_secs());
+        assert_eq!(agent.intake.send(GetState).await.unwrap().waits_for, None);
+    }
+}
+
+#[actix::test]
+async fn an_agent_whose_supervisor_is_gone_is_not_alive() {
+    let agent = hosted(&ScriptedJob::default(), 1, false);
+    assert!(agent.intake.send(GetState).await.unwrap().is_alive);
+    let _ = agent.supervisor.send(PanicIn::JobSupervisor).await;
+    assert!(!agent.intake.send(GetState).await.unwrap().is_alive);
+}
 
 #[actix::test]
 async fn a_pulled_job_is_torn_down_when_its_log_is_archived() {

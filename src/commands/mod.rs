@@ -6,7 +6,20 @@ pub mod start;
 pub mod version;
 
 use std::io;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
+
+use actix::{System, SystemRunner};
+use tokio::runtime::Builder;
+
+/// What actors run on. It has a thread for work that may block from the beginning, and keeps it: a job can use up all the
+/// threads that this user may have, and must be brought to its end then too.
+pub(crate) fn system() -> io::Result<SystemRunner> {
+    let runtime =
+        Builder::new_current_thread().enable_all().thread_keep_alive(Duration::MAX).build()?;
+    // Dropped at once: the thread stays.
+    drop(runtime.spawn_blocking(|| ()));
+    Ok(System::with_tokio_rt(move || runtime))
+}
 
 /// Refuses a clock that shows a time before 1970, which certificates, tokens and the dates of HTTP can't do with.
 pub(crate) fn check_clock() -> io::Result<()> {

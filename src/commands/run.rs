@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal as _, Write as _};
 use std::process;
 use std::time::Duration;
 
-use actix::{Actor, Addr, System};
+use actix::{Actor, Addr};
 use actors::finished_once::FinishedOnce;
 use actors::job::{Job, Outcome};
 use actors::job_supervisor::{Config, GetLog, JobSupervisor, StartJob, StopJob, StopManner};
@@ -16,6 +16,8 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::cli::{Output, RunArgs};
+use crate::commands::system;
+use crate::config::DEFAULT_GRACE;
 use crate::docker::DockerConfig;
 use crate::executors::shell::ShellConfig;
 use crate::exit_code::Exit;
@@ -24,9 +26,6 @@ use crate::jobs::Jobs;
 use crate::render::{Renderer, Style};
 use crate::signals::Signals;
 use crate::state_dir::StateDir;
-
-/// What a job leaves running has so long to end when asked to.
-pub(crate) const GRACE: Duration = Duration::from_secs(2);
 
 /// How many pieces of the log the output may lag behind before they are joined and their steps'
 /// durations blur.
@@ -76,7 +75,7 @@ fn start(args: &RunArgs, job: Job) -> io::Result<Outcome> {
     let shell = ShellConfig::from_env()?;
     let path = args.state_dir.clone().unwrap_or_else(|| StateDir::default_path(&shell.home));
     let state = StateDir::open(&path).map_err(io::Error::other)?;
-    System::new().block_on(supervise(job, state, shell, args))
+    system()?.block_on(supervise(job, state, shell, args))
 }
 
 fn style(asked: Option<Output>) -> Style {
@@ -98,7 +97,9 @@ async fn supervise(
     let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
     let stops = Signals::heeded(&kinds)?;
     let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
-    let config = Config { grace: GRACE, ..Config::default() };
+    let grace =
+        args.grace_period.map_or(DEFAULT_GRACE, |seconds| Duration::from_secs(seconds.into()));
+    let config = Config { grace, ..Config::default() };
     let socket = args.docker_socket.unwrap_or_default();
     let docker = DockerConfig { socket, ..DockerConfig::of(&shell) };
     let jobs = Jobs {

@@ -1,5 +1,6 @@
 //! `agent serve`: takes jobs from a platform over HTTPS.
 
+use std::cell::Cell;
 use std::io;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -7,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use actix::{Actor as _, Addr, System};
+use actix::{Actor as _, Addr};
 use actors::delivery::Delivery;
 use actors::http_intake::{Close, HttpIntake, UntilDrained};
 use actors::job_supervisor::{
@@ -17,18 +18,19 @@ use actors::metrics::Metrics;
 use actors::ports::{DiscardMetrics, MetricsSink};
 use actors::pull_delivery::PullDelivery;
 use tokio::signal::unix::SignalKind;
-use tokio::time::timeout;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::agent_log::AgentLogConfig;
 use crate::callbacks::HttpCallbacks;
-use crate::commands::check_clock;
-use crate::commands::run::{GRACE, refuse, tell};
+use crate::commands::run::{refuse, tell};
+use crate::commands::{check_clock, system};
 use crate::config::serve::{ServeConfig, ServeOptions};
 use crate::docker::DockerConfig;
-use crate::executors::shell::ShellConfig;
+use crate::executors::shell::{ShellConfig, wipe_secrets};
 use crate::exit_code::Exit;
 use crate::http::auth::Auth;
-use crate::http::{Api, serve as serve_api};
+use crate::http::{Api, Refusals, serve as serve_api};
 use crate::jobs::{Jobs, JumpPointConfig};
 use crate::jump_point::{ClaimedScript, SshAccess};
 use crate::log_artifact::ArtifactUploads;
@@ -40,6 +42,12 @@ use crate::tls::{PairSource, Tls};
 
 /// How many files a process may usually have open.
 const USUAL_OPEN_FILES: u64 = 1024;
+
+/// How often to look whether the agent's own certificate is to be renewed.
+const LOOK_AT_CERTIFICATE: Duration = Duration::from_hours(12);
+
+/// How long the job of a supervisor that has crashed may take to its end.
+const LAST_JOB: Duration = Duration::from_mins(2);
 
 /// How long what still runs may take when the agent is told to end at once.
 const LAST_MOMENTS: Duration = Duration::from_secs(1);
@@ -54,6 +62,7 @@ pub fn serve(options: ServeOptions, hidden: nix::Result<()>) -> Exit {
         Ok(prepared) => prepared,
         Err(error) => return refuse(error),
     };
+    wipe_secrets();
     if let Err(error) = check_clock() {
         return fail(&error);
     }
@@ -93,7 +102,7 @@ pub fn serve(options: ServeOptions, hidden: nix::Result<()>) -> Exit {
         let address = listener.local_addr()?;
         log::info!(address:%, fingerprint, own, version; "serving");
         let api = ApiNeeds { auth, tls, listener, agent_log: logging.path.clone(), open_files };
-        System::new().block_on(Agent { config, surroundings, api }.run())
+        system()?.block_on(Agent { config, surroundings, api }.run())
     });
     let exit = match served {
         Ok(exit) => exit,
@@ -168,6 +177,7 @@ impl Agent {
             Some(statsd) => Box::new(StatsdSink::new(statsd)?),
             None => Box::new(DiscardMetrics),
         };
+        let (end, asked_to_end) = watch::channel(None);
         let delivery = PullDelivery {
             callbacks: Box::new(HttpCallbacks::default()),
             attempts: config.callback_attempts,
@@ -177,9 +187,12 @@ impl Agent {
                 compression_size,
                 condition: None,
             }),
+            archive_timeout: config.archive_timeout,
+            asked_to_end,
+            waits: Cell::new(false),
         };
         let job_config = Config {
-            grace: GRACE,
+            grace: config.grace,
             keep_daemons: false,
             hooks: JobHooks { pre_job: config.pre_job_hook.map(sourced), post_job: None },
             delivery: Delivery::Pull(Rc::new(delivery)),
@@ -207,12 +220,14 @@ impl Agent {
             max_body_size: config.max_body_size,
             agent_log,
             open_files,
+            refusals: Refusals::default(),
+            connections_per_client: config.connections_per_client,
         };
         let (server, handle) = serve_api(listener, Arc::clone(&tls), api)?;
         let serving = actix::spawn(server);
         actix::spawn(reload_at(reloads, tls));
 
-        let life = live(&supervisor, &intake, &mut ends, config.interruption_grace).await;
+        let life = live(&supervisor, &intake, &mut ends, config.interruption_grace, &end).await;
         match life {
             Life::Over(exit) => tokio::select! {
                 // Answers that are under way are finished.
@@ -251,6 +266,7 @@ async fn live(
     intake: &Addr<HttpIntake>,
     ends: &mut Signals,
     grace: Duration,
+    end: &watch::Sender<Option<Instant>>,
 ) -> Life {
     let drained = intake.send(UntilDrained);
     tokio::pin!(drained);
@@ -266,15 +282,16 @@ async fn live(
         }
         _ = supervisor.send(AwaitDeath) => {
             log::error!("the job supervisor has crashed; no more jobs");
-            // The job's own task brings the job to its end, and tells the intake.
+            // The job's own task brings the job to its end, and tells the intake. It may have crashed as well.
             let _ = intake.send(Close).await;
             tokio::select! {
-                _ = drained => Life::Over(Exit::Failure),
+                _ = timeout(LAST_JOB, drained) => Life::Over(Exit::Failure),
                 () = ends.next() => Life::CutShort,
             }
         }
         () = ends.next() => {
             log::info!("asked to end; no more jobs");
+            end.send_replace(Some(Instant::now()));
             let _ = intake.send(Close).await;
             tokio::select! {
                 () = end_job(supervisor, intake, grace) => Life::Over(Exit::Success),
@@ -287,10 +304,13 @@ async fn live(
 /// Gives up on readers and callbacks, and on threads that still wait for something.
 pub(crate) fn leave_at_once(exit: Exit) -> Exit {
     let code = i32::from(exit.code());
-    std::thread::spawn(move || {
+    let ending = std::thread::Builder::new().spawn(move || {
         last_moments();
         std::process::exit(code);
     });
+    if ending.is_err() {
+        std::process::exit(code);
+    }
     exit
 }
 
@@ -309,7 +329,14 @@ async fn end_job(supervisor: &Addr<JobSupervisor>, intake: &Addr<HttpIntake>, gr
 
 async fn reload_at(mut signals: Signals, tls: Arc<Tls>) {
     loop {
-        signals.next().await;
+        tokio::select! {
+            () = signals.next() => {}
+            () = sleep(LOOK_AT_CERTIFICATE) => {
+                if !tls.is_due() {
+                    continue;
+                }
+            }
+        }
         match tls.reload() {
             Ok(fingerprint) => log::info!(fingerprint; "certificate reloaded"),
             Err(error) => log::error!(error:%; "certificate not reloaded; the old one stays"),

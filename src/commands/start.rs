@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::rc::Rc;
 use std::time::Duration;
 
-use actix::{Actor as _, Addr, System};
+use actix::{Actor as _, Addr};
 use actors::delivery::Delivery;
 use actors::job_supervisor::{AwaitDeath, Config, GetStatus, JobSupervisor, StopJob, StopManner};
 use actors::metrics::Metrics;
@@ -20,12 +20,12 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::agent_log::AgentLogConfig;
-use crate::commands::check_clock;
-use crate::commands::run::{GRACE, refuse, tell};
+use crate::commands::run::{refuse, tell};
 use crate::commands::serve::{claim_script, fail, leave_at_once};
+use crate::commands::{check_clock, system};
 use crate::config::start::{StartConfig, StartOptions, is_url};
 use crate::docker::DockerConfig;
-use crate::executors::shell::ShellConfig;
+use crate::executors::shell::{ShellConfig, wipe_secrets};
 use crate::exit_code::Exit;
 use crate::http_client::HttpClients;
 use crate::hub::{Hub, PATIENCE, Registration};
@@ -66,6 +66,7 @@ pub fn start(options: StartOptions, hidden: nix::Result<()>) -> Exit {
         let _ = io::stdout().write_all(needs.config.printed.as_bytes());
         return Exit::Success;
     }
+    wipe_secrets();
     if let Err(error) = check_clock() {
         return fail(&error);
     }
@@ -84,7 +85,7 @@ pub fn start(options: StartOptions, hidden: nix::Result<()>) -> Exit {
         log::warn!("{warning}");
     }
     let exit = match ShellConfig::from_env()
-        .and_then(|shell| System::new().block_on(Agent { needs, state, shell }.run()))
+        .and_then(|shell| system()?.block_on(Agent { needs, state, shell }.run()))
     {
         Ok(exit) => exit,
         Err(error) => {
@@ -173,7 +174,7 @@ impl Agent {
             urgency: urgent,
         };
         let job_config = Config {
-            grace: GRACE,
+            grace: config.grace,
             keep_daemons: config.keep_daemons,
             hooks: config.hooks.clone(),
             delivery: Delivery::Push(Rc::new(delivery)),

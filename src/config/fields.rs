@@ -84,6 +84,14 @@ impl FromText for u64 {
     }
 }
 
+impl FromText for u32 {
+    const EXPECTED: &'static str = "the number of an open descriptor";
+
+    fn from_text(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+}
+
 impl FromText for UploadCondition {
     const EXPECTED: &'static str = "never, always or when-trimmed";
 

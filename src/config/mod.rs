@@ -15,19 +15,30 @@ pub mod serve;
 pub mod start;
 
 use std::fmt;
+use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::ValueEnum;
+use nix::unistd::geteuid;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::serde_words::without_value;
+use crate::sys;
 
 /// What is wrong with the configuration: which option, its value, and what would be right.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct ConfigError(pub String);
+
+/// How long what a job leaves running has to end when it is asked to.
+pub const DEFAULT_GRACE: Duration = Duration::from_secs(2);
+
+/// How much of a secret is read, in bytes: no token is longer.
+const LONGEST_SECRET: u64 = 64 << 10;
 
 /// Stands for what is not shown.
 const MASKED: &str = "…";
@@ -42,9 +53,44 @@ impl Secret {
         &self.0
     }
 
-    /// The content of a file, without the newline at its end.
-    fn read(path: &Path) -> std::io::Result<Self> {
-        let text = std::fs::read_to_string(path)?;
+    /// The content of a file, without the newline at its end; and a warning if others can read it. One that others could
+    /// have written is an error.
+    fn read(path: &Path) -> std::io::Result<(Self, Option<String>)> {
+        let file = std::fs::File::open(path)?;
+        let found = file.metadata()?;
+        if !found.is_file() {
+            // A pipe or a device, which is whose it is.
+            return Ok((Self::read_from(file)?, None));
+        }
+        let refused = |why: String| Err(std::io::Error::new(std::io::ErrorKind::InvalidData, why));
+        if found.uid() != 0 && found.uid() != geteuid().as_raw() {
+            return refused(format!("it belongs to another user (number {})", found.uid()));
+        }
+        if found.mode() & 0o002 != 0 {
+            return refused(
+                "every user of this machine can write to it; `chmod 600` it".to_owned(),
+            );
+        }
+        let warning = (found.mode() & 0o004 != 0).then(|| {
+            let path = path.display();
+            format!("{path}: every user of this machine can read this secret; `chmod 600` it")
+        });
+        Ok((Self::read_from(file)?, warning))
+    }
+
+    /// What comes from the descriptor of this number, which the agent's parent has left open; the same as from a file. It
+    /// is closed then.
+    fn read_descriptor(number: u32) -> std::io::Result<Self> {
+        let number = i32::try_from(number).ok().filter(|number| *number > 2);
+        let number = number.ok_or_else(|| {
+            std::io::Error::other("3 is the first descriptor that can be used for this")
+        })?;
+        Self::read_from(sys::take_descriptor(number)?)
+    }
+
+    fn read_from(file: std::fs::File) -> std::io::Result<Self> {
+        let mut text = String::new();
+        file.take(LONGEST_SECRET).read_to_string(&mut text)?;
         let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
         Ok(Self(text.trim_end_matches(['\n', '\r']).to_owned()))
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::CommandFactory as _;
 use serde::Deserialize;
 
-use super::{ConfigError, DockerSocket, FileMount, FileOptions, Secret, read_file};
+use super::{ConfigError, DEFAULT_GRACE, DockerSocket, FileMount, FileOptions, Secret, read_file};
 use crate::cli::Cli;
 use crate::jump_point;
 use crate::state_dir::StateDir;
@@ -15,6 +15,12 @@ use crate::tls::PairSource;
 
 /// Callbacks are sent every second, so often.
 const DEFAULT_CALLBACK_ATTEMPTS: u32 = 300;
+
+/// In seconds.
+const DEFAULT_ARCHIVE_TIMEOUT: u32 = 3600;
+
+/// A secret that is shorter can be guessed, in bytes.
+const SHORTEST_SECRET: usize = 16;
 
 /// In bytes.
 const DEFAULT_MAX_BODY_SIZE: usize = 32 * 1024 * 1024;
@@ -40,6 +46,11 @@ pub struct ServeOptions {
     /// A file that holds this secret
     #[arg(long, env = "SEMAPHORE_AGENT_AUTH_TOKEN_SECRET_FILE", value_name = "FILE")]
     pub auth_token_secret_file: Option<PathBuf>,
+
+    /// The number of an open descriptor that this secret is read from: a way that jobs can't go, unlike a file of the
+    /// agent's user
+    #[arg(long, env = "SEMAPHORE_AGENT_AUTH_TOKEN_SECRET_FD", value_name = "NUMBER")]
+    pub auth_token_secret_fd: Option<u32>,
 
     /// The address to listen on [default: 0.0.0.0]
     #[arg(long, env = "SEMAPHORE_AGENT_HOST")]
@@ -93,6 +104,19 @@ pub struct ServeOptions {
     #[arg(long, env = "SEMAPHORE_AGENT_DOCKER_SOCKET", value_name = "WHEN", value_enum)]
     pub docker_socket: Option<DockerSocket>,
 
+    /// How long the end of a job waits for an archivator to fetch the log, in seconds; a minute at most when the agent is
+    /// to end [default: 3600]
+    #[arg(long, env = "SEMAPHORE_AGENT_ARCHIVE_TIMEOUT", value_name = "SECONDS")]
+    pub archive_timeout: Option<u32>,
+
+    /// How long what a job leaves running has to end when it is asked to, in seconds [default: 2]
+    #[arg(long, env = "SEMAPHORE_AGENT_GRACE_PERIOD", value_name = "SECONDS")]
+    pub grace_period: Option<u32>,
+
+    /// How many connections one address may have [default: half of all that there can be]
+    #[arg(long, env = "SEMAPHORE_AGENT_MAX_CONNECTIONS_PER_CLIENT", value_name = "NUMBER")]
+    pub max_connections_per_client: Option<usize>,
+
     /// The largest request body, in bytes [default: 33554432]
     #[arg(long, env = "SEMAPHORE_AGENT_MAX_BODY_SIZE", value_name = "BYTES")]
     pub max_body_size: Option<usize>,
@@ -143,6 +167,12 @@ pub struct ServeConfig {
     pub expose_kvm: bool,
     /// Whether jobs in containers get the engine's socket.
     pub docker_socket: DockerSocket,
+    /// How long the end of a job waits for an archivator.
+    pub archive_timeout: Duration,
+    /// How long what a job leaves running has to end.
+    pub grace: Duration,
+    /// How many connections one address may have, if not as many as usual.
+    pub connections_per_client: Option<usize>,
     /// The largest body of a request, in bytes.
     pub max_body_size: usize,
     /// Whether the agent ends after its first job.
@@ -165,17 +195,20 @@ impl ServeConfig {
             Some(files.split_whitespace().map(str::to_owned).collect())
         });
         // A secret given in one way is not to be mixed with one given in another.
-        let secret_is_set =
-            options.auth_token_secret.is_some() || options.auth_token_secret_file.is_some();
+        let secret_is_set = options.auth_token_secret.is_some()
+            || options.auth_token_secret_file.is_some()
+            || options.auth_token_secret_fd.is_some();
         if let Some(path) = &options.config_file {
             let (mut file, _) = read_file::<ServeOptions>(path)?;
             if secret_is_set {
                 (file.auth_token_secret, file.auth_token_secret_file) = (None, None);
+                file.auth_token_secret_fd = None;
             }
             fill!(options from file;
-                auth_token_secret, auth_token_secret_file, host, port, tls_cert_path, tls_key_path,
+                auth_token_secret, auth_token_secret_file, auth_token_secret_fd, host, port, tls_cert_path, tls_key_path,
                 statsd_host, statsd_port, statsd_namespace, callback_retry_attempts,
-                pre_job_hook_path, files, expose_kvm_device, docker_socket, max_body_size, single_job,
+                pre_job_hook_path, files, expose_kvm_device, docker_socket, archive_timeout,
+                grace_period, max_connections_per_client, max_body_size, single_job,
                 interruption_grace_period, state_dir, ssh_jump_point_path,
             );
         }
@@ -187,7 +220,22 @@ impl ServeConfig {
             .into_iter()
             .map(|name| format!("{name} is no option of this agent"))
             .collect();
-        let secret = secret(options.auth_token_secret, options.auth_token_secret_file)?;
+        let (secret, warning) = secret(
+            options.auth_token_secret,
+            options.auth_token_secret_file,
+            options.auth_token_secret_fd,
+        )?;
+        warnings.extend(warning);
+        let length = secret.reveal().len();
+        if length < SHORTEST_SECRET {
+            warnings.push(format!(
+                "auth-token-secret has {length} bytes only, and can be guessed; {SHORTEST_SECRET} and more are usual"
+            ));
+        }
+        if options.max_connections_per_client == Some(0) {
+            let why = "max-connections-per-client: 0 would let nobody in";
+            return Err(ConfigError(why.to_owned()));
+        }
         let statsd = match (options.statsd_host, options.statsd_port) {
             (Some(host), Some(port)) => {
                 let namespace = options.statsd_namespace.unwrap_or_else(|| "agent.prod".into());
@@ -218,21 +266,26 @@ impl ServeConfig {
         }
         let files = options.files.unwrap_or_default();
         let files: Result<_, String> = files.iter().map(|pair| pair.trim().parse()).collect();
+        let own_pair = state_dir.join("tls");
+        let tls = PairSource::choose(options.tls_cert_path, options.tls_key_path, own_pair);
+        let tls = tls.map_err(|error| ConfigError(error.to_string()))?;
+        warnings.extend(tls.warning());
+        let seconds =
+            |given: Option<u32>, default| Duration::from_secs(given.unwrap_or(default).into());
         Ok(Self {
             secret,
             host: options.host.unwrap_or_else(|| "0.0.0.0".into()),
             port: options.port.unwrap_or(8000),
-            tls: PairSource::choose(
-                options.tls_cert_path,
-                options.tls_key_path,
-                state_dir.join("tls"),
-            ),
+            tls,
             statsd,
             callback_attempts: options.callback_retry_attempts.unwrap_or(DEFAULT_CALLBACK_ATTEMPTS),
             pre_job_hook: pre_job_hook.transpose()?,
             files: files.map_err(|why| ConfigError(format!("files: {why}")))?,
             expose_kvm: options.expose_kvm_device.unwrap_or(true),
             docker_socket: options.docker_socket.unwrap_or_default(),
+            archive_timeout: seconds(options.archive_timeout, DEFAULT_ARCHIVE_TIMEOUT),
+            grace: options.grace_period.map_or(DEFAULT_GRACE, |given| seconds(Some(given), 0)),
+            connections_per_client: options.max_connections_per_client,
             max_body_size: options.max_body_size.unwrap_or(DEFAULT_MAX_BODY_SIZE),
             single_job: options.single_job.unwrap_or(false),
             interruption_grace: Duration::from_secs(options.interruption_grace_period.unwrap_or(0)),
@@ -243,29 +296,44 @@ impl ServeConfig {
     }
 }
 
-fn secret(given: Option<Secret>, file: Option<PathBuf>) -> Result<Secret, ConfigError> {
-    let secret = match (given, file) {
-        (Some(_), Some(_)) => {
-            let why = "auth-token-secret and auth-token-secret-file are both set; one is needed";
-            return Err(ConfigError(why.to_owned()));
-        }
-        (None, None) => {
+/// The secret, and what the operator may want to know about its file.
+fn secret(
+    given: Option<Secret>,
+    file: Option<PathBuf>,
+    descriptor: Option<u32>,
+) -> Result<(Secret, Option<String>), ConfigError> {
+    let (secret, warning) = match (given, file, descriptor) {
+        (None, None, None) => {
             return Err(ConfigError(
                 "no secret: set SEMAPHORE_AGENT_AUTH_TOKEN_SECRET, or name a file with \
                  --auth-token-secret-file"
                     .to_owned(),
             ));
         }
-        (Some(secret), None) => secret,
-        (None, Some(path)) => Secret::read(&path).map_err(|error| {
+        (Some(secret), None, None) => (secret, None),
+        (None, Some(path), None) => Secret::read(&path).map_err(|error| {
             ConfigError(format!("auth-token-secret-file: {}: {error}", path.display()))
         })?,
+        (None, None, Some(number)) => {
+            let secret = Secret::read_descriptor(number)
+                .map_err(|error| ConfigError(format!("auth-token-secret-fd: {number}: {error}")))?;
+            (secret, None)
+        }
+        (Some(_), Some(_), None) => {
+            let why = "auth-token-secret and auth-token-secret-file are both set; one is needed";
+            return Err(ConfigError(why.to_owned()));
+        }
+        (_, _, Some(_)) => {
+            let why = "auth-token-secret-fd is set beside auth-token-secret or \
+                       auth-token-secret-file; one is needed";
+            return Err(ConfigError(why.to_owned()));
+        }
     };
     if secret.reveal().is_empty() {
         let why = "auth-token-secret is empty: anybody could sign a token with it";
         return Err(ConfigError(why.to_owned()));
     }
-    Ok(secret)
+    Ok((secret, warning))
 }
 
 /// The variables of the environment that mean something to `agent serve`.

@@ -15,7 +15,8 @@ use serde_json::{Map, Value};
 use super::fields::{flag, flexible, known_keys};
 use super::origins::{OptionsFile, Origins, PREFIX, variable_of};
 use super::{
-    ConfigError, DockerSocket, FileMount, FileOptions, MASKED, Secret, nearest, read_file,
+    ConfigError, DEFAULT_GRACE, DockerSocket, FileMount, FileOptions, MASKED, Secret, nearest,
+    read_file,
 };
 use crate::http_client::{Proxy, trusting};
 use crate::jump_point;
@@ -53,7 +54,7 @@ const DEFAULT_HOOK_TIMEOUT: u64 = 600;
 const DEFAULT_LOG_DELIVERY_TIMEOUT: u64 = 900;
 
 /// What is so if nothing is set, for [`StartConfig::printed`].
-const DEFAULTS: [(&str, &str); 14] = [
+const DEFAULTS: [(&str, &str); 15] = [
     ("no-https", "false"),
     ("hook-timeout", "600"),
     ("fail-on-pre-job-hook-error", "false"),
@@ -61,6 +62,7 @@ const DEFAULTS: [(&str, &str); 14] = [
     ("disconnect-after-job", "false"),
     ("disconnect-after-idle-timeout", "0"),
     ("interruption-grace-period", "0"),
+    ("grace-period", "2"),
     ("fail-on-missing-files", "false"),
     ("docker-socket", "always"),
     ("upload-job-logs", "never"),
@@ -110,6 +112,12 @@ pub struct StartOptions {
     #[arg(long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_file: Option<PathBuf>,
+
+    /// The number of an open descriptor that this token is read from: a way that jobs can't go, unlike a file of the
+    /// agent's user
+    #[arg(long, value_name = "NUMBER", value_parser = flag::<u32>, allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
+    pub token_fd: Option<u32>,
 
     /// Speaks plain HTTP to the control plane [default: false]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
@@ -178,6 +186,12 @@ pub struct StartOptions {
     #[arg(value_parser = flag::<u64>, allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
     pub interruption_grace_period: Option<u64>,
+
+    /// How long what a job leaves running has to end when it is asked to, in seconds [default: 2]
+    #[arg(long, value_name = "SECONDS")]
+    #[arg(value_parser = flag::<u64>, allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "flexible")]
+    pub grace_period: Option<u64>,
 
     /// Variables that every job has in its environment
     #[arg(long, value_name = "NAME=VALUE,...", value_delimiter = ',')]
@@ -390,6 +404,8 @@ pub struct StartConfig {
     pub idle_timeout: u64,
     /// In seconds.
     pub interruption_grace_period: u64,
+    /// How long what a job leaves running has to end.
+    pub grace: Duration,
     /// What every job has in its environment.
     pub variables: Vec<EnvVar>,
     /// What containers get of this machine's files.
@@ -445,17 +461,18 @@ impl StartConfig {
         // A token given in one way is not to be mixed with one given in another, nor a name.
         let mut options = flags;
         for mut layer in [variables, file] {
-            if options.token.is_some() || options.token_file.is_some() {
-                (layer.token, layer.token_file) = (None, None);
+            if options.token.is_some() || options.token_file.is_some() || options.token_fd.is_some()
+            {
+                (layer.token, layer.token_file, layer.token_fd) = (None, None, None);
             }
             if options.name.is_some() || options.name_from_env.is_some() {
                 (layer.name, layer.name_from_env) = (None, None);
             }
             fill!(options from layer;
-                config_file, name, name_from_env, endpoint, token, token_file, no_https, ca_file,
+                config_file, name, name_from_env, endpoint, token, token_file, token_fd, no_https, ca_file,
                 shutdown_hook_path, pre_job_hook_path, post_job_hook_path, hook_timeout,
                 fail_on_pre_job_hook_error, source_pre_job_hook, disconnect_after_job, job_id,
-                disconnect_after_idle_timeout, interruption_grace_period, env_vars, files,
+                disconnect_after_idle_timeout, interruption_grace_period, grace_period, env_vars, files,
                 fail_on_missing_files, docker_socket, upload_job_logs, keep_daemons, log_delivery_timeout, state_dir,
                 ssh_jump_point_path, kubernetes_executor, kubernetes_pod_spec,
                 kubernetes_allowed_images, kubernetes_pod_start_timeout, kubernetes_labels,
@@ -538,10 +555,13 @@ impl StartConfig {
         }
         let home = std::env::home_dir().unwrap_or_default();
         let state_dir = options.state_dir.unwrap_or_else(|| StateDir::default_path(&home));
+        let (token, warning) = token(options.token, options.token_file, options.token_fd, origins)?;
+        let mut warnings = warnings;
+        warnings.extend(warning);
         Ok(Self {
             name: name(options.name, options.name_from_env, origins)?,
             endpoint,
-            token: token(options.token, options.token_file, origins)?,
+            token,
             scheme: if options.no_https.unwrap_or(false) { "http" } else { "https" },
             ca_file: options.ca_file,
             proxy: Proxy::from_env().map_err(ConfigError)?,
@@ -552,6 +572,7 @@ impl StartConfig {
             job_id,
             idle_timeout: options.disconnect_after_idle_timeout.unwrap_or(0),
             interruption_grace_period: options.interruption_grace_period.unwrap_or(0),
+            grace: options.grace_period.map_or(DEFAULT_GRACE, Duration::from_secs),
             variables: env_vars(&options.env_vars.unwrap_or_default())
                 .map_err(|why| origins.refuse("env-vars", why))?,
             files: files.map_err(|why| origins.refuse("files", why))?,
@@ -642,24 +663,36 @@ fn random_name() -> String {
 fn token(
     given: Option<Secret>,
     file: Option<PathBuf>,
+    descriptor: Option<u32>,
     origins: &Origins,
-) -> Result<Secret, ConfigError> {
-    let (key, token) = match (given, file) {
-        (Some(_), Some(_)) => {
+) -> Result<(Secret, Option<String>), ConfigError> {
+    let mut warning = None;
+    let (key, token) = match (given, file, descriptor) {
+        (Some(_), Some(_), None) => {
             let why = "token is set too; one of these two is needed";
             return Err(origins.refuse("token-file", why));
         }
-        (None, None) => {
+        (None, None, Some(number)) => {
+            let token = Secret::read_descriptor(number)
+                .map_err(|error| origins.refuse("token-fd", format!("`{number}`: {error}")))?;
+            ("token-fd", token)
+        }
+        (_, _, Some(_)) => {
+            let why = "token or token-file is set too; one of these is needed";
+            return Err(origins.refuse("token-fd", why));
+        }
+        (None, None, None) => {
             return Err(ConfigError(
                 "no token: set SEMAPHORE_AGENT_TOKEN, or name a file with --token-file".to_owned(),
             ));
         }
-        (Some(token), None) => ("token", token),
-        (None, Some(path)) => {
+        (Some(token), None, None) => ("token", token),
+        (None, Some(path), None) => {
             let refuse = |why: &dyn Display| {
                 origins.refuse("token-file", format!("`{}`: {why}", path.display()))
             };
-            let token = Secret::read(&path).map_err(|error| refuse(&error))?;
+            let (token, about_file) = Secret::read(&path).map_err(|error| refuse(&error))?;
+            warning = about_file;
             if token.reveal().is_empty() {
                 return Err(refuse(&"there is no token in it"));
             }
@@ -672,7 +705,7 @@ fn token(
     if !token.reveal().bytes().all(|byte| byte.is_ascii_graphic()) {
         return Err(origins.refuse(key, "has characters that no token has"));
     }
-    Ok(token)
+    Ok((token, warning))
 }
 
 /// The value may hold what no flag, and no variable, could hold otherwise.

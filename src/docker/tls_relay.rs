@@ -85,7 +85,13 @@ async fn relay(mut near: UnixStream, engine: &str, connector: &SslConnector) -> 
 
 #[cfg(test)]
 mod tests {
+    use openssl::asn1::Asn1Time;
+    use openssl::ec::{EcGroup, EcKey};
+    use openssl::hash::MessageDigest;
+    use openssl::nid::Nid;
+    use openssl::pkey::PKey;
     use openssl::ssl::{Ssl, SslAcceptor, SslVerifyMode};
+    use openssl::x509::{X509, X509Name};
     use tokio::net::TcpListener;
 
     use super::*;
@@ -97,6 +103,28 @@ mod tests {
         std::fs::create_dir(directory).unwrap();
         drop(Tls::open(PairSource::OwnIn(directory.to_owned())).unwrap());
         ["server.crt", "server.key"].map(|name| directory.join(name))
+    }
+
+    /// The same for a client: what servers show is nothing to log in with.
+    fn client_pair(directory: &Path) -> [PathBuf; 2] {
+        let group = EcGroup::from_curve_name(Nid::X9_62_PRIME256V1).unwrap();
+        let key = PKey::from_ec_key(EcKey::generate(&group).unwrap()).unwrap();
+        let mut certificate = X509::builder().unwrap();
+        let mut name = X509Name::builder().unwrap();
+        name.append_entry_by_nid(Nid::COMMONNAME, "client").unwrap();
+        let name = name.build();
+        certificate.set_version(2).unwrap();
+        certificate.set_subject_name(&name).unwrap();
+        certificate.set_issuer_name(&name).unwrap();
+        certificate.set_pubkey(&key).unwrap();
+        certificate.set_not_before(&Asn1Time::days_from_now(0).unwrap()).unwrap();
+        certificate.set_not_after(&Asn1Time::days_from_now(1).unwrap()).unwrap();
+        certificate.sign(&key, MessageDigest::sha256()).unwrap();
+        std::fs::create_dir(directory).unwrap();
+        let files = ["cert", "key"].map(|name| directory.join(name));
+        std::fs::write(&files[0], certificate.build().to_pem().unwrap()).unwrap();
+        std::fs::write(&files[1], key.private_key_to_pem_pkcs8().unwrap()).unwrap();
+        files
     }
 
     /// The engine of this machine behind TLS, for clients with the certificate `client`; answers its port.
@@ -126,7 +154,8 @@ mod tests {
     #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine and its client")]
     async fn an_engine_that_wants_tls_is_reached_by_who_has_certificates() {
         let directory = tempfile::tempdir().unwrap();
-        let [server, client] = ["server", "client"].map(|name| pair(&directory.path().join(name)));
+        let server = pair(&directory.path().join("server"));
+        let client = client_pair(&directory.path().join("client"));
         let port = serve(&server, &client[0]).await;
         let certificates = directory.path().join("certificates");
         std::fs::create_dir(&certificates).unwrap();

@@ -126,7 +126,8 @@ impl Drop for Watch {
         drop(self.pipe.take());
         if let Some(mut process) = self.process.take() {
             // Nobody has to wait for it, but somebody has to take its exit code.
-            std::thread::spawn(move || process.wait());
+            // Where no thread can be had, the agent's own end does it.
+            let _ = std::thread::Builder::new().spawn(move || process.wait());
         }
     }
 }

@@ -26,6 +26,7 @@ use crate::open_files;
 use crate::pty::{self, Pty};
 use crate::session::{Mark, Session, quoted};
 use crate::state_dir::JobDir;
+use crate::sys;
 
 /// How long the user's profile scripts may take.
 const PROFILE_PATIENCE: Duration = Duration::from_mins(2);
@@ -46,6 +47,12 @@ pub struct ShellConfig {
 pub fn agent_environment() -> Vec<(OsString, OsString)> {
     let is_secret = |name: &OsString| AGENT_SECRETS.iter().any(|secret| name == secret);
     std::env::vars_os().filter(|(name, _)| !is_secret(name)).collect()
+}
+
+/// Overwrites the agent's secrets in the environment that it was started with, where root's jobs could read them. For a
+/// process that has no other thread yet.
+pub(crate) fn wipe_secrets() {
+    sys::wipe_environment(&AGENT_SECRETS);
 }
 
 impl ShellConfig {

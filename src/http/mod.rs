@@ -1,8 +1,10 @@
 //! The HTTPS API of `agent serve` (PROTOCOL: "`agent serve`: the HTTPS API"): actix-web on one side,
 //! messages to the intake on the other; no state of its own.
 
+mod admission;
 pub mod auth;
 mod connection;
+mod refusals;
 mod routes;
 mod transfer;
 
@@ -25,8 +27,10 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_openssl::SslStream;
 
+use self::admission::{Admission, Admitted};
 use self::auth::Auth;
 use self::connection::Connection;
+pub(crate) use self::refusals::Refusals;
 pub use self::routes::ROUTES;
 use crate::tls::Tls;
 
@@ -35,6 +39,9 @@ const WORKERS: usize = 2;
 
 /// How long a client may take for its part of the handshake, and for a request's headers.
 const FIRST_BYTES: Duration = Duration::from_secs(10);
+
+/// How many more the server may accept than are admitted: those are closed at once.
+const SPARE_CONNECTIONS: usize = 32;
 
 /// How long a connection without a request is kept.
 const KEEP_ALIVE: Duration = Duration::from_secs(75);
@@ -63,17 +70,24 @@ pub struct Api {
     pub agent_log: Option<PathBuf>,
     /// How many files the agent may have open.
     pub open_files: u64,
+    /// Requests that were refused of late.
+    pub(crate) refusals: Refusals,
+    /// How many connections one address may have, if not as many as usual.
+    pub connections_per_client: Option<usize>,
 }
 
 /// Serves the API on `listener` until the handle stops it.
 pub fn serve(listener: TcpListener, tls: Arc<Tls>, api: Api) -> io::Result<(Server, ServerHandle)> {
     let address = listener.local_addr()?;
     let builder = Server::build().workers(WORKERS).disable_signals().shutdown_timeout(LAST_ANSWERS);
-    let builder = builder.max_concurrent_connections(connections(api.open_files) / WORKERS);
+    let most = connections(api.open_files);
+    let admission = Admission::new(most, api.connections_per_client.unwrap_or(most.div_ceil(2)));
+    // Whoever admits them decides, not the server's order of accepting them.
+    let builder = builder.max_concurrent_connections(most + SPARE_CONNECTIONS);
     let api = actix_web::web::Data::new(api);
     let ending = builder.graceful_shutdown_signal();
     let server = builder.listen("api", listener, move || {
-        let tls = Arc::clone(&tls);
+        let (tls, admission) = (Arc::clone(&tls), Arc::clone(&admission));
         let ending = ending.clone();
         let app = routes::app(api.clone(), ending.clone()).into_factory();
         let at_handshake = ending.clone();
@@ -92,12 +106,17 @@ pub fn serve(listener: TcpListener, tls: Arc<Tls>, api: Api) -> io::Result<(Serv
             })
             .h1(map_config(app, |()| AppConfig::default()));
         fn_service(move |tcp: TcpStream| {
-            let tls = Arc::clone(&tls);
+            let (tls, admission) = (Arc::clone(&tls), Arc::clone(&admission));
             let ending = at_handshake.clone();
             async move {
                 let peer = tcp.peer_addr().ok();
+                let Some(admitted) = admission.admit(peer.map(|peer| peer.ip())) else {
+                    return Err(());
+                };
+                let place = Arc::clone(admitted.place());
                 let handshake = tokio::select! {
-                    shaken = timeout(FIRST_BYTES, shake_hands(tcp, &tls)) => shaken,
+                    shaken = timeout(FIRST_BYTES, shake_hands(tcp, &tls, admitted)) => shaken,
+                    () = place.evicted() => Ok(Err(io::ErrorKind::ConnectionAborted.into())),
                     () = ending.notified() => Ok(Err(io::ErrorKind::ConnectionAborted.into())),
                 };
                 match handshake.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
@@ -124,7 +143,7 @@ fn connections(open_files: u64) -> usize {
     usize::try_from(rest).unwrap_or(usize::MAX).max(WORKERS)
 }
 
-async fn shake_hands(mut tcp: TcpStream, tls: &Tls) -> io::Result<Connection> {
+async fn shake_hands(mut tcp: TcpStream, tls: &Tls, admitted: Admitted) -> io::Result<Connection> {
     tcp.set_nodelay(true)?;
     let mut first = [0];
     if tcp.peek(&mut first).await? == 1 && first[0] != TLS_HANDSHAKE {
@@ -140,5 +159,5 @@ async fn shake_hands(mut tcp: TcpStream, tls: &Tls) -> io::Result<Connection> {
     let ssl = Ssl::new(tls.acceptor().context())?;
     let mut stream = SslStream::new(ssl, tcp)?;
     Pin::new(&mut stream).accept().await.map_err(io::Error::other)?;
-    Ok(Connection::new(stream))
+    Ok(Connection::new(stream, admitted))
 }

@@ -14,19 +14,19 @@ use actix_web::middleware::{Next, from_fn};
 use actix_web::web::{self, Bytes, BytesMut, Data, Payload};
 use actix_web::{App, Error, HttpRequest, HttpResponse};
 use actors::http_intake::{
-    GetState, ReadJobLog, ReadRefused, RequestStop, Submission, SubmitJob, SubmitRefused,
+    GetState, ReadJobLog, ReadRefused, RequestStop, Status, Submission, SubmitJob, SubmitRefused,
 };
 use actors::job::{Job, JobId};
 use actors::job_request::{OnlyMap, WireRequest};
 use futures_util::StreamExt as _;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::agent_log::open_to_read;
 use crate::http::Api;
 use crate::http::connection::Handover;
-use crate::http::transfer::{FileBody, TransferReport};
+use crate::http::transfer::{AnswerBody, FileBody, TransferReport};
 use crate::serde_words::without_value;
 use crate::spool::OpenFile;
 
@@ -92,16 +92,43 @@ async fn guarded(
     let shown = |text: &str| text[..text.floor_char_boundary(SHOWN)].to_owned();
     let (method, path) = (shown(request.method().as_str()), shown(request.path()));
     let peer = request.peer_addr().map_or_else(String::new, |peer| peer.to_string());
+    let handover = request.request().conn_data::<Rc<Handover>>().map(Rc::clone);
+    if let Some(handover) = &handover {
+        handover.request_begins();
+    }
     let answer = match unauthorized(&request) {
-        Some(refusal) => request.into_response(refusal),
-        None => next.call(request).await?.map_into_boxed_body(),
+        Some(refusal) => Ok(request.into_response(refusal)),
+        None => next.call(request).await.map(ServiceResponse::map_into_boxed_body),
     };
+    let answer = answer?.map_body(|_, body| match handover {
+        Some(handover) => AnswerBody { body, handover }.boxed(),
+        None => body,
+    });
     let status = answer.status().as_u16();
     let us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
     // A platform asks for these all the time.
     let level = if path.starts_with("/is_alive") { log::Level::Debug } else { log::Level::Info };
-    log::log!(level, method:%, path, status, us, peer; "request");
+    let is_refused = matches!(status, 401 | 404 | 405);
+    if !is_refused || is_to_be_listed(answer.request()) {
+        log::log!(level, method:%, path, status, us, peer; "request");
+    }
     Ok(answer)
+}
+
+/// Whether a refused request is to have a line of its own.
+fn is_to_be_listed(request: &HttpRequest) -> bool {
+    let Some(api) = request.app_data::<Data<Api>>() else {
+        return true;
+    };
+    let (is_listed, told_after) = api.refusals.note();
+    if let Some(after) = told_after {
+        let api = api.clone();
+        actix_rt::spawn(async move {
+            sleep(after).await;
+            api.refusals.tell();
+        });
+    }
+    is_listed
 }
 
 fn unauthorized(request: &ServiceRequest) -> Option<HttpResponse> {
@@ -148,15 +175,22 @@ fn broken() -> HttpResponse {
     message(StatusCode::INTERNAL_SERVER_ERROR, "the agent had an internal error")
 }
 
-async fn is_alive() -> HttpResponse {
-    HttpResponse::Ok().content_type("text/plain; charset=utf-8").body("yes")
+async fn is_alive(api: Data<Api>) -> HttpResponse {
+    let is_alive = api.intake.send(GetState).await.is_ok_and(|status| status.is_alive);
+    let (status, word) =
+        if is_alive { (StatusCode::OK, "yes") } else { (StatusCode::SERVICE_UNAVAILABLE, "no") };
+    HttpResponse::build(status).content_type("text/plain; charset=utf-8").body(word)
 }
 
 async fn status(api: Data<Api>) -> HttpResponse {
     match api.intake.send(GetState).await {
-        Ok(state) => {
+        Ok(Status { state, waits_for, .. }) => {
             let version = env!("CARGO_PKG_VERSION");
-            HttpResponse::Ok().json(json!({"state": state.as_str(), "version": version}))
+            let mut status = json!({"state": state.as_str(), "version": version});
+            if let Some(waits_for) = waits_for {
+                status["waiting_for"] = waits_for.into();
+            }
+            HttpResponse::Ok().json(status)
         }
         Err(_) => broken(),
     }
@@ -295,9 +329,11 @@ async fn log(id: Option<web::Path<String>>, request: HttpRequest, api: Data<Api>
     }
     // Who asks for what is beyond the end has another log in mind.
     if range.sealed && line <= range.next_line && is_archivator(&request) {
-        let handover = request.conn_data::<Rc<Handover>>().map(Rc::clone);
         let report = TransferReport::begin(api.intake.clone(), id);
-        body = body.reported(report, handover.unwrap_or_default());
+        // Each connection has one.
+        if let Some(handover) = request.conn_data::<Rc<Handover>>() {
+            body = body.reported(report, Rc::clone(handover));
+        }
     }
     text(body, compress)
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use actix::Addr;
-use actix_web::body::{BodySize, MessageBody};
+use actix_web::body::{BodySize, BoxBody, MessageBody};
 use actors::http_intake::HttpIntake;
 use actors::job::JobId;
 use actors::job_supervisor::ReportTransfer;
@@ -45,6 +45,33 @@ impl TransferReport {
 impl Drop for TransferReport {
     fn drop(&mut self) {
         self.intake.do_send(ReportTransfer { id: self.id.clone(), transfer: self.end });
+    }
+}
+
+/// The body of any answer: its end is that of the answer.
+pub(super) struct AnswerBody {
+    pub(super) body: BoxBody,
+    pub(super) handover: Rc<Handover>,
+}
+
+impl MessageBody for AnswerBody {
+    type Error = Box<dyn std::error::Error>;
+
+    fn size(&self) -> BodySize {
+        self.body.size()
+    }
+
+    fn poll_next(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Bytes, Self::Error>>> {
+        Pin::new(&mut self.body).poll_next(cx)
+    }
+}
+
+impl Drop for AnswerBody {
+    fn drop(&mut self) {
+        self.handover.answer_ends();
     }
 }
 

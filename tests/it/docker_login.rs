@@ -5,9 +5,9 @@ use std::process::Stdio;
 
 use serde_json::json;
 
-use crate::hosted_login::{Machine, script, text};
+use crate::hosted_login::{Machine, leads_nowhere, script, text};
 use crate::support::docker::make_images;
-use crate::support::hosted::RUNNING;
+use crate::support::hosted::{RUNNING, wait_until};
 use crate::support::ssh::client;
 use crate::support::wait_for_end;
 
@@ -37,7 +37,8 @@ fn a_command_runs_in_the_container_and_its_exit_code_goes_back() {
     start(&machine, "agent-test/bash:dev");
     // Before the container is there: the script waits.
     let jump_point = script(&machine.world);
-    crate::support::wait_for_file(&jump_point);
+    let leads_to_job = || fs::read_to_string(&jump_point).unwrap().contains("container=");
+    wait_until(leads_to_job, || "the script leads nowhere".to_owned());
     let command = |rest: &str| format!("bash {} {rest}", jump_point.display());
     let first = machine.ssh(&command("id -un"));
     assert_eq!(text(&first), ("dev\n".into(), Some(0)), "{first:?}");
@@ -51,7 +52,7 @@ fn a_command_runs_in_the_container_and_its_exit_code_goes_back() {
         assert_eq!(text(&answer), (printed.into(), Some(code)), "{rest}: {answer:?}");
     }
     machine.end_job();
-    assert!(!jump_point.exists());
+    assert!(leads_nowhere(&machine.world));
 }
 
 #[test]

@@ -135,6 +135,7 @@ source-pre-job-hook: false # default
 disconnect-after-job: true # flag
 disconnect-after-idle-timeout: 0 # default
 interruption-grace-period: 60 # flag
+grace-period: 2 # default
 env-vars: ["ONE=…","EMPTY=…"] # {file}
 files: ["/a:/b"] # {file}
 fail-on-missing-files: false # default

@@ -1,0 +1,182 @@
+//! Who may have a connection: so many in all, and so many an address. When it gets tight, those go that do nothing,
+//! the ones that have done so for longest first.
+
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// How often at most the agent's log says that it is full.
+const TELL_AGAIN: Duration = Duration::from_mins(1);
+
+/// Stands for the time since when a connection does nothing that does something.
+const BUSY: u64 = u64::MAX;
+
+/// All connections of the server; shared by its threads.
+pub(super) struct Admission {
+    /// How many there may be.
+    most: usize,
+    /// How many one address may have.
+    most_per_client: usize,
+    begun: Instant,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    places: Vec<Arc<Place>>,
+    told: Option<Instant>,
+}
+
+/// What a connection and who admits it know of each other.
+pub(super) struct Place {
+    client: Option<IpAddr>,
+    /// Since when it does nothing, in milliseconds from the server's begin.
+    idle_since: AtomicU64,
+    begun: Instant,
+    /// It has to go.
+    evicted: CancellationToken,
+}
+
+/// A connection's place, until it is dropped.
+pub(super) struct Admitted {
+    admission: Arc<Admission>,
+    place: Arc<Place>,
+}
+
+impl Place {
+    /// It has a request, or an answer is on its way.
+    pub(super) fn set_busy(&self) {
+        self.idle_since.store(BUSY, Ordering::Relaxed);
+    }
+
+    /// It waits for a request.
+    pub(super) fn set_idle(&self) {
+        self.idle_since.store(millis_since(self.begun), Ordering::Relaxed);
+    }
+
+    /// Resolves when it has to go.
+    pub(super) async fn evicted(&self) {
+        self.evicted.cancelled().await;
+    }
+
+    /// The same as an owned value.
+    pub(super) fn eviction(&self) -> CancellationToken {
+        self.evicted.clone()
+    }
+}
+
+impl Admitted {
+    pub(super) fn place(&self) -> &Arc<Place> {
+        &self.place
+    }
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.admission.state().places.retain(|place| !Arc::ptr_eq(place, &self.place));
+    }
+}
+
+impl Admission {
+    /// At most `most` connections; one address at most `most_per_client` of them.
+    pub(super) fn new(most: usize, most_per_client: usize) -> Arc<Self> {
+        let (begun, state) = (Instant::now(), Mutex::default());
+        Arc::new(Self { most, most_per_client, begun, state })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place for a connection of `client`, for which another one may have to go; `None` if all are busy.
+    pub(super) fn admit(self: &Arc<Self>, client: Option<IpAddr>) -> Option<Admitted> {
+        let mut state = self.state();
+        let is_its = |place: &&Arc<Place>| place.client == client;
+        let of_client = state.places.iter().filter(is_its).count();
+        let admitted = if of_client >= self.most_per_client {
+            self.tell(&mut state, "one address has as many connections as it may");
+            evict_idlest(&mut state.places, is_its)
+        } else if state.places.len() >= self.most {
+            self.tell(&mut state, "there are as many connections as there may be");
+            evict_idlest(&mut state.places, |_| true)
+        } else {
+            true
+        };
+        if !admitted {
+            return None;
+        }
+        let place = Arc::new(Place {
+            client,
+            idle_since: AtomicU64::new(millis_since(self.begun)),
+            begun: self.begun,
+            evicted: CancellationToken::new(),
+        });
+        state.places.push(Arc::clone(&place));
+        drop(state);
+        Some(Admitted { admission: Arc::clone(self), place })
+    }
+
+    fn tell(&self, state: &mut State, what: &str) {
+        let is_due = state.told.is_none_or(|told| told.elapsed() >= TELL_AGAIN);
+        if is_due {
+            state.told = Some(Instant::now());
+            log::warn!(most = self.most, most_of_one_address = self.most_per_client; "{what}; idle ones have to go");
+        }
+    }
+}
+
+fn millis_since(begun: Instant) -> u64 {
+    u64::try_from(begun.elapsed().as_millis()).unwrap_or(BUSY - 1)
+}
+
+/// Has the one go that has done nothing for longest among those for which `may_go` holds; whether there is one.
+fn evict_idlest(places: &mut Vec<Arc<Place>>, may_go: impl Fn(&&Arc<Place>) -> bool) -> bool {
+    let idle = places.iter().enumerate().filter(|(_, place)| may_go(place));
+    let idle = idle.map(|(index, place)| (place.idle_since.load(Ordering::Relaxed), index));
+    match idle.filter(|(since, _)| *since != BUSY).min() {
+        Some((_, index)) => {
+            places.swap_remove(index).evicted.cancel();
+            true
+        }
+        None => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn client(number: u8) -> Option<IpAddr> {
+        Some(IpAddr::from([127, 0, 0, number]))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_idlest_goes_and_the_busy_stay() {
+        let admission = Admission::new(3, 2);
+        let mut places = Vec::new();
+        for number in [1, 2, 1] {
+            places.push(admission.admit(client(number)).unwrap());
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        let evicted = |places: &[Admitted]| -> Vec<bool> {
+            places.iter().map(|admitted| admitted.place.evicted.is_cancelled()).collect()
+        };
+        places[0].place.set_busy();
+        // Full: the second one has been idle for longest.
+        places.push(admission.admit(client(3)).unwrap());
+        assert_eq!(evicted(&places), [false, true, false, false]);
+        // As many as one address may have: it loses one of its own.
+        places.push(admission.admit(client(1)).unwrap());
+        assert_eq!(evicted(&places), [false, true, true, false, false]);
+        for admitted in &places {
+            admitted.place.set_busy();
+        }
+        assert!(admission.admit(client(4)).is_none());
+        places.remove(3);
+        assert!(admission.admit(client(4)).is_some());
+    }
+}
