@@ -50,6 +50,7 @@ mod hosted_stop;
 mod hosted_tls;
 mod job_bytes;
 mod job_file_strictness;
+mod job_tampering;
 mod job_variables;
 mod large_environments;
 mod numbers_of_elements;
