@@ -58,6 +58,7 @@ mod odd_clocks;
 mod operator_settings;
 mod output;
 mod own_log_floods;
+mod planted_files;
 mod reasons;
 mod redefined_words;
 mod session_limits;

@@ -3,10 +3,11 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt as _, lchown};
 use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nix::unistd::geteuid;
+use tempfile::TempDir;
 
 use super::World;
 
@@ -68,16 +69,13 @@ pub fn give_away(path: &Path, user: u32) {
     }
 }
 
-/// A directory like `/tmp`, which `owner` has made: everybody may put files into it, and only who owns a file may
-/// remove it.
-pub fn open_to_all(world: &World, name: &str, owner: u32) -> PathBuf {
-    let path = world.directory.path().join(name);
-    fs::create_dir(&path).unwrap();
-    fs::set_permissions(&path, Permissions::from_mode(0o1777)).unwrap();
-    lchown(&path, Some(owner), Some(owner)).unwrap();
-    // So that others get there.
-    fs::set_permissions(world.directory.path(), Permissions::from_mode(0o755)).unwrap();
-    path
+/// A directory like `/tmp`, which `owner` has made: everybody may put files into it, and only who owns a file, or
+/// the directory, may remove it.
+pub fn open_to_all(owner: u32) -> TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    lchown(directory.path(), Some(owner), Some(owner)).unwrap();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o1777)).unwrap();
+    directory
 }
 
 /// What a script prints that this user has run by bash; it must succeed.
