@@ -35,6 +35,7 @@ mod hosted_api;
 mod hosted_auth;
 mod hosted_callbacks;
 mod hosted_config;
+mod hosted_deadlines;
 mod hosted_docs;
 mod hosted_garbage;
 mod hosted_hook;
