@@ -35,20 +35,28 @@ pub fn in_shell(command: &mut Command, first: &str) {
     *command = shell;
 }
 
+/// Has the agent start where no control group can be made, nor found; only root can do that.
+pub fn without_control_groups(command: &mut Command) {
+    let hidden = "mount -t tmpfs none /sys/fs/cgroup && exec \"$@\"";
+    in_shell(command, &format!("set -- unshare -m bash -c '{hidden}' bash \"$@\""));
+}
+
 /// Has the agent start as this user, to whom the world belongs from now on. Others can look into it where its
 /// own directories let them.
 pub fn as_user(world: &World, user: u32, command: &mut Command) {
     let directory = world.directory.path();
     // The usual place may be one that only the tests' own user gets to.
+    let usual = env!("CARGO_BIN_EXE_agent");
     let program = directory.join("agent");
     if !program.exists() {
-        fs::copy(env!("CARGO_BIN_EXE_agent"), &program).unwrap();
+        fs::copy(usual, &program).unwrap();
         fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
     }
     give_away(directory, user);
     fs::set_permissions(directory, Permissions::from_mode(0o755)).unwrap();
-    let mut same = Command::new(program);
-    same.args(command.get_args()).uid(user).gid(user);
+    let here = |word| if word == usual { program.as_os_str() } else { word };
+    let mut same = Command::new(here(command.get_program()));
+    same.args(command.get_args().map(here)).uid(user).gid(user);
     with_surroundings_of(command, &mut same);
     *command = same;
 }
