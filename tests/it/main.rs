@@ -30,6 +30,7 @@ mod docker_socket;
 mod docker_surroundings;
 mod docker_variables;
 mod example_jobs;
+mod files_of_others;
 mod first_process_attacks;
 mod hosted_abuse;
 mod hosted_api;
