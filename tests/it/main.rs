@@ -60,6 +60,7 @@ mod numbers_of_elements;
 mod odd_clocks;
 mod operator_settings;
 mod output;
+mod own_certificate;
 mod own_log_floods;
 mod planted_files;
 mod reasons;
