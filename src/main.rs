@@ -21,7 +21,11 @@ fn main() -> ExitCode {
     let _ = open_files::keep_inherited_from_children();
     // Jobs run as the same user: none is to look into this process, or to take it over. A shell makes itself
     // accessible again by being started.
-    let hidden = prctl::set_dumpable(false);
+    let hidden = match cli.command {
+        // These have something to do before.
+        Command::JobInit { .. } | Command::DockerWatch { .. } => Ok(()),
+        _ => prctl::set_dumpable(false),
+    };
     let exit = match cli.command {
         Command::Run(args) => commands::run::run(&args),
         Command::Serve(options) => commands::serve::serve(*options, hidden),

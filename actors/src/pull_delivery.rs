@@ -125,8 +125,9 @@ impl PullDelivery {
             let at_most = since + self.archive_timeout;
             let give_up =
                 asked.map_or(at_most, |asked| at_most.min(asked.max(since) + WHEN_ENDING));
-            let seconds = give_up.saturating_duration_since(Instant::now()).as_secs();
-            log::info!(job:% = job.id, at_most_seconds = seconds; "waiting for an archivator to fetch the job's log");
+            let left = give_up.saturating_duration_since(Instant::now());
+            let seconds = left.as_millis().div_ceil(1000);
+            log::info!(job:% = job.id, at_most_seconds:% = seconds; "waiting for an archivator to fetch the job's log");
             tokio::select! {
                 () = sleep_until(give_up) => return,
                 Ok(()) = asked_to_end.changed() => {}

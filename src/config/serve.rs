@@ -113,7 +113,7 @@ pub struct ServeOptions {
     #[arg(long, env = "SEMAPHORE_AGENT_GRACE_PERIOD", value_name = "SECONDS")]
     pub grace_period: Option<u32>,
 
-    /// How many connections one address may have [default: half of all that there can be]
+    /// How many connections one address may have [default: as many as there can be]
     #[arg(long, env = "SEMAPHORE_AGENT_MAX_CONNECTIONS_PER_CLIENT", value_name = "NUMBER")]
     pub max_connections_per_client: Option<usize>,
 
@@ -171,7 +171,7 @@ pub struct ServeConfig {
     pub archive_timeout: Duration,
     /// How long what a job leaves running has to end.
     pub grace: Duration,
-    /// How many connections one address may have, if not as many as usual.
+    /// How many connections one address may have, if not as many as there can be.
     pub connections_per_client: Option<usize>,
     /// The largest body of a request, in bytes.
     pub max_body_size: usize,

@@ -1,4 +1,4 @@
-//! Who may have a connection: so many in all, and so many an address. When it gets tight, those go that do nothing,
+//! Who may have a connection: so many in all, and so many an address. When there is no room, those go that do nothing,
 //! the ones that have done so for longest first.
 
 use std::net::IpAddr;
@@ -92,22 +92,26 @@ impl Admission {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for a connection of `client`, for which another one may have to go; `None` if all are busy.
+    /// A place for a connection of `client`, for which another one may have to go; `None` if all are busy, or if the
+    /// client has as many as it may.
     pub(super) fn admit(self: &Arc<Self>, client: Option<IpAddr>) -> Option<Admitted> {
         let mut state = self.state();
-        let is_its = |place: &&Arc<Place>| place.client == client;
-        let of_client = state.places.iter().filter(is_its).count();
-        let admitted = if of_client >= self.most_per_client {
-            self.tell(&mut state, "one address has as many connections as it may");
-            evict_idlest(&mut state.places, is_its)
-        } else if state.places.len() >= self.most {
-            self.tell(&mut state, "there are as many connections as there may be");
-            evict_idlest(&mut state.places, |_| true)
-        } else {
-            true
-        };
-        if !admitted {
+        let of_client = state.places.iter().filter(|place| place.client == client).count();
+        if of_client >= self.most_per_client {
+            self.tell(
+                &mut state,
+                "one address has as many connections as it may; more are refused",
+            );
             return None;
+        }
+        if state.places.len() >= self.most {
+            self.tell(
+                &mut state,
+                "there are as many connections as there may be; idle ones have to go",
+            );
+            if !evict_idlest(&mut state.places) {
+                return None;
+            }
         }
         let place = Arc::new(Place {
             client,
@@ -124,7 +128,7 @@ impl Admission {
         let is_due = state.told.is_none_or(|told| told.elapsed() >= TELL_AGAIN);
         if is_due {
             state.told = Some(Instant::now());
-            log::warn!(most = self.most, most_of_one_address = self.most_per_client; "{what}; idle ones have to go");
+            log::warn!("{what}");
         }
     }
 }
@@ -133,10 +137,10 @@ fn millis_since(begun: Instant) -> u64 {
     u64::try_from(begun.elapsed().as_millis()).unwrap_or(BUSY - 1)
 }
 
-/// Has the one go that has done nothing for longest among those for which `may_go` holds; whether there is one.
-fn evict_idlest(places: &mut Vec<Arc<Place>>, may_go: impl Fn(&&Arc<Place>) -> bool) -> bool {
-    let idle = places.iter().enumerate().filter(|(_, place)| may_go(place));
-    let idle = idle.map(|(index, place)| (place.idle_since.load(Ordering::Relaxed), index));
+/// Has the one go that has done nothing for longest; whether there is one.
+fn evict_idlest(places: &mut Vec<Arc<Place>>) -> bool {
+    let since = |place: &Arc<Place>| place.idle_since.load(Ordering::Relaxed);
+    let idle = places.iter().enumerate().map(|(index, place)| (since(place), index));
     match idle.filter(|(since, _)| *since != BUSY).min() {
         Some((_, index)) => {
             places.swap_remove(index).evicted.cancel();
@@ -169,9 +173,9 @@ mod tests {
         // Full: the second one has been idle for longest.
         places.push(admission.admit(client(3)).unwrap());
         assert_eq!(evicted(&places), [false, true, false, false]);
-        // As many as one address may have: it loses one of its own.
-        places.push(admission.admit(client(1)).unwrap());
-        assert_eq!(evicted(&places), [false, true, true, false, false]);
+        // As many as one address may have.
+        assert!(admission.admit(client(1)).is_none());
+        assert_eq!(evicted(&places), [false, true, false, false]);
         for admitted in &places {
             admitted.place.set_busy();
         }

@@ -14,6 +14,7 @@ use tokio::time::{Sleep, sleep};
 use tokio_openssl::SslStream;
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
+use crate::http::LINGER;
 use crate::http::admission::Admitted;
 use crate::http::transfer::TransferReport;
 
@@ -39,6 +40,8 @@ pub(super) struct Handover {
     /// To be told when all that was written so far is out. Dropped with the connection, which tells that it broke.
     report: RefCell<Option<TransferReport>>,
     phase: Cell<Phase>,
+    /// No other request may come after this one.
+    is_last: Cell<bool>,
     /// How many requests have begun.
     requests: Cell<u64>,
     admitted: Admitted,
@@ -68,6 +71,11 @@ impl Handover {
         self.admitted.place().set_busy();
     }
 
+    /// The connection is closed after the answer, whatever still comes.
+    pub(super) fn close_after_answer(&self) {
+        self.is_last.set(true);
+    }
+
     /// The answer is written to its end.
     pub(super) fn answer_ends(&self) {
         self.phase.set(Phase::Answered);
@@ -81,6 +89,7 @@ impl Connection {
         let handover = Handover {
             report: RefCell::default(),
             phase: Cell::new(Phase::Waiting),
+            is_last: Cell::new(false),
             requests: Cell::new(0),
             admitted,
         };
@@ -94,8 +103,9 @@ impl Connection {
         if self.handover.phase.get() != Phase::Waiting {
             return false;
         }
-        if has_read && self.headers_due.is_none() {
-            self.headers_due = Some((request, Box::pin(sleep(HEADERS))));
+        let patience = if self.handover.is_last.get() { LINGER } else { HEADERS };
+        if self.headers_due.is_none() && (has_read || self.handover.is_last.get()) {
+            self.headers_due = Some((request, Box::pin(sleep(patience))));
         }
         let due = self.headers_due.as_mut();
         let is_late = due.is_some_and(|(_, due)| due.as_mut().poll(cx).is_ready());
@@ -158,6 +168,10 @@ impl AsyncWrite for Connection {
             }
             self.handover.phase.set(Phase::Waiting);
             self.handover.admitted.place().set_idle();
+            // Has this task come back when the time of who should go is over.
+            if self.is_over(cx, false) {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
         }
         // A flush with nothing to send moves nothing.
         if flushed.is_pending() { self.unless_idle(cx, flushed) } else { flushed }

@@ -72,7 +72,7 @@ pub struct Api {
     pub open_files: u64,
     /// Requests that were refused of late.
     pub(crate) refusals: Refusals,
-    /// How many connections one address may have, if not as many as usual.
+    /// How many connections one address may have, if not as many as there can be.
     pub connections_per_client: Option<usize>,
 }
 
@@ -81,7 +81,7 @@ pub fn serve(listener: TcpListener, tls: Arc<Tls>, api: Api) -> io::Result<(Serv
     let address = listener.local_addr()?;
     let builder = Server::build().workers(WORKERS).disable_signals().shutdown_timeout(LAST_ANSWERS);
     let most = connections(api.open_files);
-    let admission = Admission::new(most, api.connections_per_client.unwrap_or(most.div_ceil(2)));
+    let admission = Admission::new(most, api.connections_per_client.unwrap_or(usize::MAX));
     // Whoever admits them decides, not the server's order of accepting them.
     let builder = builder.max_concurrent_connections(most + SPARE_CONNECTIONS);
     let api = actix_web::web::Data::new(api);

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use actix_http::ConnectionType;
 use actix_server::GracefulShutdownSignal;
 use actix_service::ServiceFactory;
 use actix_web::body::{BoxBody, MessageBody};
@@ -82,6 +83,21 @@ pub(super) fn app(
 /// How much of a request's method and path stands in the agent's own log, in bytes.
 const SHOWN: usize = 200;
 
+/// The answers of those who have read the whole body of their request.
+const BODY_WAS_READ: [StatusCode; 4] = [
+    StatusCode::OK,
+    StatusCode::UNPROCESSABLE_ENTITY,
+    StatusCode::INTERNAL_SERVER_ERROR,
+    StatusCode::SERVICE_UNAVAILABLE,
+];
+
+/// Whether the request announces a body.
+fn has_body(request: &ServiceRequest) -> bool {
+    let headers = request.headers();
+    let length = headers.get(header::CONTENT_LENGTH);
+    headers.contains_key(header::TRANSFER_ENCODING) || length.is_some_and(|length| length != "0")
+}
+
 /// Checks who asks, and notes the request in the agent's log.
 async fn guarded(
     request: ServiceRequest,
@@ -96,11 +112,21 @@ async fn guarded(
     if let Some(handover) = &handover {
         handover.request_begins();
     }
+    let (has_body, is_post) = (has_body(&request), request.method() == Method::POST);
     let answer = match unauthorized(&request) {
         Some(refusal) => Ok(request.into_response(refusal)),
         None => next.call(request).await.map(ServiceResponse::map_into_boxed_body),
     };
-    let answer = answer?.map_body(|_, body| match handover {
+    let mut answer = answer?;
+    let is_read = is_post && BODY_WAS_READ.contains(&answer.status());
+    if has_body && !is_read {
+        // The rest of the body would be waited for, however long it takes.
+        answer.response_mut().head_mut().set_connection_type(ConnectionType::Close);
+        if let Some(handover) = &handover {
+            handover.close_after_answer();
+        }
+    }
+    let answer = answer.map_body(|_, body| match handover {
         Some(handover) => AnswerBody { body, handover }.boxed(),
         None => body,
     });

@@ -1,6 +1,7 @@
 //! How the self-hosted mode is set up: flags, variables, a file, and what is wrong in them.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
 
@@ -379,6 +380,7 @@ fn the_example_configuration_has_every_option_with_its_default() {
 
     let world = World::new();
     let secret = world.file("token", TOKEN);
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
     let usable = example.replace("/etc/semaphore-agent/token", secret.to_str().unwrap());
     let file = world.file("config.yaml", &usable);
     let bare = |command: &mut Command| {

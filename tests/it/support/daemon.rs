@@ -21,7 +21,14 @@ pub struct Daemon {
 
 impl Daemon {
     pub fn start(world: &World, mut command: Command) -> Self {
-        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        command.stdout(Stdio::piped());
+        let mut child = loop {
+            match command.spawn() {
+                // A program that was copied just now: another thread's child has it open until it starts its own.
+                Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy => {}
+                child => break child.unwrap(),
+            }
+        };
         let watchdog = Watchdog::over(&child);
         let own_log = OwnLog::collect(child.stdout.take().unwrap());
         let world = Arc::clone(&world.directory);

@@ -13,6 +13,7 @@ use openssl::hash::MessageDigest;
 use openssl::pkey::PKey;
 use openssl::ssl::{Ssl, SslContext, SslMethod, SslStream};
 use serde_json::{Value, json};
+use tokio::net::TcpSocket;
 
 use super::daemon::Daemon;
 pub use super::http::Answer;
@@ -54,10 +55,25 @@ impl Hosted {
     }
 
     fn try_connect(&self) -> io::Result<SslStream<TcpStream>> {
+        Self::shake_hands(TcpStream::connect(self.address)?)
+    }
+
+    /// As above, from this address of this machine.
+    pub fn connect_from(&self, address: Ipv4Addr) -> io::Result<SslStream<TcpStream>> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+        let socket = runtime.block_on(async {
+            let socket = TcpSocket::new_v4()?;
+            socket.bind((address, 0).into())?;
+            socket.connect(self.address).await?.into_std()
+        })?;
+        socket.set_nonblocking(false)?;
+        Self::shake_hands(socket)
+    }
+
+    fn shake_hands(stream: TcpStream) -> io::Result<SslStream<TcpStream>> {
         static CONTEXT: OnceLock<SslContext> = OnceLock::new();
         let context =
             CONTEXT.get_or_init(|| SslContext::builder(SslMethod::tls_client()).unwrap().build());
-        let stream = TcpStream::connect(self.address)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         stream.set_nodelay(true)?;

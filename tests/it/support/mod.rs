@@ -12,6 +12,7 @@ pub mod registry;
 pub mod self_hosted;
 pub mod ssh;
 pub mod start_agent;
+pub mod surroundings;
 
 use std::collections::BTreeSet;
 use std::fs;

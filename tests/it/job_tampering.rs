@@ -1,0 +1,219 @@
+//! Jobs run as the agent's own user, so they can get at what the agent keeps about them. One that does has
+//! failed, and its log tells; nobody who reads that log waits in vain, and the agent goes on.
+
+use std::fs;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::time::Instant;
+
+use crate::support::hosted::{
+    Answer, Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, good_authorization, job, wait_until,
+};
+use crate::support::{World, wait_for_file};
+
+/// The directory that the agent keeps for a job, as that job finds it.
+const DIRECTORY: &str = "~/../state/job-*";
+
+/// How long an answer may take that waits for nothing: much, for a busy machine.
+const SOON: Duration = Duration::from_secs(10);
+
+/// A running job that has done something to the agent's files, and goes on when it may.
+struct Tampered {
+    world: World,
+    agent: Hosted,
+    /// Its log before it did.
+    before: Answer,
+}
+
+impl Tampered {
+    /// `tampering` finds the job's log in `$log`.
+    fn by(tampering: &str) -> Self {
+        Self::followed_by(tampering, "until [[ -e ~/go-on ]]; do sleep 0.01; done")
+    }
+
+    fn followed_by(tampering: &str, then: &str) -> Self {
+        let world = World::new();
+        let agent = Hosted::start(&world);
+        let log = format!("log=$(echo {DIRECTORY}/log.jsonl)");
+        let tampering = format!("{log}; {tampering}\n: > ~/tampered; {then}");
+        let commands = ["echo first", RUN_UNTIL_GO, &tampering, "echo last"];
+        agent.post_job(&job("1", &commands)).of_status(200);
+        agent.wait_for_log("1", RUNNING);
+        let before = agent.get("/jobs/1/log");
+        assert!(before.of_status(200).text().contains("first"));
+        fs::write(world.home().join("go"), "").unwrap();
+        wait_for_file(&world.home().join("tampered"));
+        Self { world, agent, before }
+    }
+
+    fn go_on(&self) {
+        fs::write(self.world.home().join("go-on"), "").unwrap();
+    }
+
+    /// The log so far.
+    fn log(&self) -> Vec<u8> {
+        soon("the log", || self.agent.get("/jobs/1/log")).of_status(200).body.clone()
+    }
+
+    /// A whole answer, if there is one.
+    fn lines(&self, path: &str) -> Option<String> {
+        let asked = Instant::now();
+        let headers = [("Authorization", good_authorization())];
+        let answer = self.agent.try_request("GET", path, &headers, b"");
+        assert!(asked.elapsed() < SOON, "{path} took {:?}: {answer:?}", asked.elapsed());
+        answer.ok().filter(|answer| answer.status == 200).map(|answer| answer.text())
+    }
+
+    /// What there was of the log is there as it was, and the agent answers as ever.
+    fn assert_readable(&self) {
+        self.assert_answers();
+        let log = self.log();
+        assert!(log.starts_with(&self.before.body), "{}", shown(&log));
+    }
+
+    fn assert_answers(&self) {
+        let alive = soon("life", || self.agent.request("GET", "/is_alive", &[], b""));
+        assert_eq!(alive.text(), "yes");
+        let status = soon("the status", || self.agent.get("/status"));
+        assert_eq!(status.of_status(200).json()["state"], "job-received");
+    }
+
+    /// Waits until the log ends, as somebody reads it who has its first lines; answers all of it.
+    fn wait_for_end(&self) -> Vec<Value> {
+        let had = self.before.text().lines().count();
+        let mut next = had;
+        wait_until(
+            || {
+                let path = format!("/jobs/1/log?start_from={next}");
+                // What the job has cut off may be missing until the agent notices.
+                let Some(new) = self.lines(&path) else { return false };
+                next += new.lines().count();
+                new.lines().any(|line| event(line)["event"] == "job_finished")
+            },
+            || format!("the log does not end: {}", shown(&self.log())),
+        );
+        let log = self.log();
+        assert!(log.len() < 100_000, "somebody else's bytes are in it: {}", shown(&log));
+        let log = String::from_utf8(log).unwrap();
+        assert_eq!(log.lines().count(), next, "no line is counted twice: {log}");
+        log.lines().map(event).collect()
+    }
+
+    /// From the job's end to the next job.
+    fn assert_fails_and_goes(&self) {
+        let events = self.wait_for_end();
+        assert_eq!(events.last().unwrap()["result"], "failed", "{events:?}");
+        let told = events.iter().filter_map(|event| event["output"].as_str());
+        let told: String = told.collect();
+        let mut lines = told.lines().filter(|line| line.contains("log"));
+        assert!(lines.any(|line| line.contains("changed")), "the log does not tell: {told}");
+        self.assert_slot_gets_free();
+    }
+
+    fn assert_slot_gets_free(&self) {
+        let log = self.log();
+        let archived = soon("the archivator's log", || self.agent.archive_from("1", 0));
+        assert_eq!(archived.of_status(200).body, log, "{}", shown(&archived.body));
+        self.agent.wait_for_state("waiting-for-job");
+        assert_eq!(self.agent.run_to_end(&job("2", &["echo next"])).output(), "next\n");
+    }
+}
+
+/// An answer that must not take long.
+fn soon(what: &str, ask: impl FnOnce() -> Answer) -> Answer {
+    let asked = Instant::now();
+    let answer = ask();
+    assert!(asked.elapsed() < SOON, "{what} took {:?}", asked.elapsed());
+    answer
+}
+
+/// A line of a log, which must be one.
+fn event(line: &str) -> Value {
+    let event: Value =
+        serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line:?}"));
+    assert!(event["event"].is_string(), "{line:?}");
+    event
+}
+
+/// So much of a log as people can read.
+fn shown(log: &[u8]) -> String {
+    let beginning = &log[..log.len().min(4000)];
+    format!("{} bytes: {}", log.len(), String::from_utf8_lossy(beginning))
+}
+
+#[test]
+fn a_log_that_the_job_removes_is_read_all_the_same() {
+    let job = Tampered::by("rm \"$log\"");
+    job.assert_readable();
+    job.go_on();
+    job.assert_fails_and_goes();
+}
+
+#[test]
+fn a_log_in_whose_place_is_something_else_is_read_all_the_same() {
+    for other in [
+        "mkfifo \"$log\"",
+        "mkdir \"$log\"",
+        "ln -s /dev/zero \"$log\"",
+        "printf '{\"event\":\"forged\"}\\n%.0s' {1..1000} > \"$log\"",
+    ] {
+        println!("{other}");
+        let job = Tampered::by(&format!("rm \"$log\"; {other}"));
+        job.assert_readable();
+        job.go_on();
+        job.assert_fails_and_goes();
+    }
+}
+
+#[test]
+fn a_log_that_the_job_cuts_off_keeps_its_lines_by_number() {
+    for cut in [": > \"$log\"", "truncate -s 10 \"$log\""] {
+        println!("{cut}");
+        let job = Tampered::by(cut);
+        job.assert_answers();
+        job.go_on();
+        job.assert_fails_and_goes();
+    }
+}
+
+#[test]
+fn what_a_job_appends_to_its_log_is_no_part_of_it() {
+    for garbage in [
+        "head -c 50000000 /dev/zero >> \"$log\"",
+        "printf '{\"event\":\"job_finished\",\"result\":\"passed\"}\\n' >> \"$log\"",
+    ] {
+        println!("{garbage}");
+        let job = Tampered::by(garbage);
+        job.assert_readable();
+        job.go_on();
+        job.assert_fails_and_goes();
+    }
+}
+
+#[test]
+fn a_job_that_removes_all_that_is_kept_about_it_fails() {
+    for removed in [DIRECTORY, "~/../state/job-*/scratch"] {
+        println!("{removed}");
+        let job = Tampered::by(&format!("rm -rf {removed}"));
+        job.assert_readable();
+        job.go_on();
+        let events = job.wait_for_end();
+        assert_eq!(events.last().unwrap()["result"], "failed", "{events:?}");
+        job.assert_slot_gets_free();
+    }
+}
+
+#[test]
+fn a_job_whose_log_is_gone_can_be_stopped() {
+    for tampering in ["rm \"$log\"", "rm \"$log\"; mkfifo \"$log\"", "rm -rf ~/../state/job-*"] {
+        println!("{tampering}");
+        let job = Tampered::followed_by(tampering, RUN_FOR_EVER);
+        soon("the stop", || job.agent.post("/stop", b"")).of_status(200);
+        let events = job.wait_for_end();
+        // It may have failed because of what it did before the stop came.
+        let result = &events.last().unwrap()["result"];
+        assert!(result == "stopped" || result == "failed", "{events:?}");
+        job.assert_slot_gets_free();
+    }
+}
