@@ -65,6 +65,7 @@ mod own_log_floods;
 mod planted_files;
 mod reasons;
 mod redefined_words;
+mod secrets_by_descriptor;
 mod session_limits;
 mod session_words;
 mod shell_session;
