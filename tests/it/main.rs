@@ -69,6 +69,7 @@ mod secrets_by_descriptor;
 mod session_limits;
 mod session_words;
 mod shell_session;
+mod ssh_keys_lifetime;
 mod start_answers;
 mod start_config;
 mod start_daemons;
