@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a failed test is a panic")]
 #![expect(unreachable_pub, reason = "modules of a test are one program")]
 
+mod archive_timeout;
 mod bad_input;
 mod clone_over_ssh;
 mod closed_connections;
