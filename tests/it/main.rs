@@ -33,6 +33,7 @@ mod docker_variables;
 mod example_jobs;
 mod files_of_others;
 mod first_process_attacks;
+mod full_disk;
 mod hosted_abuse;
 mod hosted_api;
 mod hosted_auth;
