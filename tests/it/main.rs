@@ -31,6 +31,7 @@ mod docker_socket;
 mod docker_surroundings;
 mod docker_variables;
 mod example_jobs;
+mod exit_traps;
 mod files_of_others;
 mod first_process_attacks;
 mod full_disk;
