@@ -71,6 +71,7 @@ mod redefined_words;
 mod session_limits;
 mod session_words;
 mod shell_session;
+mod slow_login_shells;
 mod start_answers;
 mod start_config;
 mod start_daemons;
