@@ -54,6 +54,7 @@ mod hosted_secrets;
 mod hosted_start;
 mod hosted_stop;
 mod hosted_tls;
+mod inherited_descriptors;
 mod job_bytes;
 mod job_file_strictness;
 mod job_tampering;
