@@ -60,6 +60,7 @@ mod job_file_strictness;
 mod job_tampering;
 mod job_variables;
 mod large_environments;
+mod memory_pressure;
 mod no_more_processes;
 mod numbers_of_elements;
 mod odd_clocks;
