@@ -16,6 +16,7 @@ mod docker_entrypoints;
 mod docker_examples;
 mod docker_files;
 mod docker_fixtures;
+mod docker_guard;
 mod docker_helpers;
 mod docker_images;
 mod docker_jobs;
