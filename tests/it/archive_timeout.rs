@@ -1,0 +1,125 @@
+//! An archivator that does not come is waited for no longer than the operator wants.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::support::World;
+use crate::support::hosted::{
+    CallbackServer, Hosted, RUN_FOR_EVER, RUNNING, job, refusal, wait_until,
+};
+
+const VARIABLE: &str = "SEMAPHORE_AGENT_ARCHIVE_TIMEOUT";
+
+fn telling(server: &CallbackServer, mut job: Value) -> Value {
+    job["callbacks"] = json!({
+        "finished": server.url("/finished"),
+        "teardown_finished": server.url("/teardown_finished"),
+    });
+    job
+}
+
+fn paths(server: &CallbackServer, count: usize) -> Vec<String> {
+    (0..count).map(|_| server.next().path).collect()
+}
+
+/// The warnings in an agent's own log that name this job.
+fn warnings(agent: &Hosted, id: &str) -> Vec<String> {
+    let log = agent.own_log();
+    let is_about = |line: &&str| line.contains(" WARN ") && line.contains(&format!("job={id}"));
+    log.lines().filter(is_about).map(str::to_owned).collect()
+}
+
+#[test]
+fn a_slot_is_free_though_nobody_fetched_the_log() {
+    let ways: [&dyn Fn(&World, &mut Command); 3] = [
+        &|_, command| {
+            command.args(["--archive-timeout", "1"]);
+        },
+        &|_, command| {
+            command.env(VARIABLE, "1");
+        },
+        &|world, command| {
+            let file = world.file("config.yaml", "archive-timeout: 1\n");
+            command.arg("--config-file").arg(file);
+        },
+    ];
+    for (number, way) in ways.into_iter().enumerate() {
+        let world = World::new();
+        let server = CallbackServer::start();
+        let agent = Hosted::start_with(&world, |command| way(&world, command));
+        let id = format!("abandoned-{number}");
+        agent.post_job(&telling(&server, job(&id, &["true"]))).of_status(200);
+        assert_eq!(paths(&server, 2), ["/finished", "/teardown_finished"]);
+        agent.wait_for_state("waiting-for-job");
+        assert_eq!(warnings(&agent, &id).len(), 1, "{}", agent.own_log());
+    }
+}
+
+#[test]
+fn who_asks_is_told_what_the_agent_waits_for() {
+    let server = CallbackServer::start();
+    let agent = Hosted::start_with(&World::new(), |command| {
+        command.args(["--archive-timeout", "600"]);
+    });
+    let assert_status = |state: &str, waits_for: Option<&str>| {
+        let mut expected = json!({ "state": state, "version": env!("CARGO_PKG_VERSION") });
+        if let Some(waits_for) = waits_for {
+            expected["waiting_for"] = waits_for.into();
+        }
+        assert_eq!(agent.get("/status").of_status(200).json(), expected);
+    };
+    assert_status("waiting-for-job", None);
+    agent.post_job(&telling(&server, job("1", &[RUN_FOR_EVER]))).of_status(200);
+    agent.wait_for_log("1", RUNNING);
+    assert_status("job-received", None);
+    agent.post("/stop", b"").of_status(200);
+    agent.wait_for_log("1", r#""event":"job_finished""#);
+    let waits = || agent.get("/status").json().get("waiting_for").is_some();
+    wait_until(waits, || "it does not say that it waits".to_owned());
+    // By a stop, which is over.
+    let state = agent.get("/status").json()["state"].as_str().unwrap().to_owned();
+    assert_ne!(state, "waiting-for-job");
+    assert_status(&state, Some("archivator"));
+    assert_eq!(server.next().path, "/finished");
+    server.assert_silent();
+    agent.archive("1");
+    assert_eq!(server.next().path, "/teardown_finished");
+    agent.wait_for_state("waiting-for-job");
+    assert_status("waiting-for-job", None);
+    assert_eq!(warnings(&agent, "1"), [""; 0]);
+}
+
+#[test]
+fn an_agent_that_is_asked_to_end_waits_no_longer_either() {
+    let server = CallbackServer::start();
+    let mut agent = Hosted::start_with(&World::new(), |command| {
+        command.args(["--archive-timeout", "5"]);
+    });
+    agent.post_job(&telling(&server, job("1", &["true"]))).of_status(200);
+    agent.wait_for_log("1", r#""event":"job_finished""#);
+    let asked = Instant::now();
+    agent.signal(Signal::SIGTERM);
+    assert_eq!(agent.wait_for_exit().code(), Some(0));
+    // Less than the minute that an archivator has otherwise when an agent ends.
+    assert!(asked.elapsed() < Duration::from_secs(30), "{:?}", asked.elapsed());
+    assert_eq!(paths(&server, 2), ["/finished", "/teardown_finished"]);
+    agent.whole_log();
+    assert_eq!(warnings(&agent, "1").len(), 1, "{}", agent.own_log());
+}
+
+#[test]
+fn a_time_that_is_none_is_refused() {
+    for value in ["-1", "soon", "1.5", "99999999999"] {
+        let message = refusal(&World::new(), |command| {
+            command.arg(format!("--archive-timeout={value}"));
+        });
+        assert!(message.contains("archive-timeout"), "{value}: {message}");
+        let message = refusal(&World::new(), |command| {
+            command.env(VARIABLE, value);
+        });
+        assert!(message.contains("archive-timeout"), "{value}: {message}");
+    }
+}

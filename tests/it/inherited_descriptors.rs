@@ -1,0 +1,94 @@
+//! Whoever starts the agent may have files open that are none of a job's business.
+
+use std::fs;
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use crate::support::docker::{self, left_of};
+use crate::support::hosted::{Hosted, job};
+use crate::support::self_hosted::{Hub, SOON, SelfHosted};
+use crate::support::surroundings::in_shell;
+use crate::support::{Finished, World, job_of, wait_for_end};
+
+/// Prints where all descriptors of these processes lead.
+fn show(processes: &str) -> String {
+    format!(
+        "for p in {processes}; do for f in /proc/$p/fd/*; do \
+         echo \"$p ${{f##*/}} $(readlink $f)\"; done; done"
+    )
+}
+
+/// The same of the job's shell, of what it starts, and of what started it.
+fn show_all() -> String {
+    show("self $$ $PPID")
+}
+
+/// Has the agent start with a file as descriptor 9 and a pipe as descriptor 30.
+fn with_descriptors(world: &World, command: &mut Command) {
+    let home = world.home();
+    let open = "exec 9>inherited-file 30> >(exec cat >/dev/null)";
+    let note = "readlink /proc/self/fd/30 >inherited-pipe";
+    let there = format!("cd '{}'", home.display());
+    let back = "cd - >/dev/null";
+    // Both are there for what the shell starts.
+    let seen = "[[ -e /proc/self/fd/9 && -e /proc/self/fd/30 ]] || exit 99";
+    in_shell(command, &format!("{there}; {open}; {note}; {back}; {seen}"));
+}
+
+/// None of the processes of this job had one of them.
+fn assert_closed(world: &World, finished: &Finished) {
+    assert_eq!(finished.result(), "passed", "{finished:?}");
+    let shown = finished.output();
+    // Something is shown at all.
+    assert!(shown.contains("self 1 "), "{shown}");
+    let pipe = fs::read_to_string(world.home().join("inherited-pipe")).unwrap();
+    assert!(pipe.starts_with("pipe:["), "{pipe}");
+    for inherited in [pipe.trim(), "inherited-file"] {
+        assert!(!shown.contains(inherited), "{inherited}: {shown}");
+    }
+}
+
+fn run(world: &World, job: &Value) -> Finished {
+    let mut agent = world.agent();
+    agent.args(["run", "--output", "json"]).arg(world.file("job.json", job.to_string()));
+    with_descriptors(world, &mut agent);
+    let child = agent.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    Finished::of(&wait_for_end(child))
+}
+
+#[test]
+fn a_job_from_a_file_has_no_descriptor_that_the_agent_inherited() {
+    let world = World::new();
+    let finished = run(&world, &serde_json::from_str(&job_of(&[&show_all()])).unwrap());
+    assert_closed(&world, &finished);
+}
+
+#[test]
+fn a_job_of_a_platform_has_none_either() {
+    let world = World::new();
+    let agent = Hosted::start_with(&world, |command| with_descriptors(&world, command));
+    assert_closed(&world, &agent.run_to_end(&job("1", &[&show_all()])));
+
+    let world = World::new();
+    let hub = Hub::start(SOON);
+    let _agent = SelfHosted::start_with(&world, &hub, |command| with_descriptors(&world, command));
+    assert_closed(&world, &hub.run(&job("1", &[&show_all()])));
+}
+
+#[test]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
+fn nor_has_what_a_job_in_containers_starts_on_the_host() {
+    let world = World::new();
+    let mut job = docker::job("bash", &["true"]);
+    // The agent itself has started it.
+    let show = format!("{{ {}; }} >~/shown", show("self $$"));
+    job["compose"]["host_setup_commands"] = serde_json::json!([{ "directive": show }]);
+    let finished = run(&world, &job);
+    assert_eq!(finished.result(), "passed", "{finished:?}");
+    let shown = fs::read_to_string(world.home().join("shown")).unwrap();
+    assert!(shown.contains("self 1 "), "{shown}");
+    let pipe = fs::read_to_string(world.home().join("inherited-pipe")).unwrap();
+    assert!(!shown.contains(pipe.trim()) && !shown.contains("inherited-file"), "{shown}");
+    assert_eq!(left_of(&job), [""; 0]);
+}

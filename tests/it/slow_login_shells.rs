@@ -1,0 +1,63 @@
+//! Profiles of login shells that ask something, or never end: who waits for such a job sees what they print.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+
+use crate::support::hosted::{Hosted, job};
+use crate::support::{World, job_of};
+
+/// When what a profile prints is there at the latest. Much less than what a profile may take.
+const SECONDS: Duration = Duration::from_secs(40);
+
+/// Profiles after which no shell will ever take a command, and what they print before.
+const ENDLESS: [(&str, &str); 3] = [
+    ("read -p \"who? \" x", "who? "),
+    ("echo hello; exec cat", "hello"),
+    ("echo looking around; while :; do sleep 1000; done", "looking around"),
+];
+
+fn with_profile(profile: &str) -> World {
+    let world = World::new();
+    fs::write(world.home().join(".bash_profile"), format!("{profile}\n")).unwrap();
+    world
+}
+
+#[test]
+fn what_an_endless_profile_prints_is_in_the_log_while_it_waits() {
+    for (profile, text) in ENDLESS {
+        let world = with_profile(profile);
+        let begun = Instant::now();
+        let mut running = world.start(&job_of(&["touch ~/ran"]));
+        running.wait_for_output(text);
+        assert!(begun.elapsed() < SECONDS, "{profile}: {:?}", begun.elapsed());
+        running.signal(Signal::SIGTERM);
+        let finished = running.finish();
+        assert_eq!(finished.result(), "stopped", "{profile}");
+        assert!(!world.home().join("ran").exists(), "{profile}");
+    }
+}
+
+#[test]
+fn a_platform_sees_it_too() {
+    let (profile, text) = ENDLESS[0];
+    let agent = Hosted::start(&with_profile(profile));
+    agent.post_job(&job("1", &["true"])).of_status(200);
+    agent.wait_for_log("1", text);
+    let log = agent.get("/jobs/1/log").text();
+    let line = log.lines().find(|line| line.contains(text)).unwrap();
+    assert!(line.contains(r#""event":"cmd_output""#), "{line}");
+    agent.post("/stop", b"").of_status(200);
+    assert_eq!(agent.finish("1").result(), "stopped");
+}
+
+#[test]
+fn what_a_profile_prints_that_ends_is_not_in_the_log() {
+    for profile in ["echo hello; echo hello >&2", "printf hello", "echo hello >/dev/tty"] {
+        let finished = with_profile(profile).run(&job_of(&["echo from the job"]));
+        assert_eq!(finished.result(), "passed", "{profile}");
+        assert_eq!(finished.output(), "from the job\n", "{profile}");
+        assert!(!format!("{:?}", finished.events).contains("hello"), "{profile}: {finished:?}");
+    }
+}
