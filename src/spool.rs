@@ -1,6 +1,7 @@
 //! A job's log as a file of JSON lines.
 
-use std::fs::File;
+use std::cmp::Ordering;
+use std::fs::{File, Metadata};
 use std::io::{self, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
@@ -84,15 +85,15 @@ impl LogSpool for FileSpool {
 
     fn foreign_change(&self) -> io::Result<Option<ForeignChange>> {
         let open = self.file.0.metadata()?;
-        Ok(if open.len() < self.end {
-            Some(ForeignChange::Cut(open.len()))
-        } else if open.len() > self.end {
-            Some(ForeignChange::Grown)
-        } else {
-            let named = self.path.symlink_metadata();
-            let is_there =
-                |named: std::fs::Metadata| (named.dev(), named.ino()) == (open.dev(), open.ino());
-            (!named.is_ok_and(is_there)).then_some(ForeignChange::Removed)
+        Ok(match open.len().cmp(&self.end) {
+            Ordering::Less => Some(ForeignChange::Cut(open.len())),
+            Ordering::Greater => Some(ForeignChange::Grown),
+            Ordering::Equal => {
+                let named = self.path.symlink_metadata();
+                let is_there =
+                    |named: Metadata| (named.dev(), named.ino()) == (open.dev(), open.ino());
+                (!named.is_ok_and(is_there)).then_some(ForeignChange::Removed)
+            }
         })
     }
 

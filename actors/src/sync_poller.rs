@@ -142,8 +142,8 @@ pub struct SyncPoller {
     is_forgotten: bool,
     /// The agent is for one job only, which may be gone.
     is_for_one_job: bool,
-    /// As far as it is known, a job could be started.
-    is_ready: bool,
+    /// Since when no job could be started here, if that is so.
+    unready_since: Option<Instant>,
     /// When the last job's result was first to be told.
     result_since: Option<Instant>,
     /// A job that is on its way here.
@@ -181,7 +181,7 @@ impl SyncPoller {
             not_found: None,
             is_forgotten: false,
             is_for_one_job: false,
-            is_ready: true,
+            unready_since: None,
             result_since: None,
             fetching: None,
             left: watch::Sender::default(),
@@ -267,13 +267,13 @@ impl SyncPoller {
         ctx: &mut Context<Self>,
     ) {
         self.reporting = None;
-        let was_ready = std::mem::replace(&mut self.is_ready, true);
+        let unready_since = self.unready_since.take();
         let (decision, pause) = match answer {
             Err(NotTaken::NotReady(why)) => {
-                if was_ready {
+                if unready_since.is_none() {
                     log::error!(why:%; "no job can be started here now, so none is asked for");
                 }
-                self.is_ready = false;
+                self.unready_since = unready_since.or_else(|| Some(Instant::now()));
                 self.last_taken = Instant::now();
                 (Decision::default(), fastrand::u64(USUAL_PAUSE))
             }

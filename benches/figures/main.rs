@@ -27,7 +27,6 @@ mod table;
 use std::error::Error;
 use std::fs::{self, File};
 use std::io::Read as _;
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
@@ -279,8 +278,8 @@ async fn last_events(place: &Place) -> Result<Figure> {
     for _ in 0..100 {
         let begun = Instant::now();
         let range = buffer.send(ReadFrom { line }).await??;
-        let mut lines = vec![0; usize::try_from(range.end - range.start)?];
-        File::open(&range.path)?.read_exact_at(&mut lines, range.start)?;
+        let mut lines = Vec::with_capacity(usize::try_from(range.end - range.start)?);
+        range.reader().read_to_end(&mut lines)?;
         runs.push(ms(begun.elapsed()));
         let first = LogEvent::decode(lines.split(|byte| *byte == b'\n').next().unwrap_or(&[]))?;
         if !matches!(first, LogEvent::CmdOutput { output, .. } if output == format!("line {line}\n"))

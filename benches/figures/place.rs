@@ -1,7 +1,7 @@
 //! Runs jobs in this process and tells when each event of their logs was readable.
 
-use std::fs::{self, File};
-use std::io::{BufWriter, Write as _};
+use std::fs::File;
+use std::io::{BufWriter, Read as _, Write as _};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
@@ -11,7 +11,7 @@ use actors::finished_once::FinishedOnce;
 use actors::job::Outcome;
 use actors::job_request::FileRequest;
 use actors::job_supervisor::{Config, GetLog, JobSupervisor, StartJob};
-use actors::log_buffer::Follow;
+use actors::log_buffer::{Follow, LogRange};
 use actors::log_event::LogEvent;
 use actors::metrics::Metrics;
 use actors::ports::DiscardMetrics;
@@ -89,6 +89,7 @@ impl Place {
                 ..DockerConfig::of(&self.shell)
             },
             metrics: metrics.clone(),
+            copies_environment: false,
             jump_point: None,
         };
         let supervisor = JobSupervisor::new(Box::new(jobs), metrics, Config::default()).start();
@@ -99,21 +100,23 @@ impl Place {
         let buffer = supervisor.send(GetLog).await?.ok_or("no log")?.buffer;
         let mut moments = Vec::new();
         let mut line = 0;
-        let path = loop {
+        let sealed = loop {
             let range = buffer.send(Follow { line }).await??;
             let readable = Moment::now();
             line = range.next_line;
             moments.resize(usize::try_from(line)?, readable);
             if range.sealed {
-                break range.path;
+                break range;
             }
         };
         let end = end.await?;
         let gone = Instant::now();
+        let mut log = Vec::new();
+        LogRange { start: 0, ..sealed }.reader().read_to_end(&mut log)?;
         if end.outcome != Outcome::Passed {
-            return Err(format!("a job {}: {}", end.outcome, fs::read_to_string(path)?).into());
+            let log = String::from_utf8_lossy(&log);
+            return Err(format!("a job {}: {log}", end.outcome).into());
         }
-        let log = fs::read(path)?;
         let lines = log.split_inclusive(|byte| *byte == b'\n');
         let events: std::result::Result<Vec<_>, _> = lines.map(LogEvent::decode).collect();
         Ok(JobLog {

@@ -81,6 +81,17 @@ impl Drop for Admitted {
     }
 }
 
+impl State {
+    /// Says in the agent's log that it is full, but not again and again.
+    fn tell(&mut self, what: &str) {
+        let is_due = self.told.is_none_or(|told| told.elapsed() >= TELL_AGAIN);
+        if is_due {
+            self.told = Some(Instant::now());
+            log::warn!("{what}");
+        }
+    }
+}
+
 impl Admission {
     /// At most `most` connections; one address at most `most_per_client` of them.
     pub(super) fn new(most: usize, most_per_client: usize) -> Arc<Self> {
@@ -98,17 +109,11 @@ impl Admission {
         let mut state = self.state();
         let of_client = state.places.iter().filter(|place| place.client == client).count();
         if of_client >= self.most_per_client {
-            self.tell(
-                &mut state,
-                "one address has as many connections as it may; more are refused",
-            );
+            state.tell("one address has as many connections as it may; more are refused");
             return None;
         }
         if state.places.len() >= self.most {
-            self.tell(
-                &mut state,
-                "there are as many connections as there may be; idle ones have to go",
-            );
+            state.tell("there are as many connections as there may be; idle ones have to go");
             if !evict_idlest(&mut state.places) {
                 return None;
             }
@@ -122,14 +127,6 @@ impl Admission {
         state.places.push(Arc::clone(&place));
         drop(state);
         Some(Admitted { admission: Arc::clone(self), place })
-    }
-
-    fn tell(&self, state: &mut State, what: &str) {
-        let is_due = state.told.is_none_or(|told| told.elapsed() >= TELL_AGAIN);
-        if is_due {
-            state.told = Some(Instant::now());
-            log::warn!("{what}");
-        }
     }
 }
 
@@ -154,8 +151,8 @@ fn evict_idlest(places: &mut Vec<Arc<Place>>) -> bool {
 mod tests {
     use super::*;
 
-    fn client(number: u8) -> Option<IpAddr> {
-        Some(IpAddr::from([127, 0, 0, number]))
+    fn client(number: u8) -> IpAddr {
+        IpAddr::from([127, 0, 0, number])
     }
 
     #[tokio::test(start_paused = true)]
@@ -163,7 +160,7 @@ mod tests {
         let admission = Admission::new(3, 2);
         let mut places = Vec::new();
         for number in [1, 2, 1] {
-            places.push(admission.admit(client(number)).unwrap());
+            places.push(admission.admit(Some(client(number))).unwrap());
             tokio::time::advance(Duration::from_secs(1)).await;
         }
         let evicted = |places: &[Admitted]| -> Vec<bool> {
@@ -171,16 +168,16 @@ mod tests {
         };
         places[0].place.set_busy();
         // Full: the second one has been idle for longest.
-        places.push(admission.admit(client(3)).unwrap());
+        places.push(admission.admit(Some(client(3))).unwrap());
         assert_eq!(evicted(&places), [false, true, false, false]);
         // As many as one address may have.
-        assert!(admission.admit(client(1)).is_none());
+        assert!(admission.admit(Some(client(1))).is_none());
         assert_eq!(evicted(&places), [false, true, false, false]);
         for admitted in &places {
             admitted.place.set_busy();
         }
-        assert!(admission.admit(client(4)).is_none());
+        assert!(admission.admit(Some(client(4))).is_none());
         places.remove(3);
-        assert!(admission.admit(client(4)).is_some());
+        assert!(admission.admit(Some(client(4))).is_some());
     }
 }

@@ -1,10 +1,11 @@
 //! An archivator that does not come is waited for no longer than the operator wants.
 
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use crate::support::World;
 use crate::support::hosted::{
@@ -34,14 +35,14 @@ fn warnings(agent: &Hosted, id: &str) -> Vec<String> {
 
 #[test]
 fn a_slot_is_free_though_nobody_fetched_the_log() {
-    let ways: [&dyn Fn(&World, &mut Command); 3] = [
-        &|_, command| {
+    let ways: [fn(&World, &mut Command); 3] = [
+        |_, command| {
             command.args(["--archive-timeout", "1"]);
         },
-        &|_, command| {
+        |_, command| {
             command.env(VARIABLE, "1");
         },
-        &|world, command| {
+        |world, command| {
             let file = world.file("config.yaml", "archive-timeout: 1\n");
             command.arg("--config-file").arg(file);
         },

@@ -3,9 +3,10 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use tokio::time::Instant;
 
 use crate::support::hosted::{Hosted, job, refusal};
 use crate::support::self_hosted::{Hub, SOON, SelfHosted};

@@ -1,9 +1,10 @@
 //! Profiles of login shells that ask something, or never end: who waits for such a job sees what they print.
 
 use std::fs;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use tokio::time::Instant;
 
 use crate::support::hosted::{Hosted, job};
 use crate::support::{World, job_of};
@@ -13,7 +14,7 @@ const SECONDS: Duration = Duration::from_secs(40);
 
 /// Profiles after which no shell will ever take a command, and what they print before.
 const ENDLESS: [(&str, &str); 3] = [
-    ("read -p \"who? \" x", "who? "),
+    ("while :; do read -p \"who? \" x; sleep 0.2; done", "who? "),
     ("echo hello; exec cat", "hello"),
     ("echo looking around; while :; do sleep 1000; done", "looking around"),
 ];
