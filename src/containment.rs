@@ -150,7 +150,7 @@ impl ShellContainment {
         };
         let (mut ended, overdue) = (first.ended.clone(), Rc::clone(&first.overdue));
         async move {
-            let patience = grace + KILL_PATIENCE + MARGIN;
+            let patience = 2 * grace + KILL_PATIENCE + MARGIN;
             if timeout(patience, ended.wait_for(Option::is_some)).await.is_err() {
                 overdue.notify_one();
             }

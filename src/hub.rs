@@ -21,7 +21,7 @@ use serde_json::Value;
 use crate::config::Secret;
 use crate::config::start::is_url;
 use crate::http_client::{HttpClients, parse_url, words_of_send_error};
-use crate::serde_words::without_value;
+use crate::serde_words::{naming_unknown, without_value};
 
 /// How long the control plane may take to answer one request.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -202,13 +202,30 @@ fn decode_or<'de, T: Deserialize<'de>>(
     unfit: fn(String) -> HubError,
     body: &'de [u8],
 ) -> Result<T, HubError> {
+    decode_with(unfit, body, |tracked| T::deserialize(tracked))
+}
+
+/// The same, read in this way.
+fn decode_with<'de, T>(
+    unfit: fn(String) -> HubError,
+    body: &'de [u8],
+    read: impl FnOnce(Tracked<'_, '_, 'de>) -> serde_json::Result<T>,
+) -> Result<T, HubError> {
     let mut json = serde_json::Deserializer::from_slice(body);
-    serde_path_to_error::deserialize(&mut json).map_err(|error| {
-        let (path, what) = (error.path().to_string(), without_value(&error.inner().to_string()));
+    let mut track = serde_path_to_error::Track::new();
+    read(serde_path_to_error::Deserializer::new(&mut json, &mut track)).map_err(|error| {
+        let (path, what) = (track.path().to_string(), without_value(&error.to_string()));
         let why = format!("the answer is not understood: {path}: {what}");
-        if error.inner().is_data() { unfit(why) } else { HubError::Failed(why) }
+        if error.is_data() { unfit(why) } else { HubError::Failed(why) }
     })
 }
+
+/// JSON that is read while the way to where one is in it is noted.
+type Tracked<'a, 'b, 'de> = serde_path_to_error::Deserializer<
+    'a,
+    'b,
+    &'a mut serde_json::Deserializer<serde_json::de::SliceRead<'de>>,
+>;
 
 /// Why a `200` is not taken for the platform's.
 pub const SOMEBODY_ELSES: &str =
@@ -310,7 +327,8 @@ impl HubApi for Hub {
                 HubError::NotFound(why) => HubError::Failed(why),
                 error => error,
             })?;
-            let request: OnlyMap<HubRequest> = decode_or(HubError::Unusable, &body)?;
+            let request: OnlyMap<HubRequest> =
+                decode_with(HubError::Unusable, &body, |tracked| naming_unknown(tracked))?;
             let mut job =
                 request.0.decode().map_err(|error| HubError::Unusable(error.to_string()))?;
             if lacks_its_secrets(&body) {

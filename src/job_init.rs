@@ -8,9 +8,10 @@
 //! ```text
 //!              end GRACE                     nothing but         no child left
 //! Running ───────────────▶ All but the shell ───────────▶ Shell ───────────────▶ done
-//!    │                      asked to end      the shell  hung up, or killed       ▲
-//!    │ agent gone                 │ grace over             │ grace over           │
-//!    └────────────────────────────┴──▶ All killed ◀────────┘                      │
+//!    │                      asked to end,     the shell  asked to end, with       ▲
+//!    │                      then killed                  a grace of its own       │
+//!    │ agent gone, or no grace                             │ grace over           │
+//!    └───────────────────────────────▶ All killed ◀────────┘                      │
 //!                                          └──────────────────────────────────────┘
 //! ```
 //!
@@ -46,6 +47,7 @@ use crate::job_mark;
 use crate::jump_point::SshAccess;
 use crate::open_files;
 use crate::process_tree::{Descendant, descendants, foreground_beside, names_of, signal_all};
+use crate::session::EXIT_SIGNAL;
 use crate::state_dir;
 use crate::sys;
 
@@ -75,6 +77,9 @@ pub const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How much sooner than other processes the kernel takes a job's when memory runs out, of 1000.
 const OOM_SCORE_ADJUSTMENT: i32 = 500;
+
+/// How long it may take that what ignores the end is killed before the shell has to go with it.
+const OTHERS_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long to wait between two looks at what is left.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
@@ -152,6 +157,8 @@ impl Drop for RaisedOomScore<'_> {
 
 /// When the job is to be killed, and when to give up killing it.
 struct Ending {
+    /// What the shell has once it is alone.
+    grace: Duration,
     kill_at: Instant,
     give_up_at: Instant,
     shell_ended: bool,
@@ -248,8 +255,12 @@ impl JobInit {
                     let left = names_of(&descendants(getpid()).unwrap_or_default());
                     return self.leave(&mut control, agent_lives, &format!("left {left}"));
                 }
+                let is_shells_turn = !ending.shell_ended && ending.grace > Duration::ZERO;
                 if now() >= kill_at && ending.spares_the_rest {
                     self.signal_shell(Signal::SIGKILL);
+                } else if now() >= kill_at && is_shells_turn && now() < kill_at + OTHERS_PATIENCE {
+                    signal_all(&self.all_but_the_shell().unwrap_or_default(), Signal::SIGKILL);
+                    self.end_lonely_shell();
                 } else if now() >= kill_at {
                     self.kill_everything();
                 } else {
@@ -319,12 +330,14 @@ impl JobInit {
         let kill_at = now() + grace;
         let give_up_at = kill_at + KILL_PATIENCE;
         if let Some(ending) = &mut self.ending {
+            ending.grace = ending.grace.min(grace);
             ending.kill_at = ending.kill_at.min(kill_at);
             ending.give_up_at = ending.give_up_at.min(give_up_at);
             ending.spares_the_rest = false;
             return;
         }
-        let ending = Ending { kill_at, give_up_at, shell_ended: false, spares_the_rest: false };
+        let ending =
+            Ending { grace, kill_at, give_up_at, shell_ended: false, spares_the_rest: false };
         self.ending = Some(ending);
         let others = self.all_but_the_shell().unwrap_or_default();
         signal_all(&others, Signal::SIGTERM);
@@ -341,7 +354,8 @@ impl JobInit {
         self.signal_shell(Signal::SIGCONT);
         let kill_at = now() + grace;
         let give_up_at = kill_at + KILL_PATIENCE;
-        let ending = Ending { kill_at, give_up_at, shell_ended: true, spares_the_rest: true };
+        let ending =
+            Ending { grace, kill_at, give_up_at, shell_ended: true, spares_the_rest: true };
         self.ending = Some(ending);
     }
 
@@ -364,20 +378,24 @@ impl JobInit {
     }
 
     /// An interactive bash ignores SIGTERM but heeds a hangup, and runs its EXIT trap. It passes the
-    /// hangup on to its jobs, so they are given the time to heed their SIGTERM first.
+    /// hangup on to its jobs, so they are given the time to heed their SIGTERM first. One that is to run nothing more
+    /// must not have a hangup's trap of the job, which would go on with the next command: it has a trap of the
+    /// session's own, which exits. Either way its EXIT trap has the same time as everything else.
     fn end_lonely_shell(&mut self) {
         let lonely = || self.all_but_the_shell().is_ok_and(|others| others.is_empty());
         if self.ending.as_ref().is_none_or(|ending| ending.shell_ended) || !lonely() {
             return;
         }
-        if self.shell_condemned {
-            self.signal_shell(Signal::SIGKILL);
-        } else {
+        if !self.shell_condemned {
             self.signal_shell(Signal::SIGHUP);
-            self.signal_shell(Signal::SIGCONT);
+        } else if let Some(shell) = self.shell {
+            sys::send_signal(shell, EXIT_SIGNAL);
         }
+        self.signal_shell(Signal::SIGCONT);
         if let Some(ending) = &mut self.ending {
             ending.shell_ended = true;
+            ending.kill_at = now() + ending.grace;
+            ending.give_up_at = ending.kill_at + KILL_PATIENCE;
         }
     }
 

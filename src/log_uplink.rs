@@ -195,6 +195,10 @@ impl LogUplink for HttpLogUplink {
         }
         Err(io::ErrorKind::AlreadyExists.into())
     }
+
+    fn remove_kept(&self, kept: &Path) -> io::Result<()> {
+        fs::remove_file(kept)
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,35 @@
 //! What serde says about wrong input, fit for people and logs.
 
+use serde::{Deserialize, Deserializer};
+
+/// How many fields are named that are not known.
+const MOST_NAMED: usize = 5;
+
+/// How much of their names is shown, in bytes.
+const SHOWN: usize = 300;
+
+/// Reads a job request, and has the agent's log name the fields in it that are ignored, as an agent does not know what
+/// later platforms send. Their values are in no log.
+pub(crate) fn naming_unknown<'de, D, T>(input: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    let (mut named, mut count) = (Vec::new(), 0_usize);
+    let read = serde_ignored::deserialize(input, |path| {
+        count += 1;
+        if named.len() < MOST_NAMED {
+            named.push(path.to_string());
+        }
+    });
+    if count > 0 {
+        let fields = named.join(", ");
+        let fields = &fields[..fields.floor_char_boundary(SHOWN)];
+        log::info!(fields, count; "fields of a job request are not known here, and ignored");
+    }
+    read
+}
+
 /// Takes the value out of serde's words about a wrong type: it may be a secret.
 pub(crate) fn without_value(message: &str) -> String {
     const KINDS: [&str; 6] =

@@ -81,7 +81,7 @@ impl JobDelivery {
     /// The same, if the log is on its way already: nothing else outlives a crash of the job's task.
     pub(crate) async fn deliver_pushed(&self, job: &Job, log: &JobLog) {
         if let Delivery::Push(delivery) = &self.delivery {
-            delivery.deliver(job, log, self.shipping.as_deref()).await;
+            delivery.deliver(job, log, self.shipping.as_ref()).await;
         }
     }
 

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::job::{EnvVar, InjectedFile, Job};
 use crate::log_buffer::{Append, LogBuffer, LogError};
-use crate::log_event::{LogEvent, MAX_OUTPUT_LINE, MAX_PUSHED_OUTPUT_LINE};
+use crate::log_event::{LogEvent, MAX_OUTPUT_LINE, MAX_PUSHED_OUTPUT_LINE, unix_time};
 use crate::ports::{
     ExecutorBackend, PreparationError, PreparationStep, Script, ScriptEnd, SessionEvent,
     ShellSession, StepError, StepLog,
@@ -78,6 +78,23 @@ pub struct GetPreparation;
 pub struct Prepare {
     /// Which, from 0 on.
     pub step: usize,
+    /// The title of the step of the log that is begun if there is something to tell; `None` if one has begun.
+    pub begins: Option<&'static str>,
+}
+
+/// Asks for the step that the last preparation has begun in the log because it had something to tell, if it has.
+/// Whoever asks ends it.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Option<BegunStep>")]
+pub struct TakeBegunStep;
+
+/// A step that has begun.
+#[derive(Clone, Copy, Debug)]
+pub struct BegunStep {
+    /// When, in seconds since the epoch.
+    pub started_at: u64,
+    /// When, for its duration.
+    pub begun: Instant,
 }
 
 /// Exports variables in the session.
@@ -200,6 +217,9 @@ struct Output {
     shape: OutputShape,
     /// What can't be appended is dropped.
     may_lose: bool,
+    /// The step that is to begin before anything is told.
+    begins: Option<&'static str>,
+    begun: Option<BegunStep>,
     /// One event may be on its way while the terminal is read on: waiting for each before reading
     /// would leave the job waiting for its terminal.
     in_flight: Option<Request<LogBuffer, Append>>,
@@ -246,9 +266,15 @@ impl Output {
 impl StepLog for Output {
     fn tell<'a>(&'a mut self, text: &'a str) -> LocalBoxFuture<'a, Result<(), StepError>> {
         async {
+            let begins = self.begins.take();
             self.text.push(text.as_bytes());
             self.text.finish();
             let told = async {
+                if let Some(title) = begins {
+                    self.begun = Some(BegunStep { started_at: unix_time(), begun: Instant::now() });
+                    self.in_flight =
+                        Some(self.log.send(Append { event: LogEvent::cmd_started(title) }));
+                }
                 self.send().await?;
                 self.settle().await
             };
@@ -266,7 +292,15 @@ impl Executor {
         shape: OutputShape,
     ) -> Self {
         let text = TerminalText::new(shape.max_line);
-        let output = Output { log, text, shape, may_lose: false, in_flight: None };
+        let output = Output {
+            log,
+            text,
+            shape,
+            may_lose: false,
+            begins: None,
+            begun: None,
+            in_flight: None,
+        };
         let flush = Rc::<Flush>::default();
         let work =
             Work { flush: Rc::clone(&flush), backend, session: None, script_runs: false, output };
@@ -399,12 +433,22 @@ impl Handler<Prepare> for Executor {
     fn handle(&mut self, message: Prepare, _: &mut Self::Context) -> Self::Result {
         self.reply_with(async move |work: &mut Work, aborted: &CancellationToken| {
             let Work { backend, session, output, .. } = work;
+            output.begins = message.begins;
             let prepared = backend.prepare(message.step, output);
             if let Some(opened) = unless_aborted(aborted, prepared).await? {
                 *session = Some(opened);
             }
             Ok(())
         })
+    }
+}
+
+impl Handler<TakeBegunStep> for Executor {
+    type Result = ResponseActFuture<Self, Option<BegunStep>>;
+
+    fn handle(&mut self, _: TakeBegunStep, _: &mut Self::Context) -> Self::Result {
+        let work = Rc::clone(&self.work);
+        Box::pin(async move { work.lock().await.output.begun.take() }.into_actor(self))
     }
 }
 

@@ -14,8 +14,8 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::executor::{
-    Abort, Executor, ExecutorError, Export, FlushOutput, GetPreparation, GoOnWithoutLog, Inject,
-    Prepare, RunCommand, ShownPath,
+    Abort, BegunStep, Executor, ExecutorError, Export, FlushOutput, GetPreparation, GoOnWithoutLog,
+    Inject, Prepare, RunCommand, ShownPath, TakeBegunStep,
 };
 use crate::job::{Command, EnvVar, Job, Outcome, Problem, VariableName};
 use crate::job_hooks::{HookFailure, HookPlace, HookRun, JobHooks};
@@ -27,6 +27,9 @@ use crate::ports::{Containment, PreparationStep, Script, ScriptEnd};
 
 /// A main command that exits with this code stops the job from inside.
 const STOP_FROM_INSIDE: i32 = 130;
+
+/// The step for what is usually not shown.
+const PREPARING: &str = "Preparing the job";
 
 /// How long the shell may take to notice that the hook it waits for was killed.
 const HOOK_KILL_PATIENCE: Duration = Duration::from_secs(5);
@@ -131,7 +134,7 @@ impl JobSteps {
             return;
         };
         for step in 0..steps.len() {
-            if let Ok(Err(error)) = self.ask(Prepare { step }).await {
+            if let Ok(Err(error)) = self.prepare_quietly(step).await {
                 return log::error!(job:% = self.job.id, error:%; "no shell for the post-job hook");
             }
         }
@@ -196,7 +199,7 @@ impl JobSteps {
         };
         for (step, kind) in steps.into_iter().enumerate() {
             let done = match kind {
-                PreparationStep::Hidden => match self.ask(Prepare { step }).await? {
+                PreparationStep::Hidden => match self.prepare_quietly(step).await? {
                     Ok(()) => true,
                     Err(ExecutorError::Untold | ExecutorError::LogProblem(_)) => false,
                     Err(error) => self.preparation_failed(format!("{error}\n")).await?,
@@ -204,7 +207,7 @@ impl JobSteps {
                 PreparationStep::Shown(title) => succeeded(
                     &self
                         .step(title, async {
-                            match self.ask(Prepare { step }).await? {
+                            match self.ask(Prepare { step, begins: None }).await? {
                                 Ok(()) => Ok(ScriptEnd::default()),
                                 Err(error) => self.failed_because(format!("{error}\n")).await,
                             }
@@ -220,8 +223,28 @@ impl JobSteps {
         Ok(true)
     }
 
+    /// Does a step of the preparation that is in the log only if it has something to tell.
+    async fn prepare_quietly(&self, step: usize) -> Result<Result<(), ExecutorError>, Interrupted> {
+        let prepared = self.ask(Prepare { step, begins: Some(PREPARING) }).await;
+        let Ok(Some(BegunStep { started_at, begun })) = self.executor.send(TakeBegunStep).await
+        else {
+            return prepared;
+        };
+        let (exit_code, answer) = match prepared {
+            Ok(Ok(())) => (0, Ok(Ok(()))),
+            Ok(Err(ExecutorError::Step(error))) => {
+                self.log.append_output(format!("{error}\n")).await?;
+                (1, Ok(Err(ExecutorError::Untold)))
+            }
+            other => (1, other),
+        };
+        let took = begun.elapsed();
+        self.log.append(LogEvent::cmd_finished(PREPARING, exit_code, started_at, took)).await?;
+        answer
+    }
+
     async fn preparation_failed(&self, why: String) -> Result<bool, Interrupted> {
-        self.step("Preparing the job", self.failed_because(why)).await?;
+        self.step(PREPARING, self.failed_because(why)).await?;
         Ok(false)
     }
 

@@ -340,6 +340,9 @@ pub trait LogUplink {
 
     /// Puts a log that was not delivered where it stays; answers where that is.
     fn keep(&self, job: &JobId, log: &LogRange) -> io::Result<PathBuf>;
+
+    /// Removes what `keep` has put there, as it is delivered.
+    fn remove_kept(&self, kept: &Path) -> io::Result<()>;
 }
 
 /// Why the control plane did not do what it was asked for; without tokens.

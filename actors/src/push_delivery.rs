@@ -2,6 +2,8 @@
 //! job's first line on, and the job is not over before the platform has the last one, as long as there
 //! is progress.
 
+use std::cell::Cell;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -25,6 +27,10 @@ const INTERRUPTED: Duration = Duration::from_mins(1);
 /// What an agent that leaves needs after the delivery, to end the job, tell its result and disconnect.
 const LAST_WORDS: Duration = Duration::from_secs(15);
 
+/// How many logs of jobs that are over are tried again and again, and how long each.
+const MOST_IN_BACKGROUND: u32 = 20;
+const IN_BACKGROUND: Duration = Duration::from_hours(24);
+
 /// A shipper that crashes so often is not started again.
 const MOST_CRASHES: u32 = 10;
 
@@ -41,6 +47,8 @@ pub struct PushDelivery {
     pub patience: Duration,
     /// Who waits for the agent's end.
     pub urgency: watch::Receiver<Urgency>,
+    /// How many logs of jobs that are over are still on their way.
+    pub in_background: Rc<Cell<u32>>,
 }
 
 /// How much somebody wants the agent to end.
@@ -120,7 +128,7 @@ impl PushDelivery {
     }
 
     /// Waits until the platform has the whole log, then keeps it as an artifact if that is wanted.
-    pub(crate) async fn deliver(&self, job: &Job, log: &JobLog, shipping: Option<&Shipping>) {
+    pub(crate) async fn deliver(&self, job: &Job, log: &JobLog, shipping: Option<&Rc<Shipping>>) {
         let job_ended = Instant::now();
         let mut trimmed = false;
         if let Some(shipping) = shipping {
@@ -134,7 +142,10 @@ impl PushDelivery {
             if trimmed {
                 log::warn!(job:% = job.id; "the platform takes no more of the job's log");
             } else if shipped.is_none() {
-                self.report_undelivered(job, log, *shipping.acknowledged.borrow()).await;
+                let acknowledged = *shipping.acknowledged.borrow();
+                if let Some(kept) = self.keep_undelivered(job, log, acknowledged).await {
+                    self.go_on_trying(job, shipping, kept);
+                }
             }
         }
         let Some(whole) = log.whole().await else {
@@ -185,10 +196,37 @@ impl PushDelivery {
         }
     }
 
-    async fn report_undelivered(&self, job: &Job, log: &JobLog, acknowledged: u64) {
+    /// Has the log's way go on in the background as long as the agent lives: the platform may be back later.
+    fn go_on_trying(&self, job: &Job, shipping: &Rc<Shipping>, kept: PathBuf) {
+        if self.in_background.get() >= MOST_IN_BACKGROUND {
+            return;
+        }
+        self.in_background.update(|count| count + 1);
+        let (job, shipping) = (job.id.clone(), Rc::clone(shipping));
+        let (uplink, in_background) = (Rc::clone(&self.uplink), Rc::clone(&self.in_background));
+        actix::spawn(async move {
+            let mut shipped = shipping.shipped.clone();
+            let shipped = timeout(IN_BACKGROUND, shipped.wait_for(Option::is_some)).await;
+            if shipped.is_ok_and(|shipped| shipped.is_ok()) {
+                log::info!(job:%; "the log that was not delivered in time is delivered now");
+                if let Err(error) = uplink.remove_kept(&kept) {
+                    log::warn!(job:%, error:%; "the kept log can't be removed");
+                }
+            }
+            in_background.update(|count| count - 1);
+        });
+    }
+
+    /// Puts the log where it stays; answers where that is.
+    async fn keep_undelivered(
+        &self,
+        job: &Job,
+        log: &JobLog,
+        acknowledged: u64,
+    ) -> Option<PathBuf> {
         let Ok(rest) = log.follow(acknowledged).await else {
             log::error!(job:% = job.id; "the job's log was not delivered, and can't be read");
-            return;
+            return None;
         };
         let events = rest.next_line.saturating_sub(acknowledged);
         let bytes = rest.end - rest.start;
@@ -196,9 +234,11 @@ impl PushDelivery {
         match self.uplink.keep(&job.id, &whole) {
             Ok(kept) => {
                 log::error!(job:% = job.id, events, bytes, kept:% = kept.display(); "a part of the job's log was not delivered");
+                Some(kept)
             }
             Err(error) => {
                 log::error!(job:% = job.id, events, bytes, error:%; "a part of the job's log was not delivered, and can't be kept");
+                None
             }
         }
     }

@@ -172,6 +172,7 @@ impl Agent {
             }),
             patience: config.log_delivery_timeout,
             urgency: urgent,
+            in_background: Rc::default(),
         };
         let job_config = Config {
             grace: config.grace,

@@ -17,6 +17,7 @@ use actors::ports::{
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
+use tokio::time::{Instant, sleep_until};
 
 use crate::containment::ShellContainment;
 use crate::executors::injection::inject;
@@ -27,6 +28,9 @@ use crate::pty::{self, Pty};
 use crate::session::{Mark, Session, quoted};
 use crate::state_dir::JobDir;
 use crate::sys;
+
+/// How long the user's profile scripts may take before what they print is shown.
+const SLOW_PROFILE: Duration = Duration::from_secs(1);
 
 /// How long the user's profile scripts may take.
 const PROFILE_PATIENCE: Duration = Duration::from_mins(2);
@@ -96,7 +100,7 @@ impl ShellBackend {
         Self { config, directory, containment, access, staged: 0 }
     }
 
-    async fn open_session(&self) -> io::Result<LocalSession> {
+    async fn open_session(&self, log: &mut dyn StepLog) -> io::Result<LocalSession> {
         let (pty, shell_end) = pty::open()?;
         let gone = Mark::random().map_err(io::Error::other)?;
         let spec = Spec {
@@ -115,7 +119,8 @@ impl ShellBackend {
         write_private(&path, session.bootstrap().as_bytes())?;
         session.start_bootstrap(&path)?;
         let mut printed = Vec::new();
-        let ready = wait_for_bootstrap(&mut session, &mut printed);
+        let mut is_told = false;
+        let ready = wait_for_bootstrap(&mut session, &mut printed, &mut is_told, log);
         let ready = tokio::time::timeout(PROFILE_PATIENCE, ready).await;
         // The shell has read it; nobody else is to.
         let _ = fs::remove_file(&path);
@@ -125,6 +130,9 @@ impl ShellBackend {
             Err(_) => Some("is still not ready, as if its profile scripts waited for something"),
         };
         if let Some(problem) = problem {
+            if is_told {
+                return Err(io::Error::other(format!("the login shell {problem}")));
+            }
             let printed = String::from_utf8_lossy(&printed).replace("\r\n", "\n");
             return Err(io::Error::other(format!(
                 "the login shell {problem}; it printed: {}",
@@ -153,20 +161,51 @@ impl ShellBackend {
     }
 }
 
-/// Whether the shell became ready. What the profile scripts print belongs to no step; only its end
-/// is kept.
-async fn wait_for_bootstrap(session: &mut Session<Pty>, printed: &mut Vec<u8>) -> bool {
+/// Whether the shell became ready. What the profile scripts print belongs to no step, and only its end
+/// is kept; but if they take long, somebody may want to know why, and all that comes from then on is told.
+async fn wait_for_bootstrap(
+    session: &mut Session<Pty>,
+    printed: &mut Vec<u8>,
+    is_told: &mut bool,
+    log: &mut dyn StepLog,
+) -> bool {
     const KEPT: usize = 2000;
+    let told_from = Instant::now() + SLOW_PROFILE;
     loop {
-        match session.next_event().await {
+        let event = tokio::select! {
+            event = session.next_event() => event,
+            () = sleep_until(told_from), if !*is_told && has_words(printed) => {
+                SessionEvent::Output(Bytes::new())
+            }
+        };
+        match event {
             SessionEvent::Output(bytes) => {
                 printed.extend_from_slice(&bytes);
                 printed.drain(..printed.len().saturating_sub(KEPT));
+                if Instant::now() >= told_from && (*is_told || has_words(printed)) {
+                    *is_told = true;
+                    let text = String::from_utf8_lossy(&std::mem::take(printed)).into_owned();
+                    // What the agent types is of no use to anybody, where something else than the shell echoes it.
+                    let is_typed =
+                        |line: &&str| line.contains("builtin") && line.contains("/dev/tty");
+                    let text: String =
+                        text.split_inclusive('\n').filter(|line| !is_typed(line)).collect();
+                    // A log that can't be written is noticed by the next step.
+                    let _ = log.tell(&text).await;
+                }
             }
             SessionEvent::ScriptEnded(_) => return true,
             SessionEvent::ShellEnded(_) => return false,
         }
     }
+}
+
+/// Whether there is more than the prompts of a shell, which it prints before it becomes ready.
+fn has_words(printed: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(printed);
+    let is_prompt =
+        |line: &str| line.trim().is_empty() || line.ends_with("# ") || line.ends_with("$ ");
+    !text.lines().all(is_prompt)
 }
 
 impl ExecutorBackend for ShellBackend {
@@ -177,10 +216,10 @@ impl ExecutorBackend for ShellBackend {
     fn prepare<'a>(
         &'a mut self,
         _: usize,
-        _: &'a mut dyn StepLog,
+        log: &'a mut dyn StepLog,
     ) -> LocalBoxFuture<'a, Result<Option<Box<dyn ShellSession>>, PreparationError>> {
-        async {
-            let session = self.open_session().await;
+        async move {
+            let session = self.open_session(log).await;
             let session = session.map_err(|error| StepError(format!("no shell: {error}")))?;
             Ok(Some(Box::new(session) as Box<dyn ShellSession>))
         }

@@ -28,7 +28,7 @@ use crate::agent_log::open_to_read;
 use crate::http::Api;
 use crate::http::connection::Handover;
 use crate::http::transfer::{AnswerBody, FileBody, TransferReport};
-use crate::serde_words::without_value;
+use crate::serde_words::{naming_unknown, without_value};
 use crate::spool::OpenFile;
 
 /// Every request that has an answer: its method and its path.
@@ -319,10 +319,10 @@ async fn read_whole_body(
 /// Reads a job request; says what is wrong and where, but no value: it may be a secret.
 fn parse(body: &[u8]) -> Result<Job, String> {
     let mut json = serde_json::Deserializer::from_slice(body);
-    let request = serde_path_to_error::deserialize::<_, OnlyMap<WireRequest>>(&mut json);
-    let OnlyMap(request) = request.map_err(|error| {
-        let path = error.path().to_string();
-        let what = without_value(&error.inner().to_string());
+    let mut track = serde_path_to_error::Track::new();
+    let tracked = serde_path_to_error::Deserializer::new(&mut json, &mut track);
+    let OnlyMap(request): OnlyMap<WireRequest> = naming_unknown(tracked).map_err(|error| {
+        let (path, what) = (track.path().to_string(), without_value(&error.to_string()));
         if path == "." { what } else { format!("{path}: {what}") }
     })?;
     json.end().map_err(|error| error.to_string())?;

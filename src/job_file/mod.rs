@@ -278,6 +278,7 @@ impl Format {
             Self::Yaml if stands_for_too_much(text) => {
                 Err(format!("its aliases stand for more than {} MiB", MAX_EXPANDED >> 20))
             }
+            Self::Yaml if has_merge_key(text) => merged_request(text, unknown),
             Self::Yaml => noting_unknown(serde_yaml::Deserializer::from_str(text), unknown)
                 .map_err(|error| {
                     let what = without_value(&error.to_string());
@@ -302,6 +303,30 @@ impl Format {
             }
         }
     }
+}
+
+/// Whether a line may have a merge key, which has the parts of other mappings stand in its own.
+fn has_merge_key(text: &str) -> bool {
+    text.contains("<<")
+}
+
+/// Reads YAML with merge keys. Places in errors are paths instead of lines: what is merged is at several lines.
+fn merged_request(text: &str, unknown: &mut Vec<Vec<Segment>>) -> Result<FileRequest, String> {
+    let whole = |error: serde_yaml::Error| without_value(&error.to_string());
+    let mut merged: serde_yaml::Value = serde_yaml::from_str(text).map_err(whole)?;
+    merged.apply_merge().map_err(|error| {
+        let line = text
+            .lines()
+            .position(|line| line.trim_start().trim_start_matches("- ").starts_with("<<"));
+        let line = line.map_or_else(String::new, |line| format!(" at line {}", line + 1));
+        format!("a merge key `<<` needs a mapping, or a list of mappings: {}{line}", whole(error))
+    })?;
+    let mut track = serde_path_to_error::Track::new();
+    let tracked = serde_path_to_error::Deserializer::new(merged, &mut track);
+    noting_unknown(tracked, unknown).map_err(|error| {
+        let (path, error) = (track.path().to_string(), without_value(&error.to_string()));
+        if path == "." { error } else { format!("{path}: {error}") }
+    })
 }
 
 fn noting_unknown<'de, D>(
@@ -336,6 +361,41 @@ entirely_else: 1
 commands:
   - directive: 'true'
 ";
+
+    #[test]
+    fn merge_keys_are_honoured() {
+        let text = "\
+job_id: '1'
+x-base: &base {directive: make, alias: Base}
+x-other: &other {alias: Other, directive: other}
+commands:
+  - <<: *base
+  - <<: *base
+    directive: make test
+  - <<: [*other, *base]
+  - directive: '<<'
+";
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let read_text = |text: &str| {
+            std::fs::write(file.path(), text).unwrap();
+            read(&Source::File(file.path().to_owned()), UnknownFields::Refused)
+        };
+        let job = read_text(text).unwrap().job;
+        let commands: Vec<_> = job
+            .commands
+            .iter()
+            .map(|command| (command.directive.as_str(), command.alias.as_deref()))
+            .collect();
+        let base = Some("Base");
+        assert_eq!(
+            commands,
+            [("make", base), ("make test", base), ("other", Some("Other")), ("<<", None)]
+        );
+        for bad in ["commands:\n  - <<: 3\n", "commands:\n  - <<: [a]\n    directive: b\n"] {
+            let error = read_text(bad).unwrap_err().to_string();
+            assert!(error.contains("`<<`") && error.contains("line 2"), "{error}");
+        }
+    }
 
     const JSON: &str = r#"{
   "job_id": "1",

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufReader, Write as _};
+use std::time::{Duration, SystemTime};
 
 use serde_json::json;
 
@@ -30,11 +31,16 @@ fn kept(world: &World) -> String {
     old + &fs::read_to_string(path).unwrap()
 }
 
-/// Asks on one connection, or on a new one if the agent has closed it.
+/// Asks this again and again.
 fn ask_often(agent: &Hosted, times: usize, request: &[u8]) {
+    ask(agent, std::iter::repeat_n(request.to_vec(), times));
+}
+
+/// Asks on one connection, or on a new one if the agent has closed it.
+fn ask(agent: &Hosted, requests: impl IntoIterator<Item = Vec<u8>>) {
     let mut connection = BufReader::new(agent.connect());
-    for _ in 0..times {
-        let asked = connection.get_mut().write_all(request);
+    for request in requests {
+        let asked = connection.get_mut().write_all(&request);
         if asked.is_err() || Answer::read_from(&mut connection, "GET").is_err() {
             connection = BufReader::new(agent.connect());
         }
@@ -66,6 +72,49 @@ fn long_requests_with_a_token_are_noted_in_short_lines_too() {
     agent.get("/status").of_status(200);
     let longest = kept(&world).lines().map(str::len).max().unwrap();
     assert!(longest < 4000, "a line of {longest} bytes");
+}
+
+/// How many refusals lines tell of that tell of many.
+fn counted(log: &str) -> usize {
+    let lines = log.lines().filter(|line| line.contains("refused") && !line.contains("/flood-"));
+    let count = |line: &str| {
+        let words = line.split(|c: char| c.is_whitespace() || "=,;:()\"".contains(c));
+        words.filter_map(|word| word.parse().ok()).filter(|number: &usize| *number <= MANY).max()
+    };
+    lines.filter_map(count).sum()
+}
+
+/// More requests than anybody needs to find out that a token is wrong.
+const MANY: usize = 350;
+
+/// More lines about single ones than are of use.
+const TOO_MANY: usize = 30;
+
+#[test]
+fn many_requests_without_a_token_are_counted_and_not_listed() {
+    /// How long a count may wait for more to count.
+    const PATIENCE: Duration = Duration::from_secs(90);
+    let world = World::new();
+    let agent = start(&world);
+    let filler = "x".repeat(1000);
+    let path = |number| format!("/flood-{number}/{filler}");
+    ask(&agent, (0..MANY).map(|number| encode_request("GET", &path(number), &[], b"")));
+    agent.get("/status").of_status(200);
+
+    let deadline = SystemTime::now() + PATIENCE;
+    while counted(&kept(&world)) < MANY - TOO_MANY {
+        assert!(SystemTime::now() < deadline, "nothing says how many were refused");
+        std::thread::park_timeout(Duration::from_millis(50));
+    }
+    let log = kept(&world);
+    let listed = log.lines().filter(|line| line.contains("/flood-")).count();
+    assert!((1..TOO_MANY).contains(&listed), "{listed} lines about single ones");
+    let is_about_them = |line: &&str| line.contains("status=401") || line.contains("refused");
+    let about_them = log.lines().filter(is_about_them).count();
+    assert!(about_them < TOO_MANY + 5, "{about_them} lines");
+    // What somebody with a token asks is noted as ever.
+    assert!(log.contains("path=/status status=200"), "{log}");
+    assert!(log.contains(WORTH_KEEPING));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -230,5 +230,11 @@ impl LogUplink for ScriptedUplink {
         let kept = String::from_utf8_lossy(&self.0.spooled(log)).into_owned();
         self.0.kept.replace(Some(kept));
         Ok(PathBuf::from("kept"))
+    }
+
+    fn remove_kept(&self, kept: &Path) -> io::Result<()> {
+        self.0.world.call(format!("remove {}", kept.display()));
+        self.0.kept.replace(None);
+        Ok(())
     }
 }

@@ -150,3 +150,16 @@ async fn an_upload_that_hangs_ends_with_the_patience_of_an_interrupted_agent() {
     agent.until(finished).await;
     about(agent.time_of(finished) - interrupted, minutes(1));
 }
+
+#[actix::test]
+async fn a_log_that_was_put_aside_is_delivered_as_soon_as_it_can_be() {
+    let agent = Agent::with_job_of(JOB);
+    agent.uplink.reply(|_| away());
+    agent.until("report finished-job 1 passed").await;
+    agent.wait(minutes(60)).await;
+    assert!(agent.uplink.kept().is_some());
+    agent.uplink.reply(|_| Reply::Taken);
+    agent.until("remove kept").await;
+    agent.assert_order(&["keep 1", "report finished-job 1 passed", "log is whole", "remove kept"]);
+    assert_eq!(agent.uplink.log(), agent.world.log());
+}

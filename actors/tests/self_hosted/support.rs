@@ -49,6 +49,7 @@ impl Agent {
             uploads: Box::new(world.clone()),
             patience: PATIENCE,
             urgency: urgency.subscribe(),
+            in_background: Rc::default(),
         };
         let config = Config {
             grace: seconds(2),

@@ -1,0 +1,112 @@
+//! Keys that come with a job open the account no longer than somebody uses them, and nobody who came in by them
+//! stays longer than the job.
+
+use std::fs;
+use std::process::Child;
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::hosted_login::{Machine, script, text};
+use crate::support::hosted::{Hosted, RUN_UNTIL_GO, RUNNING, job, wait_until};
+use crate::support::ssh::client;
+use crate::support::{KilledOnFailure, World, base64, lives_with, wait_for_end};
+
+const KEY: &str = "ssh-ed25519 AAAA of-the-job";
+
+/// All that a job with keys has in files of the user.
+fn ways_in(world: &World) -> Vec<&'static str> {
+    let home = world.home();
+    let files = [
+        ("the keys", home.join(".ssh/authorized_keys")),
+        ("the profile", home.join(".bash_profile")),
+        ("the script", script(world)),
+    ];
+    let leads_in = |text: String| text.contains("job-");
+    let ways = files.into_iter().filter(|(_, path)| fs::read_to_string(path).is_ok_and(leads_in));
+    ways.map(|(what, _)| what).collect()
+}
+
+#[test]
+fn keys_are_gone_soon_after_the_job_though_nobody_has_its_log_yet() {
+    let world = World::new();
+    let agent = Hosted::start(&world);
+    let mut request = job("1", &[RUN_UNTIL_GO]);
+    request["ssh_public_keys"] = json!([base64(KEY.as_bytes())]);
+    agent.post_job(&request).of_status(200);
+    agent.wait_for_log("1", RUNNING);
+    assert_eq!(ways_in(&world), ["the keys", "the profile", "the script"]);
+    fs::write(world.home().join("go"), "").unwrap();
+    agent.wait_for_log("1", "job_finished");
+    wait_until(|| ways_in(&world).is_empty(), || format!("still there: {:?}", ways_in(&world)));
+
+    // The job is not torn down yet, and its log is there.
+    assert_ne!(agent.get("/status").of_status(200).json()["state"], "waiting-for-job");
+    assert!(agent.get("/jobs/1/log").of_status(200).text().contains("running"));
+    assert_eq!(agent.finish("1").result(), "passed");
+    assert_eq!(ways_in(&world), [""; 0]);
+}
+
+/// Logs in, by the script or by a login shell, and runs this there; it has the marker then.
+fn log_in(machine: &Machine, by_script: bool, marker: &str, what: &str) -> Child {
+    let what = what.replace("MARKED", marker);
+    let command = if by_script {
+        format!("bash {} bash -c '{what}'", script(&machine.world).display())
+    } else {
+        format!("bash -lc '{what}'")
+    };
+    let before = lives_with(marker).len();
+    let session = client(machine.port(), &machine.key).args(["127.0.0.1", &command]).spawn();
+    wait_until(|| lives_with(marker).len() > before, || format!("{command} does not run"));
+    session.unwrap()
+}
+
+/// A job that runs, and what tells those who log in to it from all else.
+fn start(machine: &Machine) -> String {
+    machine.agent.post_job(&machine.job(&[RUN_UNTIL_GO])).of_status(200);
+    machine.agent.wait_for_log("1", RUNNING);
+    format!("MARKER={}", machine.world.home().display())
+}
+
+#[test]
+#[cfg_attr(not(has_ssh), ignore = "needs sshd, ssh, ssh-keygen and git")]
+fn who_is_logged_in_when_the_job_ends_is_not_shut_out() {
+    let machine = Machine::start_with(|_, _| {});
+    let marker = start(&machine);
+    let _killed = KilledOnFailure(marker.clone());
+    let stay = "env MARKED bash -c \"until [[ -e ~/leave ]]; do sleep 0.01; done\"; exit 5";
+    let sessions = [true, false].map(|by_script| log_in(&machine, by_script, &marker, stay));
+    fs::write(machine.world.home().join("go"), "").unwrap();
+    machine.agent.wait_for_log("1", "job_finished");
+    // While they are there, others may come.
+    for _ in 0..5 {
+        let answer = machine.ssh("echo in");
+        assert_eq!(text(&answer), ("in\n".into(), Some(0)), "{answer:?}");
+        std::thread::park_timeout(Duration::from_secs(1));
+    }
+    assert!(!lives_with(&marker).is_empty(), "somebody was thrown out before the teardown");
+    fs::write(machine.world.home().join("leave"), "").unwrap();
+    for session in sessions {
+        assert_eq!(wait_for_end(session).status.code(), Some(5));
+    }
+    let left = || ways_in(&machine.world);
+    wait_until(|| left().is_empty(), || format!("still there: {:?}", left()));
+    assert_eq!(machine.ssh("true").status.code(), Some(255), "a key still opens");
+    assert_eq!(machine.agent.finish("1").result(), "passed");
+}
+
+#[test]
+#[cfg_attr(not(has_ssh), ignore = "needs sshd, ssh, ssh-keygen and git")]
+fn a_session_that_hides_that_it_is_one_ends_with_the_job_too() {
+    let machine = Machine::start_with(|_, _| {});
+    let marker = start(&machine);
+    let _killed = KilledOnFailure(marker.clone());
+    let name = "SEMAPHORE_AGENT_SSH_SESSION";
+    let hidden = format!("unset {name}; exec env -u {name} MARKED sleep 1000");
+    let sessions = [true, false].map(|by_script| log_in(&machine, by_script, &marker, &hidden));
+    machine.end_job();
+    assert_eq!(lives_with(&marker), [""; 0]);
+    for session in sessions {
+        assert_ne!(wait_for_end(session).status.code(), Some(0));
+    }
+}
