@@ -5,7 +5,7 @@ use std::process::{Output, Stdio};
 
 use serde_json::json;
 
-use crate::support::hosted::Hosted;
+use crate::support::hosted::{Hosted, job};
 use crate::support::{Finished, World, wait_for_end};
 
 /// The end of every job here: proof that it ran.
@@ -136,4 +136,106 @@ fn a_job_without_any_command_is_an_error() {
 fn a_request_without_a_command_is_a_job_all_the_same() {
     let agent = Hosted::start(&World::new());
     assert_eq!(agent.run_to_end(&json!({ "job_id": "1" })).result(), "passed");
+}
+
+/// What a job prints with these variables, whose names and values are written as a job file has them.
+fn printed(job: &str) -> String {
+    pass(job).output()
+}
+
+const SHOW: &str = r#"commands: [{directive: 'echo "$A,$B,$C"'}]"#;
+
+#[test]
+fn a_merge_key_merges_mappings() {
+    for (merge, expected) in [
+        // What is written out wins, before and after it.
+        ("{<<: *b, value: MQ==}", "1,,\n"),
+        ("{value: MQ==, <<: *b}", "1,,\n"),
+        ("{<<: *b}", "2,,\n"),
+        // Of a list the earlier wins.
+        ("{<<: [*b, *c]}", "2,,\n"),
+        ("{<<: [*c, *b]}", "3,,\n"),
+        ("{<<: [*n, *c]}", "3,,\n"),
+        ("{name: B, <<: [*c, *b]}", ",3,\n"),
+    ] {
+        let job = format!(
+            "job_id: x\nx-n: &n {{name: A}}\nx-b: &b {{name: A, value: Mg==}}\n\
+             x-c: &c {{name: A, value: Mw==}}\nenv_vars: [{merge}]\n{SHOW}\n"
+        );
+        assert_eq!(printed(&job), expected, "{merge}");
+    }
+}
+
+#[test]
+fn merged_mappings_may_have_merged_themselves() {
+    let job = format!(
+        "x-name: &name {{name: A}}\nx-both: &both\n  <<: *name\n  value: MQ==\n\
+         x-job: &job\n  job_id: x\n  env_vars:\n  - *both\n  - <<: *both\n    name: B\n\
+         <<: *job\n{SHOW}\n"
+    );
+    assert_eq!(printed(&job), "1,1,\n");
+    // Lists are not merged, nor is what is in mappings.
+    let job = format!(
+        "x-base: &base\n  job_id: x\n  env_vars: [{{name: A, value: MQ==}}]\n\
+         <<: *base\nenv_vars: [{{name: B, value: Mg==}}]\n{SHOW}\n"
+    );
+    assert_eq!(printed(&job), ",2,\n");
+}
+
+#[test]
+fn what_can_not_be_merged_is_an_error() {
+    for merge in ["3", "text", "[3]", "[[{job_id: y}]]", "[{job_id: y}, text]"] {
+        let job = format!("job_id: x\n<<: {merge}\n{MARK}");
+        assert_refused(&[(&job, &["job.yaml:2: ", "<<"])]);
+    }
+    // What is merged is looked at like all else.
+    let job = format!("job_id: x\nx-base: &base {{exekutor: shell}}\n<<: *base\n{MARK}");
+    assert_refused(&[(&job, &["job.yaml:", "`exekutor`", "`executor`"])]);
+}
+
+/// The lines of an agent's own log that hold one of these.
+fn lines_with<'a>(log: &'a str, parts: &[&str]) -> Vec<&'a str> {
+    log.lines().filter(|line| parts.iter().any(|part| line.contains(part))).collect()
+}
+
+#[test]
+fn unknown_fields_of_a_request_are_ignored_and_noted_without_their_values() {
+    let agent = Hosted::start(&World::new());
+    let mut request = job("1", &["echo hi"]);
+    request["unheard_of"] = json!({ "token": "canary" });
+    request["commands"][0]["colour"] = "canary".into();
+    request["env_vars"] = json!([{ "name": "A", "value": "MQ==", "comment": "canary" }]);
+    let finished = agent.run_to_end(&request);
+    assert_eq!((finished.result(), finished.output()), ("passed", "hi\n".to_owned()));
+    let log = agent.own_log();
+    let paths = ["unheard_of", "commands[0].colour", "env_vars[0].comment"];
+    let noted = lines_with(&log, &paths);
+    assert_eq!(noted.len(), 1, "{log}");
+    for path in paths {
+        assert!(noted[0].contains(path), "{path}: {}", noted[0]);
+    }
+    assert!(!log.contains("canary") && !log.contains("token"), "{log}");
+    assert!(!format!("{finished:?}").contains("canary"), "{finished:?}");
+    // A request without such fields is nothing to note.
+    let before = agent.own_log().lines().filter(|line| line.contains("unknown")).count();
+    agent.run_to_end(&job("2", &["true"]));
+    let after = agent.own_log().lines().filter(|line| line.contains("unknown")).count();
+    assert_eq!(before, after, "{}", agent.own_log());
+}
+
+#[test]
+fn many_unknown_fields_are_one_short_line() {
+    let agent = Hosted::start(&World::new());
+    let mut request = job("1", &["true"]);
+    for number in 0..2000 {
+        request[format!("unheard_of_{number}")] = "canary".into();
+    }
+    request["x\ny ERROR forged"] = "canary".into();
+    assert_eq!(agent.run_to_end(&request).result(), "passed");
+    let log = agent.own_log();
+    let noted = lines_with(&log, &["unheard_of_"]);
+    assert_eq!(noted.len(), 1, "{} lines", noted.len());
+    assert!(noted[0].len() < 4000, "{} bytes", noted[0].len());
+    assert!(!log.lines().any(|line| line.starts_with("y ERROR")), "{}", noted[0]);
+    assert!(!log.contains("canary"), "{}", noted[0]);
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -11,7 +12,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::support::World;
-use crate::support::control_plane::{Asked, Fault};
+use crate::support::control_plane::{Asked, Fault, Known};
 use crate::support::hosted::{job, wait_until};
 use crate::support::self_hosted::{Hub, SOON, SelfHosted, go, in_parts, wait_for_part};
 
@@ -257,4 +258,67 @@ fn what_can_not_be_delivered_does_not_pile_up_for_ever() {
         names.filter(|name| name.to_string_lossy().starts_with("old-")).count()
     };
     wait_until(|| old() < MANY, || "2 TB of old logs stay, and one more".to_owned());
+}
+
+/// What is kept of undelivered logs.
+fn kept(world: &World) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(world.state().join("undelivered")) else { return Vec::new() };
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+/// The logs among that.
+fn kept_logs(world: &World) -> Vec<String> {
+    kept(world).into_iter().filter(|name| name.ends_with(".jsonl")).collect()
+}
+
+#[test]
+fn a_log_that_was_not_delivered_is_as_soon_as_the_log_server_is_back() {
+    let hub = Hub::start(SOON);
+    let world = World::new();
+    let agent = impatient(&world, &hub, 1);
+    for id in ["1", "2"] {
+        leave_undelivered(&hub, id, &format!("echo the output of {id}"));
+    }
+    assert_eq!(kept_logs(&world).len(), 2, "{:?}", kept(&world));
+    for name in kept(&world) {
+        let file = fs::metadata(world.state().join("undelivered").join(&name)).unwrap();
+        assert_eq!(file.permissions().mode() & 0o777, 0o600, "{name}");
+    }
+    hub.misbehave(None);
+    // At the latest after the next job's end.
+    let next = hub.queue(job("next", &["echo next"]));
+    assert_eq!(hub.finish(&next).output(), "next\n");
+    for id in ["1", "2"] {
+        hub.wait_for_log(id, r#""event":"job_finished""#);
+        assert_eq!(hub.finish(id).output(), format!("the output of {id}\n"), "of {id}");
+    }
+    wait_until(|| kept(&world).is_empty(), || format!("{:?} are kept", kept(&world)));
+    assert!(!agent.own_log().contains("the output of"), "{}", agent.own_log());
+    // The jobs are over, and nothing else is told again.
+    let results = |known: &Known| {
+        let finished = known.reports.iter().filter(|report| report["state"] == "finished-job");
+        finished.filter_map(|report| report["job_id"].as_str().map(str::to_owned)).collect()
+    };
+    let results: Vec<String> = hub.look(results);
+    let mut ids = results.clone();
+    ids.dedup();
+    assert_eq!(ids, ["1", "2", "next"], "{results:?}");
+}
+
+#[test]
+fn a_log_that_still_can_not_be_delivered_stays() {
+    let hub = Hub::start(SOON);
+    let world = World::new();
+    let _agent = impatient(&world, &hub, 0);
+    leave_undelivered(&hub, "1", "echo one");
+    leave_undelivered(&hub, "2", "echo two");
+    let all = kept_logs(&world);
+    assert_eq!(all.len(), 2, "{all:?}");
+    for (id, text) in [("1.", "one"), ("2.", "two")] {
+        let name = all.iter().find(|name| name.starts_with(id)).unwrap();
+        let log = fs::read(world.state().join("undelivered").join(name)).unwrap();
+        let log = String::from_utf8_lossy(&log).into_owned();
+        assert!(log.contains(&format!(r#""output":"{text}\n""#)), "{log}");
+        assert!(log.contains(r#""event":"job_finished""#), "{log}");
+    }
 }

@@ -1,13 +1,17 @@
 //! What jobs of a control plane have in their environment, and where people find it.
 
 use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::support::control_plane::Known;
 use crate::support::docker;
-use crate::support::hosted::{Hosted, job};
+use crate::support::hosted::{Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, job, wait_until};
 use crate::support::self_hosted::{Hub, SOON, SelfHosted};
 use crate::support::{World, base64, job_of};
 
@@ -124,4 +128,106 @@ fn no_pager_waits_in_a_job_from_a_file_or_a_platform() {
 fn no_pager_waits_in_a_container() {
     let finished = World::new().run(&docker::job("bash", &[SHOW_PAGERS]).to_string());
     assert_eq!(finished.output(), "cat,cat\n");
+}
+
+/// An agent with a directory of its own for temporary files.
+fn with_temporary(world: &World, hub: &Hub) -> (SelfHosted, PathBuf) {
+    let temporary = world.home().with_file_name("temporary");
+    fs::create_dir(&temporary).unwrap();
+    let agent = SelfHosted::start_with(world, hub, |command| {
+        command.env("TMPDIR", &temporary);
+    });
+    (agent, temporary)
+}
+
+/// What lies there under the names that copies of variables have.
+fn copies(temporary: &Path) -> Vec<String> {
+    let names = fs::read_dir(temporary).unwrap().map(|entry| entry.unwrap().file_name());
+    let names = names.map(|name| name.into_string().unwrap());
+    names.filter(|name| name.starts_with(".env-")).collect()
+}
+
+/// What a variable is in another shell that has sourced a file.
+fn sourced(shell: &str, file: &Path, name: &str) -> String {
+    let script = format!(". \"$0\"; printf %s \"${name}\"");
+    let mut command = Command::new(shell);
+    command.args(["-c", &script]).arg(file).env_clear().current_dir("/");
+    let output = command.output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn the_variables_of_a_running_job_are_in_a_file_for_other_shells() {
+    let hub = Hub::start(SOON);
+    let world = World::new();
+    let (_agent, temporary) = with_temporary(&world, &hub);
+    let variables = [
+        ("PLAIN", "canary"),
+        ("EMPTY", ""),
+        ("QUOTED", "it's \"so\" \\ $(touch ~/never) `x`"),
+        ("LINES", "one\ntwo\n"),
+        ("UMLAUT", "Grüße"),
+    ];
+    hub.queue(with_variables(job("some-job", &[RUN_UNTIL_GO]), &variables));
+    hub.wait_for_log("some-job", RUNNING);
+    assert_eq!(copies(&temporary), [".env-some-job"]);
+    let file = temporary.join(".env-some-job");
+    assert_eq!(fs::symlink_metadata(&file).unwrap().permissions().mode(), 0o100_600);
+    let text = fs::read_to_string(&file).unwrap();
+    assert!(text.lines().any(|line| line == "export PLAIN='canary'"), "{text}");
+    assert!(text.lines().any(|line| line == "export EMPTY=''"), "{text}");
+    for (name, value) in variables {
+        for shell in ["bash", "sh"] {
+            assert_eq!(sourced(shell, &file, name), value, "{name}: {text}");
+        }
+    }
+    assert!(!world.home().join("never").exists());
+    fs::write(world.home().join("go"), "").unwrap();
+    assert_eq!(hub.finish("some-job").result(), "passed");
+    hub.wait_for_state("waiting-for-jobs");
+    assert_eq!(copies(&temporary), [""; 0]);
+}
+
+#[test]
+fn the_file_with_the_variables_does_not_outlive_an_agent_that_is_killed() {
+    let hub = Hub::start(SOON);
+    let world = World::new();
+    let (agent, temporary) = with_temporary(&world, &hub);
+    hub.queue(with_variables(job("1", &[RUN_FOR_EVER]), &[("A", "1")]));
+    hub.wait_for_log("1", RUNNING);
+    assert_eq!(copies(&temporary), [".env-1"]);
+    agent.signal(Signal::SIGKILL);
+    wait_until(|| copies(&temporary).is_empty(), || "the file stays".to_owned());
+}
+
+#[test]
+fn a_link_in_the_place_of_that_file_is_not_followed() {
+    let hub = Hub::start(SOON);
+    let world = World::new();
+    let (_agent, temporary) = with_temporary(&world, &hub);
+    let there = world.file("there", "as it was");
+    let nowhere = world.home().join("nowhere");
+    for (id, target) in [("1", &there), ("2", &nowhere)] {
+        symlink(target, temporary.join(format!(".env-{id}"))).unwrap();
+        let finished = hub.run(&with_variables(job(id, &["echo \"$A\""]), &[("A", "canary")]));
+        assert_eq!((finished.result(), finished.output()), ("passed", "canary\n".to_owned()));
+        assert_eq!(fs::read_to_string(&there).unwrap(), "as it was");
+        assert!(!nowhere.exists());
+    }
+}
+
+#[test]
+#[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
+fn a_job_in_containers_has_no_such_file() {
+    let hub = Hub::start(SOON);
+    let world = World::new();
+    let (_agent, temporary) = with_temporary(&world, &hub);
+    let request = docker::job("bash", &[RUN_FOR_EVER]);
+    let id = hub.queue(with_variables(request, &[("A", "canary")]));
+    hub.wait_for_log(&id, RUNNING);
+    assert_eq!(copies(&temporary), [""; 0]);
+    hub.stop_job(&id);
+    assert_eq!(hub.finish(&id).result(), "stopped");
+    assert_eq!(copies(&temporary), [""; 0]);
 }
