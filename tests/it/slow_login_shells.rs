@@ -6,7 +6,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use tokio::time::Instant;
 
-use crate::support::hosted::{Hosted, job};
+use crate::support::hosted::{Hosted, job, wait_until};
 use crate::support::{World, job_of};
 
 /// When what a profile prints is there at the latest. Much less than what a profile may take.
@@ -51,6 +51,22 @@ fn a_platform_sees_it_too() {
     assert!(line.contains(r#""event":"cmd_output""#), "{line}");
     agent.post("/stop", b"").of_status(200);
     assert_eq!(agent.finish("1").result(), "stopped");
+}
+
+/// It may take a line that was typed for the shell, and then it ends.
+#[test]
+fn a_profile_that_asks_once_holds_up_no_job_in_silence() {
+    let world = with_profile("read -p \"who? \" x");
+    let agent = Hosted::start(&world);
+    agent.post_job(&job("1", &["echo from the job"])).of_status(200);
+    let mut log = String::new();
+    let goes_on = || {
+        log = agent.get("/jobs/1/log").text();
+        log.contains("who? ") || log.contains(r#""output":"from the job\n""#)
+    };
+    wait_until(goes_on, || "neither a question nor a job".to_owned());
+    agent.post("/stop", b"");
+    assert_ne!(agent.finish("1").result(), "failed", "{log}");
 }
 
 #[test]
