@@ -268,7 +268,10 @@ fn kept(world: &World) -> Vec<String> {
 
 /// The logs among that.
 fn kept_logs(world: &World) -> Vec<String> {
-    kept(world).into_iter().filter(|name| name.ends_with(".jsonl")).collect()
+    kept(world)
+        .into_iter()
+        .filter(|name| Path::new(name).extension().is_some_and(|extension| extension == "jsonl"))
+        .collect()
 }
 
 #[test]
