@@ -270,7 +270,7 @@ fn kept(world: &World) -> Vec<String> {
 fn kept_logs(world: &World) -> Vec<String> {
     kept(world)
         .into_iter()
-        .filter(|name| Path::new(name).extension() == Some("jsonl".as_ref()))
+        .filter(|name| Path::new(name).extension().is_some_and(|extension| extension == "jsonl"))
         .collect()
 }
 
