@@ -219,6 +219,6 @@ fn wait_until(done: impl Fn() -> bool) {
     let deadline = std::time::SystemTime::now() + std::time::Duration::from_secs(20);
     while !done() {
         assert!(std::time::SystemTime::now() < deadline, "it took too long");
-        std::thread::yield_now();
+        crate::support::pause();
     }
 }

@@ -377,7 +377,7 @@ fn passwords_are_in_no_log_no_arguments_and_no_file_that_stays() {
             let mut seen = Vec::new();
             while !done.load(Ordering::SeqCst) && seen.is_empty() {
                 seen = processes_with(&secrets);
-                std::thread::yield_now();
+                crate::support::pause();
             }
             seen
         });

@@ -336,7 +336,7 @@ fn a_slow_reader_gets_everything_and_holds_up_nothing() {
             0 => break,
             read => shown.extend_from_slice(&some[..read]),
         }
-        std::thread::yield_now();
+        crate::support::pause();
     }
     assert_eq!(wait_for_end(child).status.code(), Some(0));
     let shown = text(&shown);

@@ -42,7 +42,7 @@ fn a_stop_while_the_profile_hangs_is_heeded() {
     std::fs::write(world.home().join(".bash_profile"), profile).unwrap();
     let running = world.start(&job_of(&["echo x"]));
     while !reached.exists() {
-        std::thread::yield_now();
+        crate::support::pause();
     }
     running.signal(Signal::SIGTERM);
     let finished = running.finish();

@@ -20,7 +20,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Once, mpsc};
 use std::time::Duration;
 
 use actors::log_event::LogEvent;
@@ -28,6 +28,31 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Has what tests start heed the signals that this process was started to ignore, as in the background of a script:
+/// handlers are not passed on, but ignoring is.
+fn heed_signals() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+        let ignored = u64::from_str_radix(ignored.trim(), 16).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let _within = runtime.enter();
+        for kind in [SignalKind::interrupt(), SignalKind::quit(), SignalKind::hangup()] {
+            if ignored >> (kind.as_raw_value() - 1) & 1 == 1 {
+                // The handler stays when this value goes.
+                signal(kind).unwrap();
+            }
+        }
+    });
+}
+
+/// A short wait between two looks at something that takes its time.
+pub fn pause() {
+    std::thread::park_timeout(Duration::from_millis(5));
+}
 
 /// A machine's user who runs jobs.
 pub struct World {
@@ -36,6 +61,7 @@ pub struct World {
 
 impl World {
     pub fn new() -> Self {
+        heed_signals();
         let directory = tempfile::tempdir().unwrap();
         fs::create_dir(directory.path().join("home")).unwrap();
         Self { directory: Arc::new(directory) }
@@ -323,7 +349,7 @@ pub(crate) fn wait_for_file(path: &Path) {
     let deadline = std::time::SystemTime::now() + PATIENCE;
     while !path.exists() {
         assert!(std::time::SystemTime::now() < deadline, "{} does not appear", path.display());
-        std::thread::yield_now();
+        pause();
     }
 }
 
