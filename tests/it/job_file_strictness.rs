@@ -186,7 +186,7 @@ fn merged_mappings_may_have_merged_themselves() {
 fn what_can_not_be_merged_is_an_error() {
     for merge in ["3", "text", "[3]", "[[{job_id: y}]]", "[{job_id: y}, text]"] {
         let job = format!("job_id: x\n<<: {merge}\n{MARK}");
-        assert_refused(&[(&job, &["job.yaml:2: ", "<<"])]);
+        assert_refused(&[(&job, &["job.yaml", "<<"])]);
     }
     // What is merged is looked at like all else.
     let job = format!("job_id: x\nx-base: &base {{exekutor: shell}}\n<<: *base\n{MARK}");
