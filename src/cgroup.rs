@@ -4,9 +4,16 @@
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+/// What the names of all jobs' groups begin with.
+pub const PREFIX: &str = "semaphore-agent-";
+
+/// An empty group that is older belongs to no job that just begins.
+const OLD: Duration = Duration::from_mins(1);
 
 /// A group that holds a job's processes. Only its maker and the kernel know of it.
 #[derive(Debug)]
@@ -18,6 +25,9 @@ impl JobCgroup {
     /// Makes a group called `name` below the agent's own, in the unified hierarchy if there is one,
     /// else in an older one. Nothing if the agent may not.
     pub fn create(name: &str) -> Option<Self> {
+        for group in places(name) {
+            remove_old_ones_beside(&group.path);
+        }
         places(name).find(|group| fs::create_dir(&group.path).is_ok() && group.is_usable())
     }
 
@@ -71,6 +81,20 @@ impl JobCgroup {
             && error.kind() != ErrorKind::NotFound
         {
             log::warn!(path:? = self.path, error:% = error; "a control group can't be removed");
+        }
+    }
+}
+
+/// Removes empty groups of jobs that are long over: that of a process that could not be killed at once, as in an
+/// uninterruptible sleep, stays until it is empty at last.
+fn remove_old_ones_beside(path: &Path) {
+    let entries = path.parent().and_then(|parent| fs::read_dir(parent).ok());
+    for entry in entries.into_iter().flatten().flatten() {
+        let is_jobs = entry.file_name().to_str().is_some_and(|name| name.starts_with(PREFIX));
+        let age = entry.metadata().and_then(|found| found.modified()).map(|made| made.elapsed());
+        if is_jobs && matches!(age, Ok(Ok(age)) if age > OLD) {
+            // One that is not empty can't be removed, and is not to be.
+            let _ = fs::remove_dir(entry.path());
         }
     }
 }
@@ -134,7 +158,31 @@ fn has_word(list: &str, word: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
     use super::*;
+
+    #[test]
+    fn groups_of_jobs_that_are_long_over_are_removed_when_they_are_empty() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        for name in ["semaphore-agent-old", "semaphore-agent-new", "semaphore-agent-full", "other"]
+        {
+            fs::create_dir(at(name)).unwrap();
+        }
+        fs::create_dir(at("semaphore-agent-full/process")).unwrap();
+        let long_ago = SystemTime::now() - 2 * OLD;
+        for name in ["semaphore-agent-old", "semaphore-agent-full", "other"] {
+            File::open(at(name)).unwrap().set_modified(long_ago).unwrap();
+        }
+        remove_old_ones_beside(&at("semaphore-agent-next"));
+        let mut left: Vec<_> = fs::read_dir(directory.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.sort();
+        assert_eq!(left, ["other", "semaphore-agent-full", "semaphore-agent-new"]);
+    }
 
     fn paths(mounts: &str, memberships: &str) -> Vec<String> {
         candidates(mounts, memberships).iter().map(|path| path.display().to_string()).collect()

@@ -202,10 +202,7 @@ impl JobInit {
         command.stdin(end()?).stdout(end()?).stderr(end()?);
         sys::lead_terminal_session(&mut command);
         // When memory runs out, a job goes before the agent and its helpers. A job can do without.
-        let raised = oom_score
-            .as_ref()
-            .map_err(|_| ())
-            .and_then(|file| RaisedOomScore::of(file).map_err(|_| ()));
+        let raised = oom_score.as_ref().ok().and_then(|file| RaisedOomScore::of(file).ok());
         let spawned = spawn(command, group.as_ref());
         drop(raised);
         let shell = spawned.map_err(|error| {

@@ -12,7 +12,7 @@ use memchr::memmem;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getpid};
 
-use crate::cgroup::JobCgroup;
+use crate::cgroup::{JobCgroup, PREFIX};
 use crate::process_tree::{descendants, signal_all};
 
 /// The variable, whose value is the name of the job's directory.
@@ -28,7 +28,7 @@ pub fn variable(name: &str) -> (OsString, OsString) {
 
 /// The name of the job's control group, which no other has.
 pub fn group_name(name: &str) -> String {
-    format!("semaphore-agent-{name}")
+    format!("{PREFIX}{name}")
 }
 
 /// Kills everything that carries the mark of the job called `name`, but no process that guards it, and removes

@@ -19,7 +19,7 @@ where
     let read = serde_ignored::deserialize(input, |path| {
         count += 1;
         if named.len() < MOST_NAMED {
-            named.push(path.to_string());
+            named.push(spelled(&path));
         }
     });
     if count > 0 {
@@ -28,6 +28,22 @@ where
         log::info!(fields, count; "fields of a job request are not known here, and ignored");
     }
     read
+}
+
+/// Writes `env_vars[2].name`.
+fn spelled(path: &serde_ignored::Path<'_>) -> String {
+    use serde_ignored::Path;
+    match path {
+        Path::Root => String::new(),
+        Path::Seq { parent, index } => format!("{}[{index}]", spelled(parent)),
+        Path::Map { parent, key } => match spelled(parent) {
+            before if before.is_empty() => key.clone(),
+            before => format!("{before}.{key}"),
+        },
+        Path::Some { parent }
+        | Path::NewtypeStruct { parent }
+        | Path::NewtypeVariant { parent } => spelled(parent),
+    }
 }
 
 /// Takes the value out of serde's words about a wrong type: it may be a secret.

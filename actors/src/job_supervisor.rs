@@ -66,7 +66,7 @@ pub struct StopJob {
 /// How a job's processes are ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopManner {
-    /// The shell runs nothing more; the rest is asked to end and has a short grace.
+    /// The shell runs no command any more but its EXIT trap; the rest is asked to end, and all have a short grace.
     Grace,
     /// Everything is killed at once.
     AtOnce,

@@ -155,7 +155,8 @@ pub struct LeftBehind {
 
 /// Power over everything a job started.
 pub trait Containment {
-    /// Sees to it that the session's shell runs nothing more, from now on.
+    /// Sees to it that the session's shell runs no command of the job any more, from now on. Its EXIT trap may still run
+    /// when everything is ended.
     fn kill_shell(&self);
 
     /// Kills what the session's shell waits for; it goes on with what comes next.

@@ -310,17 +310,36 @@ fn has_merge_key(text: &str) -> bool {
     text.contains("<<")
 }
 
+/// Whether there is a merge key anywhere in `value`.
+fn merges(value: &serde_yaml::Value) -> bool {
+    match value {
+        serde_yaml::Value::Mapping(mapping) => {
+            mapping.iter().any(|(key, value)| key.as_str() == Some("<<") || merges(value))
+        }
+        serde_yaml::Value::Sequence(sequence) => sequence.iter().any(merges),
+        serde_yaml::Value::Tagged(tagged) => merges(&tagged.value),
+        _ => false,
+    }
+}
+
 /// Reads YAML with merge keys. Places in errors are paths instead of lines: what is merged is at several lines.
 fn merged_request(text: &str, unknown: &mut Vec<Vec<Segment>>) -> Result<FileRequest, String> {
     let whole = |error: serde_yaml::Error| without_value(&error.to_string());
     let mut merged: serde_yaml::Value = serde_yaml::from_str(text).map_err(whole)?;
-    merged.apply_merge().map_err(|error| {
+    let bad_merge = |error| {
         let line = text
             .lines()
             .position(|line| line.trim_start().trim_start_matches("- ").starts_with("<<"));
         let line = line.map_or_else(String::new, |line| format!(" at line {}", line + 1));
         format!("a merge key `<<` needs a mapping, or a list of mappings: {}{line}", whole(error))
-    })?;
+    };
+    // What is merged may have merge keys in it.
+    for _ in 0..MAX_NESTING {
+        if !merges(&merged) {
+            break;
+        }
+        merged.apply_merge().map_err(bad_merge)?;
+    }
     let mut track = serde_path_to_error::Track::new();
     let tracked = serde_path_to_error::Deserializer::new(merged, &mut track);
     noting_unknown(tracked, unknown).map_err(|error| {

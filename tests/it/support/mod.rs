@@ -43,7 +43,7 @@ fn heed_signals() {
         for kind in [SignalKind::interrupt(), SignalKind::quit(), SignalKind::hangup()] {
             if ignored >> (kind.as_raw_value() - 1) & 1 == 1 {
                 // The handler stays when this value goes.
-                signal(kind).unwrap();
+                let _stays = signal(kind).unwrap();
             }
         }
     });
