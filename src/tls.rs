@@ -117,15 +117,15 @@ impl Tls {
 
     /// Reads the pair anew, for new connections. On an error the old one stays.
     pub fn reload(&self) -> Result<String, TlsError> {
-        renew_own(&self.source)?;
         let (acceptor, fingerprint) = read(&self.source)?;
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = acceptor;
         Ok(fingerprint)
     }
 
-    /// Whether this is an own pair that is to be made anew, for which [`Self::reload`] is enough.
-    pub fn is_due(&self) -> bool {
-        matches!(&self.source, PairSource::OwnIn(directory) if !is_usable_own(directory))
+    /// Makes an own pair anew if its time is nearly over; `None` if it is not.
+    pub fn renew(&self) -> Option<Result<String, TlsError>> {
+        let is_due = matches!(&self.source, PairSource::OwnIn(own) if !is_usable_own(own));
+        is_due.then(|| renew_own(&self.source).and_then(|()| self.reload()))
     }
 
     /// For the next connection.

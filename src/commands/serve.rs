@@ -329,17 +329,14 @@ async fn end_job(supervisor: &Addr<JobSupervisor>, intake: &Addr<HttpIntake>, gr
 
 async fn reload_at(mut signals: Signals, tls: Arc<Tls>) {
     loop {
-        tokio::select! {
-            () = signals.next() => {}
-            () = sleep(LOOK_AT_CERTIFICATE) => {
-                if !tls.is_due() {
-                    continue;
-                }
-            }
-        }
-        match tls.reload() {
-            Ok(fingerprint) => log::info!(fingerprint; "certificate reloaded"),
-            Err(error) => log::error!(error:%; "certificate not reloaded; the old one stays"),
+        let reloaded = tokio::select! {
+            () = signals.next() => Some(tls.reload()),
+            () = sleep(LOOK_AT_CERTIFICATE) => tls.renew(),
+        };
+        match reloaded {
+            None => {}
+            Some(Ok(fingerprint)) => log::info!(fingerprint; "certificate reloaded"),
+            Some(Err(error)) => log::error!(error:%; "certificate not reloaded; the old one stays"),
         }
     }
 }

@@ -134,7 +134,7 @@ async fn guarded(
     let us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
     // A platform asks for these all the time.
     let level = if path.starts_with("/is_alive") { log::Level::Debug } else { log::Level::Info };
-    let is_refused = matches!(status, 401 | 404 | 405);
+    let is_refused = answer.status() == StatusCode::UNAUTHORIZED;
     if !is_refused || is_to_be_listed(answer.request()) {
         log::log!(level, method:%, path, status, us, peer; "request");
     }
