@@ -275,18 +275,24 @@ impl JobSupervisor {
 struct Access {
     jump_point: Addr<JumpPoint>,
     files: Rc<dyn JumpPointFiles>,
+    /// It is closed, and nobody opens it again.
+    is_closed: Rc<Cell<bool>>,
 }
 
 impl Access {
     fn new(files: Rc<dyn JumpPointFiles>) -> Self {
-        Self { jump_point: JumpPoint::new(Rc::clone(&files)).start(), files }
+        let jump_point = JumpPoint::new(Rc::clone(&files)).start();
+        Self { jump_point, files, is_closed: Rc::default() }
     }
 }
 
 async fn close(access: Option<&Access>) {
-    let Some(Access { jump_point, files }) = access else {
+    let Some(Access { jump_point, files, is_closed }) = access else {
         return;
     };
+    if is_closed.get() {
+        return;
+    }
     let closed = match jump_point.send(CloseAccess).await {
         Ok(closed) => closed,
         Err(_crashed) => files.close().await,
@@ -300,8 +306,11 @@ async fn close(access: Option<&Access>) {
 async fn close_when_unused(access: Option<&Access>) {
     if let Some(access) = access {
         // Where it can't be closed now, the job's last moment is another try.
-        while let Ok(false) = access.files.close_if_unused().await {
-            sleep(LOOK_FOR_LOGINS).await;
+        loop {
+            match access.files.close_if_unused().await {
+                Ok(false) => sleep(LOOK_FOR_LOGINS).await,
+                closed => return access.is_closed.set(closed.is_ok()),
+            }
         }
     }
 }
