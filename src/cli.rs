@@ -67,13 +67,13 @@ pub enum Command {
     /// The first process of a shell job; only the agent itself can start it
     #[command(hide = true)]
     JobInit {
-        /// The name of the job's directory, by which this process is found.
+        /// The job's mark, by which this process is found.
         job: String,
     },
     /// Ends what a job has in containers if the agent dies; only the agent itself can start it
     #[command(hide = true)]
     DockerWatch {
-        /// The name of the job's directory, by which this process is found.
+        /// The job's mark, by which this process is found.
         job: String,
     },
 }

@@ -88,7 +88,7 @@ impl ShellContainment {
         prctl::set_child_subreaper(true)?;
         let (ours, theirs) = StdUnixStream::pair()?;
         let mut command = Command::new("/proc/self/exe");
-        command.arg0("agent").args(["job-init", self.shared.directory.name()]);
+        command.arg0("agent").args(["job-init", &self.shared.directory.mark()]);
         command.env_clear().envs(environment);
         command.stdin(OwnedFd::from(theirs)).stdout(terminal).stderr(Stdio::null());
         let child = command.spawn()?;
@@ -199,20 +199,20 @@ async fn watch_over(
             // It may be dead, or so confused that it must not go on.
             let _ = child.start_kill();
             let _ = child.wait().await;
-            sweep(shared.directory.name()).await
+            sweep(&shared.directory.mark()).await
         }
     };
     let _ = child.wait().await;
     // Whatever it said, nothing that is the job's may be left.
-    if result.is_ok() && !job_mark::kill_all(shared.directory.name()) {
-        return sweep(shared.directory.name()).await;
+    if result.is_ok() && !job_mark::kill_all(&shared.directory.mark()) {
+        return sweep(&shared.directory.mark()).await;
     }
     result
 }
 
 /// Kills everything below this process, which adopted what the job left.
-async fn sweep(job: &str) -> Result<(), LeftBehind> {
-    let group = JobCgroup::find(&job_mark::group_name(job));
+async fn sweep(mark: &str) -> Result<(), LeftBehind> {
+    let group = JobCgroup::find(&job_mark::group_name(mark));
     let give_up = Instant::now() + KILL_PATIENCE;
     loop {
         if let Some(group) = &group {

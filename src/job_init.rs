@@ -46,8 +46,9 @@ use crate::cgroup::JobCgroup;
 use crate::job_mark;
 use crate::jump_point::SshAccess;
 use crate::open_files;
-use crate::process_tree::{Descendant, descendants, foreground_beside, names_of, signal_all};
-use crate::session::EXIT_SIGNAL;
+use crate::process_tree::{
+    Descendant, descendants, foreground_beside, ignores, names_of, signal_all,
+};
 use crate::state_dir;
 use crate::sys;
 
@@ -77,6 +78,9 @@ pub const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How much sooner than other processes the kernel takes a job's when memory runs out, of 1000.
 const OOM_SCORE_ADJUSTMENT: i32 = 500;
+
+/// Ends a bash that has no trap for it as a hangup does, its EXIT trap included.
+const EXIT_SIGNAL: Signal = Signal::SIGVTALRM;
 
 /// How long it may take that what ignores the end is killed before the shell has to go with it.
 const OTHERS_PATIENCE: Duration = Duration::from_secs(1);
@@ -376,18 +380,19 @@ impl JobInit {
 
     /// An interactive bash ignores SIGTERM but heeds a hangup, and runs its EXIT trap. It passes the
     /// hangup on to its jobs, so they are given the time to heed their SIGTERM first. One that is to run nothing more
-    /// must not have a hangup's trap of the job, which would go on with the next command: it has a trap of the
-    /// session's own, which exits. Either way its EXIT trap has the same time as everything else.
+    /// must not have a hangup's trap of the job, which would go on with the next command: it gets a signal for which
+    /// hardly a job has a trap. Either way its EXIT trap has the same time as everything else.
     fn end_lonely_shell(&mut self) {
         let lonely = || self.all_but_the_shell().is_ok_and(|others| others.is_empty());
         if self.ending.as_ref().is_none_or(|ending| ending.shell_ended) || !lonely() {
             return;
         }
-        if !self.shell_condemned {
-            self.signal_shell(Signal::SIGHUP);
-        } else if let Some(shell) = self.shell {
-            sys::send_signal(shell, EXIT_SIGNAL);
-        }
+        let asked = match self.shell {
+            Some(shell) if self.shell_condemned && ignores(shell, EXIT_SIGNAL) => Signal::SIGKILL,
+            _ if self.shell_condemned => EXIT_SIGNAL,
+            _ => Signal::SIGHUP,
+        };
+        self.signal_shell(asked);
         self.signal_shell(Signal::SIGCONT);
         if let Some(ending) = &mut self.ending {
             ending.shell_ended = true;

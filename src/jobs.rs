@@ -49,7 +49,7 @@ pub struct JumpPointConfig {
 impl Jobs {
     fn docker_backend(&self, job: &Job, compose: &Compose, place: &Place) -> DockerBackend {
         let (mut config, metrics) = (self.docker.clone(), self.metrics.clone());
-        config.environment.push(job_mark::variable(place.id()));
+        config.environment.push(job_mark::variable(&place.mark()));
         DockerBackend::new(config, &job.id, compose.clone(), place.clone(), metrics)
     }
 
@@ -79,7 +79,7 @@ impl Jobs {
         access: Option<SshAccess>,
     ) -> ShellBackend {
         let mut config = self.shell.clone();
-        config.environment.push(job_mark::variable(directory.name()));
+        config.environment.push(job_mark::variable(&directory.mark()));
         ShellBackend::new(config, directory, containment.clone(), access)
     }
 }

@@ -70,6 +70,14 @@ pub fn start_of(pid: Pid) -> Option<String> {
     lives.then(|| fields.nth(18).map(str::to_owned))?
 }
 
+/// Whether a process ignores `signal`; as far as that can be seen.
+pub fn ignores(pid: Pid, signal: Signal) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    mask >> (signal as i32 - 1) & 1 == 1
+}
+
 /// The process group in the foreground of the terminal of `shell`, unless that is the shell's own.
 pub fn foreground_beside(shell: Pid) -> Option<Pid> {
     let stat = fs::read(format!("/proc/{shell}/stat")).ok()?;

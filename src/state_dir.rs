@@ -1,9 +1,9 @@
 //! The agent's private directory, and one directory in it for each job.
 
 use std::cell::{Cell, RefCell};
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, symlink};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use nix::unistd::geteuid;
@@ -61,6 +61,7 @@ impl StateDir {
     /// Removes what jobs left whose agents died with all that could clean up, as in a power cut.
     fn remove_dead_jobs(&self) -> io::Result<()> {
         let _others_wait = self.lock()?;
+        let state = fs::canonicalize(&self.path)?;
         for entry in fs::read_dir(&self.path)? {
             let path = entry?.path();
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
@@ -76,7 +77,7 @@ impl StateDir {
             if !is_job || !is_dead() {
                 continue;
             }
-            if !job_mark::kill_all_and_guards(place) {
+            if !job_mark::kill_all_and_guards(&job_mark::mark_of(place, &state)) {
                 log::warn!(job = place; "processes of a dead job can't be killed");
             }
             if let Some(copy) = copy {
@@ -92,6 +93,9 @@ impl StateDir {
             remove(&scratch_of(&dead));
             watch::end_dead(place, &dead);
         }
+        job_mark::kill_strays(&state, |name| {
+            [name.to_owned(), format!("{DEAD}{name}")].iter().any(|name| state.join(name).exists())
+        });
         Ok(())
     }
 
@@ -109,10 +113,21 @@ impl StateDir {
         base.unwrap_or_else(|| home.join(".local/state")).join("semaphore-agent")
     }
 
+    /// Makes the directory again, and usable, if a job has removed it or changed its mode.
+    fn mend(&self) -> io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.path)?;
+        let found = fs::symlink_metadata(&self.path)?;
+        if found.uid() == geteuid().as_raw() && found.is_dir() && found.mode() & 0o777 != 0o700 {
+            fs::set_permissions(&self.path, Permissions::from_mode(0o700))?;
+        }
+        Ok(())
+    }
+
     /// Makes a fresh directory for a job.
     pub fn make_job_dir(&self) -> io::Result<JobDir> {
         let name = Mark::random().map_err(io::Error::other)?;
         let name = format!("job-{}", &name.as_str()[..12]);
+        self.mend()?;
         let path = fs::canonicalize(&self.path)?.join(&name);
         let _others_wait = self.lock()?;
         DirBuilder::new().mode(0o700).create(&path)?;
@@ -148,6 +163,11 @@ impl JobDir {
     /// A name that no other job of this agent has, and hardly one of any other.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What its processes are marked with.
+    pub fn mark(&self) -> String {
+        job_mark::mark_of(&self.name, self.path.parent().unwrap_or(Path::new("/")))
     }
 
     /// Where scripts and variables are while the job runs.

@@ -160,12 +160,6 @@ pub(crate) fn take_descriptor(number: i32) -> io::Result<File> {
     Ok(unsafe { File::from_raw_fd(number) })
 }
 
-/// Sends a signal by its number, as there are more than have names.
-pub(crate) fn send_signal(process: Pid, number: i32) {
-    // SAFETY: a plain system call. Whatever comes of it, the process may have ended.
-    unsafe { libc::kill(process.as_raw(), number) };
-}
-
 /// Has the descriptor of this number be closed in programs that are started from now on.
 pub(crate) fn close_on_exec(number: i32) -> io::Result<()> {
     // SAFETY: sets a flag of a descriptor; if there is none of this number, that is an error.

@@ -107,7 +107,7 @@ impl JobSteps {
         if !self.prepared().await? {
             return Ok(Outcome::Failed);
         }
-        let result = match self.main_part().await? {
+        let mut result = match self.main_part().await? {
             MainEnd::Passed => Outcome::Passed,
             MainEnd::Failed => Outcome::Failed,
             MainEnd::StoppedFromInside(outcome) => {
@@ -115,7 +115,9 @@ impl JobSteps {
                 return Ok(outcome);
             }
         };
-        self.export(&Ok(job_result_variable(result)), &[]).await?;
+        if !succeeded(&self.export(&Ok(job_result_variable(result)), &[]).await?) {
+            result = Outcome::Failed;
+        }
         self.commands_until_failure(&self.job.epilogue_always).await?;
         self.commands_until_failure(match result {
             Outcome::Passed => &self.job.epilogue_on_pass,

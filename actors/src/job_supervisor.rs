@@ -208,8 +208,13 @@ impl JobSupervisor {
     }
 
     fn make_task(&mut self, job: Job, finished: Recipient<JobFinished>) -> Result<JobTask, String> {
+        let parts = self.factory.make(&job).or_else(|_| {
+            // The last job's log may be what fills the disk; it has been delivered.
+            self.current = None;
+            self.factory.make(&job)
+        });
         let JobParts { backend, containment, spool, jump_point } =
-            self.factory.make(&job).map_err(|error| error.to_string())?;
+            parts.map_err(|error| error.to_string())?;
         let shape = OutputShape::for_job(&job);
         let log = JobLog::start(spool, shape.max_line).map_err(|error| error.to_string())?;
         let log = Rc::new(log);
@@ -555,7 +560,15 @@ impl Handler<CheckReadiness> for JobSupervisor {
     type Result = Result<(), String>;
 
     fn handle(&mut self, _: CheckReadiness, _: &mut Self::Context) -> Self::Result {
-        self.factory.check().map_err(|error| error.to_string())
+        let ready = self.factory.check().or_else(|error| {
+            if self.lifecycle.active().is_some() {
+                return Err(error);
+            }
+            // The last job's log may be what fills the disk; it has been delivered.
+            self.current = None;
+            self.factory.check()
+        });
+        ready.map_err(|error| error.to_string())
     }
 }
 

@@ -89,6 +89,11 @@ impl Place {
         self.shared.directory.name()
     }
 
+    /// What the processes on this machine are marked with that belong to it.
+    pub fn mark(&self) -> String {
+        self.shared.directory.mark()
+    }
+
     /// Where what is private to the job may be on this machine.
     pub fn scratch(&self) -> PathBuf {
         self.shared.directory.scratch()
@@ -259,7 +264,7 @@ impl Shared {
 
     async fn end(&self) -> Result<(), LeftBehind> {
         // Programs of this machine that ran for the job, such as host setup commands.
-        if !job_mark::kill_all(self.directory.name()) {
+        if !job_mark::kill_all(&self.directory.mark()) {
             log::error!(place = self.directory.name(); "processes of a job on this machine can't be killed");
         }
         let asked: Vec<_> = self.asked.take();

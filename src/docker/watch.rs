@@ -67,6 +67,13 @@ pub struct WatchSpec {
     pub access: Option<SshAccess>,
 }
 
+impl WatchSpec {
+    /// What the job's processes on this machine are marked with.
+    fn mark(&self) -> String {
+        job_mark::mark_of(&self.place, self.job_directory.parent().unwrap_or(Path::new("/")))
+    }
+}
+
 /// The agent's hand on that process. Without a word more, the end of this value is that of the job.
 pub struct Watch {
     job_directory: PathBuf,
@@ -79,7 +86,7 @@ impl Watch {
     /// Starts it, with nothing but `environment`, which tells where the engine is.
     pub fn start(spec: &WatchSpec, environment: &[(OsString, OsString)]) -> io::Result<Self> {
         let mut command = Command::new("/proc/self/exe");
-        command.arg0("agent").args(["docker-watch", &spec.place]).env_clear();
+        command.arg0("agent").args(["docker-watch", &spec.mark()]).env_clear();
         // It must not be found among what is the job's.
         let is_mark = |(name, _): &&(OsString, OsString)| name.as_os_str() == job_mark::VARIABLE;
         command.envs(environment.iter().filter(|each| !is_mark(each)).cloned());
@@ -153,7 +160,7 @@ pub fn run() -> io::Result<()> {
         // It may have ended by itself.
         let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
     }
-    job_mark::kill_all(&spec.place);
+    job_mark::kill_all(&spec.mark());
     let closed = spec.access.as_ref().map_or(Ok(()), SshAccess::close_for_good);
     let scratch = state_dir::scratch_of(&spec.job_directory);
     state_dir::remove(&scratch);

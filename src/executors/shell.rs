@@ -1,9 +1,9 @@
 //! Runs a job in one login shell of this machine, on a pseudo-terminal.
 
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -239,7 +239,7 @@ impl ExecutorBackend for ShellBackend {
         {
             log::warn!(path:% = copy.display(), error:%; "the job's variables can't be copied to where people look for them");
         }
-        let written = write_private(&path, &export_lines(variables));
+        let written = write_mending(&path, &export_lines(variables));
         let script = written
             .map(|()| Script { text: format!("builtin . {}", quoted(&path)), untraced: true })
             .map_err(|error| StepError(format!("{}: {error}", path.display())));
@@ -314,6 +314,23 @@ fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
     file.write_all(content)
 }
 
+/// The same, in the job's scratch directory. If the job has damaged that, this fails, but it is made anew: what has to run
+/// in any case needs it.
+fn write_mending(path: &Path, content: &[u8]) -> io::Result<()> {
+    write_private(path, content).inspect_err(|_| {
+        if let Some(scratch) = path.parent() {
+            for directory in [scratch.parent(), Some(scratch)].into_iter().flatten() {
+                // What is in the way is none of the agent's.
+                let _ = fs::remove_file(directory);
+                let _ = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+                let _ = fs::set_permissions(directory, fs::Permissions::from_mode(0o700));
+            }
+        }
+        // A directory may have its name.
+        let _ = fs::remove_dir_all(path);
+    })
+}
+
 /// The session of a shell job: its scripts travel as files.
 struct LocalSession {
     session: Session<Pty>,
@@ -354,7 +371,7 @@ impl ShellSession for LocalSession {
     fn start<'a>(&'a mut self, script: &'a Script) -> LocalBoxFuture<'a, io::Result<()>> {
         async {
             let file = self.session.next_file(script)?;
-            write_private(&self.script, file.as_bytes())?;
+            write_mending(&self.script, file.as_bytes())?;
             self.session.start_script(&self.script)
         }
         .boxed_local()

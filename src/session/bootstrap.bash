@@ -58,9 +58,6 @@ builtin unset PROMPT_COMMAND PS0 MAILCHECK 2>/dev/null
 builtin set +o history
 builtin history -c
 builtin unset HISTFILE 2>/dev/null
-# By this signal a shell that is to run nothing more ends, with its EXIT trap: asked twice, as the first time may only
-# warn of jobs.
-builtin trap 'builtin exit 130; builtin exit 130' @EXIT_SIGNAL@
 # On the job's terminal a pager would wait for a key.
 [[ ${PAGER+set}${GIT_PAGER+set} ]] || {
   builtin printf -v PAGER cat

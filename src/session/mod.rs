@@ -59,10 +59,6 @@ const MOST_AWAITED: usize = 255;
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 
-/// The signal by which a shell exits that is to run nothing more: one for which no job has a trap, by its number, as the
-/// names of these differ between libraries.
-pub const EXIT_SIGNAL: i32 = 41;
-
 /// How often one script's end may be asked for, and typed. More is no shell's.
 const MOST_ASKS: u8 = 3;
 const MOST_PROMPTS: u8 = 3;
@@ -178,7 +174,6 @@ impl<T: Terminal> Session<T> {
             .replace("@MARK@\n", &without_comments(mark))
             .replace("@TELL@\n", &without_comments(tell))
             .replace("@TAIL@", &quoted(Path::new(typed::TAIL)))
-            .replace("@EXIT_SIGNAL@", &EXIT_SIGNAL.to_string())
             .replace("@PROMPT@", self.frames.prompt.as_str())
     }
 

@@ -166,3 +166,22 @@ fn a_grace_period_that_is_no_time_is_refused() {
         }
     }
 }
+
+#[test]
+fn no_trap_makes_a_stopped_shell_go_on() {
+    for trap in [
+        "trap : HUP INT TERM EXIT",
+        "trap : 41",
+        "trap '' HUP INT TERM 26 41",
+        "for s in {1..64}; do trap '' $s 2>/dev/null; done",
+        "trap : DEBUG ERR RETURN",
+    ] {
+        let world = World::new();
+        let stopped = format!("{trap}; echo waiting; sleep 100; touch ~/after");
+        let mut running = world.start(&job_of(&[trap, &stopped]));
+        running.wait_for_output("waiting\n");
+        running.signal(Signal::SIGTERM);
+        assert_eq!(running.finish().result(), "stopped", "{trap}");
+        assert!(!world.home().join("after").exists(), "{trap}");
+    }
+}

@@ -188,6 +188,12 @@ fn the_next_agent_ends_what_a_job_has_left_that_killed_all_above_it() {
 }
 
 #[test]
+fn the_next_agent_ends_a_job_that_has_removed_all_that_was_kept_about_it() {
+    let attack = format!("rm -rf ~/../state/job-*; {STOP_ONE_AND_KILL_THE_OTHER}");
+    assert_cleaned_up_after(&attack, |_, _| {});
+}
+
+#[test]
 fn the_next_agent_does_so_without_control_groups_too() {
     if !has_other_users() {
         return;

@@ -9,7 +9,7 @@ use actors::log_event::LogEvent;
 use nix::unistd::geteuid;
 use serde_json::json;
 
-use crate::support::hosted::{Hosted, job};
+use crate::support::hosted::{Hosted, job, wait_until};
 use crate::support::self_hosted::{Hub, SOON, SelfHosted};
 use crate::support::{Finished, World, wait_for_file};
 
@@ -181,4 +181,19 @@ fn a_job_that_filled_the_disk_is_followed_by_none_until_there_is_space() {
     assert_eq!(hub.look(|known| known.jobs[&next].fetched), 0, "{:?}", hub.states());
     disk.free();
     assert_eq!(hub.finish(&next).result(), "passed");
+}
+
+#[test]
+fn the_log_that_filled_the_disk_makes_room_for_the_next_job() {
+    let world = World::new();
+    let Some(_disk) = SmallDisk::mount(&world) else {
+        return;
+    };
+    let agent = Hosted::start(&world);
+    let loud = agent.run_to_end(&job("loud", &["yes | head -c 20000000"]));
+    assert_failed_for_want_of_space(&loud);
+    // Refused at first: the log is in somebody's hands for a moment longer.
+    let next = job("next", &["echo next"]);
+    wait_until(|| agent.post_job(&next).status == 200, || "no job is taken any more".into());
+    assert_eq!(agent.finish("next").output(), "next\n");
 }
