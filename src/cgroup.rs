@@ -9,7 +9,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// What the names of all jobs' groups begin with.
+/// The beginning of the names of all jobs' groups.
 pub const PREFIX: &str = "semaphore-agent-";
 
 /// An empty group that is older belongs to no job that just begins.
@@ -25,10 +25,12 @@ impl JobCgroup {
     /// Makes a group called `name` below the agent's own, in the unified hierarchy if there is one,
     /// else in an older one. Nothing if the agent may not.
     pub fn create(name: &str) -> Option<Self> {
-        for group in places(name) {
+        let places: Vec<_> = places(name).collect();
+        for group in &places {
             remove_old_ones_beside(&group.path);
         }
-        places(name).find(|group| fs::create_dir(&group.path).is_ok() && group.is_usable())
+        let is_made = |group: &Self| fs::create_dir(&group.path).is_ok() && group.is_usable();
+        places.into_iter().find(is_made)
     }
 
     /// The group called `name`, if there is one.

@@ -387,10 +387,11 @@ impl JobInit {
         if self.ending.as_ref().is_none_or(|ending| ending.shell_ended) || !lonely() {
             return;
         }
+        let is_deaf = |shell| ignores(shell, EXIT_SIGNAL as i32).unwrap_or(false);
         let asked = match self.shell {
-            Some(shell) if self.shell_condemned && ignores(shell, EXIT_SIGNAL) => Signal::SIGKILL,
-            _ if self.shell_condemned => EXIT_SIGNAL,
-            _ => Signal::SIGHUP,
+            _ if !self.shell_condemned => Signal::SIGHUP,
+            Some(shell) if is_deaf(shell) => Signal::SIGKILL,
+            _ => EXIT_SIGNAL,
         };
         self.signal_shell(asked);
         self.signal_shell(Signal::SIGCONT);

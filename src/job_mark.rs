@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getpid};
 
 use crate::cgroup::{JobCgroup, PREFIX};
-use crate::process_tree::{descendants, signal_all};
+use crate::process_tree::{all_processes, descendants, signal_all};
 
 /// The variable, whose value is the mark.
 pub const VARIABLE: &str = "SEMAPHORE_JOB_MARK";
@@ -84,7 +84,7 @@ pub fn those_with(marker: &[u8]) -> io::Result<Vec<Pid>> {
         let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
         environment.starts_with(marker) || memmem::find(&environment, &in_between).is_some()
     };
-    Ok(all_processes()?.into_iter().filter(has_marker).collect())
+    Ok(other_processes()?.into_iter().filter(has_marker).collect())
 }
 
 /// Kills what carries the mark of a job in the state directory `state` for which `exists` does not hold: a job can remove
@@ -92,7 +92,7 @@ pub fn those_with(marker: &[u8]) -> io::Result<Vec<Pid>> {
 pub fn kill_strays(state: &Path, exists: impl Fn(&str) -> bool) {
     let state = state.display().to_string();
     let mut marks: Vec<String> = Vec::new();
-    for pid in all_processes().unwrap_or_default() {
+    for pid in other_processes().unwrap_or_default() {
         let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
         let variables = environment.split(|byte| *byte == 0);
         let found = variables.filter_map(|variable| {
@@ -119,7 +119,7 @@ fn guards_of(mark: &str) -> io::Result<Vec<Pid>> {
         let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         guarded_by(&arguments) == Some(mark.as_bytes())
     };
-    Ok(all_processes()?.into_iter().filter(is_guard).collect())
+    Ok(other_processes()?.into_iter().filter(is_guard).collect())
 }
 
 /// The mark of the job that a process with these arguments guards, if it does.
@@ -130,13 +130,8 @@ fn guarded_by(arguments: &[u8]) -> Option<&[u8]> {
     arguments.next().filter(|_| is_guard)
 }
 
-fn all_processes() -> io::Result<Vec<Pid>> {
-    let own = getpid();
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc")? {
-        let name = entry?.file_name();
-        let pid = name.to_str().and_then(|name| name.parse().ok()).map(Pid::from_raw);
-        found.extend(pid.filter(|pid| *pid != own));
-    }
+fn other_processes() -> io::Result<Vec<Pid>> {
+    let mut found = all_processes()?;
+    found.retain(|pid| *pid != getpid());
     Ok(found)
 }

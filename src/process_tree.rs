@@ -24,19 +24,25 @@ pub struct Descendant {
     pub zombie: bool,
 }
 
+/// All processes of this machine, in no order.
+pub fn all_processes() -> io::Result<Vec<Pid>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        found.extend(name.to_str().and_then(|name| name.parse().ok()).map(Pid::from_raw));
+    }
+    Ok(found)
+}
+
 /// Everything below `root`, in no order.
 pub fn descendants(root: Pid) -> io::Result<Vec<Descendant>> {
     let mut children: HashMap<Pid, Vec<Descendant>> = HashMap::new();
-    for entry in fs::read_dir("/proc")? {
-        let name = entry?.file_name();
-        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
-            continue;
-        };
+    for pid in all_processes()? {
         // A process that ended since the directory was read is no descendant.
         let Ok(stat) = fs::read(format!("/proc/{pid}/stat")) else {
             continue;
         };
-        let found = parse_stat(Pid::from_raw(pid), &String::from_utf8_lossy(&stat));
+        let found = parse_stat(pid, &String::from_utf8_lossy(&stat));
         if let Some(process) = found {
             children.entry(process.parent).or_default().push(process);
         }
@@ -70,12 +76,13 @@ pub fn start_of(pid: Pid) -> Option<String> {
     lives.then(|| fields.nth(18).map(str::to_owned))?
 }
 
-/// Whether a process ignores `signal`; as far as that can be seen.
-pub fn ignores(pid: Pid, signal: Signal) -> bool {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
-    mask >> (signal as i32 - 1) & 1 == 1
+/// Whether the process ignores the signal of this number, as far as that can be seen; an error if there is no such
+/// process.
+pub fn ignores(pid: Pid, signal: i32) -> io::Result<bool> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    Ok(ignored.is_some_and(|mask| mask >> (signal - 1) & 1 == 1))
 }
 
 /// The process group in the foreground of the terminal of `shell`, unless that is the shell's own.

@@ -3,8 +3,10 @@
 use std::io;
 use std::task::Poll;
 
+use nix::unistd::getpid;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use crate::process_tree::ignores;
 use crate::sys;
 
 /// Has a full file fail the write that it is full for, instead of ending this process. What it starts is ended by that
@@ -20,14 +22,13 @@ pub struct Signals(Vec<Signal>);
 impl Signals {
     /// Listens to `kinds`. Signals that are ignored from the start, as under `nohup`, stay ignored.
     pub fn heeded(kinds: &[SignalKind]) -> io::Result<Self> {
-        let status = std::fs::read_to_string("/proc/self/status")?;
-        let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-        let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-        let is_heeded = |kind: &&SignalKind| {
-            ignored.is_none_or(|mask| mask >> (kind.as_raw_value() - 1) & 1 == 0)
-        };
-        let heeded = kinds.iter().filter(is_heeded);
-        Ok(Self(heeded.copied().map(signal).collect::<io::Result<_>>()?))
+        let mut heeded = Vec::new();
+        for kind in kinds {
+            if !ignores(getpid(), kind.as_raw_value())? {
+                heeded.push(signal(*kind)?);
+            }
+        }
+        Ok(Self(heeded))
     }
 
     /// Listens to one kind, even if it was ignored so far.

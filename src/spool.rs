@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 use std::fs::{File, Metadata};
-use std::io::{self, Write as _};
+use std::io;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -134,22 +134,27 @@ impl LogSource for OpenFile {
             Err(_) => {
                 let mut copy =
                     File::options().write(true).create_new(true).mode(0o600).open(path)?;
-                copy_all(self, &mut copy)
+                io::copy(&mut File::open(open)?, &mut copy).map(drop)
             }
         }
     }
 }
 
-/// Copies a log from its beginning.
-fn copy_all(log: &dyn LogSource, copy: &mut File) -> io::Result<()> {
-    let mut buffer = vec![0; 64 << 10];
-    let mut offset = 0;
-    loop {
-        let read = log.read_at(offset, &mut buffer)?;
-        if read == 0 {
-            return Ok(());
-        }
-        copy.write_all(&buffer[..read])?;
-        offset += read as u64;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_is_kept_whole_with_its_name_and_without() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        let mut spool = FileSpool::create(at("log")).unwrap();
+        spool.append(b"one\n").unwrap();
+        spool.source().keep_as(&at("linked")).unwrap();
+        std::fs::remove_file(at("log")).unwrap();
+        std::fs::remove_file(at("linked")).unwrap();
+        spool.source().keep_as(&at("copied")).unwrap();
+        assert_eq!(std::fs::read(at("copied")).unwrap(), b"one\n");
+        assert!(spool.source().keep_as(&at("copied")).is_err(), "nothing is replaced");
     }
 }

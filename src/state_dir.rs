@@ -15,7 +15,7 @@ use crate::session::Mark;
 /// What the names of directories begin with whose jobs are dead, but perhaps not all they have elsewhere.
 const DEAD: &str = "dead-";
 
-/// What the name of a copy of a job's variables begins with, for people on the machine (PROTOCOL: "`agent start`: the
+/// The beginning of the name of a copy of a job's variables, for people on the machine (PROTOCOL: "`agent start`: the
 /// self-hosted API").
 pub const ENVIRONMENT_COPY: &str = ".env-";
 
@@ -66,12 +66,6 @@ impl StateDir {
             let path = entry?.path();
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             let place = name.strip_prefix(DEAD).unwrap_or(name);
-            // Only what the agent itself may have put there: the note lies where the job could write.
-            let copy = fs::read_link(path.join(COPY_NOTE)).ok();
-            let copy = copy.filter(|copy| {
-                let name = copy.file_name().and_then(|name| name.to_str());
-                name.is_some_and(|name| name.starts_with(ENVIRONMENT_COPY))
-            });
             let is_job = place.starts_with("job-");
             let is_dead = || File::open(&path).is_ok_and(|directory| directory.try_lock().is_ok());
             if !is_job || !is_dead() {
@@ -80,7 +74,7 @@ impl StateDir {
             if !job_mark::kill_all_and_guards(&job_mark::mark_of(place, &state)) {
                 log::warn!(job = place; "processes of a dead job can't be killed");
             }
-            if let Some(copy) = copy {
+            if let Some(copy) = noted_copy(&path) {
                 remove_environment_copy(&copy);
             }
             if !watch::may_be_on_engine(&path) {
@@ -227,6 +221,13 @@ impl Drop for JobDir {
             remove(&self.path);
         }
     }
+}
+
+/// The copy of its variables that a dead job's directory names: only what the agent itself may have put there, as the
+/// note lies where the job could write.
+fn noted_copy(job_directory: &Path) -> Option<PathBuf> {
+    let copy = fs::read_link(job_directory.join(COPY_NOTE)).ok()?;
+    copy.file_name()?.to_str()?.starts_with(ENVIRONMENT_COPY).then_some(copy)
 }
 
 /// Removes a copy of a job's variables. A link there is not followed.

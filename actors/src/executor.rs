@@ -215,7 +215,7 @@ struct Output {
     log: Addr<LogBuffer>,
     text: TerminalText,
     shape: OutputShape,
-    /// What can't be appended is dropped.
+    /// Drops output that can't be appended.
     may_lose: bool,
     /// The step that is to begin before anything is told.
     begins: Option<&'static str>,

@@ -98,10 +98,10 @@ pub struct RequestStop {
 #[rtype(result = "Status")]
 pub struct GetState;
 
-/// What the agent is doing, and what it waits for.
+/// The agent's state, and what a job that is over waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Status {
-    /// What it is doing.
+    /// The state.
     pub state: State,
     /// Whose doing a job that is over waits for, in a word.
     pub waits_for: Option<&'static str>,

@@ -34,7 +34,7 @@ pub struct Append {
 #[derive(Debug, Message)]
 #[rtype(result = "Result<(), LogError>")]
 pub struct AppendLastWords {
-    /// What happened.
+    /// The event.
     pub event: LogEvent,
 }
 
@@ -150,7 +150,7 @@ pub struct LogBuffer {
     sealed: bool,
     followers: Vec<Follower>,
     line: Vec<u8>,
-    /// What somebody else did, until it is told.
+    /// A foreign change that has not been reported yet.
     untold: Option<ForeignChange>,
     /// Somebody took the file's name away. That stays so.
     removed: bool,

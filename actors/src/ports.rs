@@ -183,7 +183,7 @@ pub trait LogSource: Send + Sync + fmt::Debug {
     fn keep_as(&self, path: &Path) -> io::Result<()>;
 }
 
-/// What somebody else did to the file of a log. A job can: it runs as the agent's user.
+/// A change that another process made to the file of a log. A job can make one: it runs as the agent's user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ForeignChange {
     /// It is not at its place any more, or something else is.

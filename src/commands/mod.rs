@@ -11,8 +11,8 @@ use std::time::{Duration, SystemTime};
 use actix::{System, SystemRunner};
 use tokio::runtime::Builder;
 
-/// What actors run on. It has a thread for work that may block from the beginning, and keeps it: a job can use up all the
-/// threads that this user may have, and must be brought to its end then too.
+/// Creates the runtime of the actors. A thread for work that may block is there from the beginning, and is kept: a job can
+/// use up all the threads that this user may have, and must be brought to its end then too.
 pub(crate) fn system() -> io::Result<SystemRunner> {
     let runtime =
         Builder::new_current_thread().enable_all().thread_keep_alive(Duration::MAX).build()?;

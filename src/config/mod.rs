@@ -78,8 +78,7 @@ impl Secret {
         Ok((Self::read_from(file)?, warning))
     }
 
-    /// What comes from the descriptor of this number, which the agent's parent has left open; the same as from a file. It
-    /// is closed then.
+    /// Reads a secret from the descriptor of this number, which the agent's parent has left open, and closes it.
     fn read_descriptor(number: u32) -> std::io::Result<Self> {
         let number = i32::try_from(number).ok().filter(|number| *number > 2);
         let number = number.ok_or_else(|| {

@@ -205,7 +205,8 @@ impl ServeConfig {
                 file.auth_token_secret_fd = None;
             }
             fill!(options from file;
-                auth_token_secret, auth_token_secret_file, auth_token_secret_fd, host, port, tls_cert_path, tls_key_path,
+                auth_token_secret, auth_token_secret_file, auth_token_secret_fd,
+                host, port, tls_cert_path, tls_key_path,
                 statsd_host, statsd_port, statsd_namespace, callback_retry_attempts,
                 pre_job_hook_path, files, expose_kvm_device, docker_socket, archive_timeout,
                 grace_period, max_connections_per_client, max_body_size, single_job,
@@ -270,8 +271,7 @@ impl ServeConfig {
         let tls = PairSource::choose(options.tls_cert_path, options.tls_key_path, own_pair);
         let tls = tls.map_err(|error| ConfigError(error.to_string()))?;
         warnings.extend(tls.warning());
-        let seconds =
-            |given: Option<u32>, default| Duration::from_secs(given.unwrap_or(default).into());
+        let seconds = |given: u32| Duration::from_secs(given.into());
         Ok(Self {
             secret,
             host: options.host.unwrap_or_else(|| "0.0.0.0".into()),
@@ -283,8 +283,8 @@ impl ServeConfig {
             files: files.map_err(|why| ConfigError(format!("files: {why}")))?,
             expose_kvm: options.expose_kvm_device.unwrap_or(true),
             docker_socket: options.docker_socket.unwrap_or_default(),
-            archive_timeout: seconds(options.archive_timeout, DEFAULT_ARCHIVE_TIMEOUT),
-            grace: options.grace_period.map_or(DEFAULT_GRACE, |given| seconds(Some(given), 0)),
+            archive_timeout: seconds(options.archive_timeout.unwrap_or(DEFAULT_ARCHIVE_TIMEOUT)),
+            grace: options.grace_period.map_or(DEFAULT_GRACE, seconds),
             connections_per_client: options.max_connections_per_client,
             max_body_size: options.max_body_size.unwrap_or(DEFAULT_MAX_BODY_SIZE),
             single_job: options.single_job.unwrap_or(false),

@@ -59,7 +59,7 @@ struct Shared {
     /// Taken back if the agent dies.
     access: Option<SshAccess>,
     watch: RefCell<Option<Watch>>,
-    /// What runs for the job on this machine.
+    /// The process group that runs on this machine for the job, if there is one.
     group: Cell<Option<Pid>>,
 }
 
