@@ -6,7 +6,7 @@ use tokio::sync::watch;
 
 use crate::job::{Job, Outcome};
 use crate::job_log::JobLog;
-use crate::pull_delivery::{Archive, PullDelivery};
+use crate::pull_delivery::{Archive, PullDelivery, WaitsFor};
 use crate::push_delivery::{PushDelivery, Shipping};
 
 /// The same for all jobs of an agent.
@@ -33,8 +33,8 @@ impl Delivery {
     /// Whose doing a job that is over waits for, in a word.
     pub(crate) fn waits_for(&self) -> Option<&'static str> {
         match self {
-            Self::Pull(delivery) if delivery.waits.get() => Some("archivator"),
-            _ => None,
+            Self::Pull(delivery) => delivery.waits_for.get().map(WaitsFor::as_str),
+            Self::Push(_) | Self::None => None,
         }
     }
 

@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::job::{Job, Outcome};
 use crate::log_buffer::LogRange;
@@ -17,8 +17,11 @@ const TRY_AGAIN: Duration = Duration::from_secs(1);
 /// How long all tries of one callback may take together (PROTOCOL: `agent serve`).
 const IN_ALL: Duration = Duration::from_mins(15);
 
-/// How long an archivator may take to come when the agent is to end.
+/// How long everything after a job's end may take together when the agent is to end: service managers kill after 90 s.
 const WHEN_ENDING: Duration = Duration::from_mins(1);
+
+/// How long a callback may take whatever the time.
+const AT_LEAST: Duration = Duration::from_secs(5);
 
 /// How long after the last broken transfer an archivator may come back.
 const COME_BACK: Duration = Duration::from_mins(10);
@@ -35,8 +38,29 @@ pub struct PullDelivery {
     pub archive_timeout: Duration,
     /// When the agent was asked to end, if it was.
     pub asked_to_end: watch::Receiver<Option<Instant>>,
-    /// An archivator is waited for.
-    pub waits: Cell<bool>,
+    /// What the job that is over waits for.
+    pub waits_for: Cell<Option<WaitsFor>>,
+    /// When the outcome of the last job was known.
+    pub job_ended: Cell<Option<Instant>>,
+}
+
+/// Whose doing a job that is over may wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WaitsFor {
+    /// The platform has not taken a callback yet.
+    Callback,
+    /// Nobody has fetched the log yet.
+    Archivator,
+}
+
+impl WaitsFor {
+    /// The word that the API uses.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Callback => "callback",
+            Self::Archivator => "archivator",
+        }
+    }
 }
 
 /// What happens to an archivator's transfer of a log that is sealed.
@@ -82,6 +106,7 @@ impl Archive {
 impl PullDelivery {
     /// Tells the platform the result.
     pub(crate) async fn tell_outcome(&self, job: &Job, outcome: Outcome) {
+        self.job_ended.set(Some(Instant::now()));
         let body = format!(r#"{{"result":"{outcome}"}}"#);
         self.tell(job, "finished", job.callbacks.finished.as_ref(), body).await;
     }
@@ -95,14 +120,14 @@ impl PullDelivery {
         archive: watch::Receiver<Archive>,
     ) {
         let since = Instant::now();
-        self.waits.set(true);
+        self.waits_for.set(Some(WaitsFor::Archivator));
         let archived = tokio::select! {
             // One that has come already is not waited for.
             biased;
             archived = is_archived(archive) => archived,
-            () = self.time_is_up(job, since) => false,
+            () = self.time_is_up(job, since + self.archive_timeout, WaitsFor::Archivator) => false,
         };
-        self.waits.set(false);
+        self.waits_for.set(None);
         if !archived {
             let seconds = since.elapsed().as_secs();
             log::warn!(job:% = job.id, seconds; "no archivator has fetched the job's whole log; it is not waited for any more");
@@ -117,17 +142,28 @@ impl PullDelivery {
         }
     }
 
-    /// Resolves when no archivator is waited for any more; says in the agent's log how long that will be.
-    async fn time_is_up(&self, job: &Job, since: Instant) {
+    /// Resolves at `at_most`, or sooner if the agent is asked to end; says in the agent's log how long that will be.
+    async fn time_is_up(&self, job: &Job, at_most: Instant, waits_for: WaitsFor) {
+        let began = Instant::now();
+        let job_ended = self.job_ended.get().unwrap_or(began);
         let mut asked_to_end = self.asked_to_end.clone();
         loop {
             let asked = *asked_to_end.borrow_and_update();
-            let at_most = since + self.archive_timeout;
-            let give_up =
-                asked.map_or(at_most, |asked| at_most.min(asked.max(since) + WHEN_ENDING));
+            let when_ending = asked.map(|asked| asked.max(job_ended) + WHEN_ENDING);
+            let when_ending = when_ending.map(|leave| leave.max(began + AT_LEAST));
+            let give_up = when_ending.map_or(at_most, |leave| leave.min(at_most));
             let left = give_up.saturating_duration_since(Instant::now());
             let seconds = left.as_millis().div_ceil(1000);
-            log::info!(job:% = job.id, at_most_seconds:% = seconds; "waiting for an archivator to fetch the job's log");
+            match waits_for {
+                WaitsFor::Archivator => {
+                    log::info!(job:% = job.id, at_most_seconds:% = seconds; "waiting for an archivator to fetch the job's log");
+                }
+                // Most callbacks are taken at once.
+                WaitsFor::Callback if asked.is_none() => {}
+                WaitsFor::Callback => {
+                    log::info!(job:% = job.id, at_most_seconds:% = seconds; "waiting for the platform to take a callback");
+                }
+            }
             tokio::select! {
                 () = sleep_until(give_up) => return,
                 Ok(()) = asked_to_end.changed() => {}
@@ -146,28 +182,43 @@ impl PullDelivery {
             return;
         };
         let callback = Callback { url, token: job.callbacks.token.clone(), body };
+        self.waits_for.set(Some(WaitsFor::Callback));
+        let mut last_failure = None;
+        let taken = tokio::select! {
+            taken = self.send_until_taken(job, what, &callback, &mut last_failure) => taken,
+            () = self.time_is_up(job, Instant::now() + IN_ALL, WaitsFor::Callback) => Err("there was no answer in time".to_owned()),
+        };
+        self.waits_for.set(None);
+        if let Err(why) = taken {
+            let why = last_failure.unwrap_or(why);
+            log::error!(job:% = job.id, callback = what, why:%; "callback given up");
+        }
+    }
+
+    /// Fails with the last reason when it was tried often enough; `last_failure` is the reason so far.
+    async fn send_until_taken(
+        &self,
+        job: &Job,
+        what: &str,
+        callback: &Callback,
+        last_failure: &mut Option<String>,
+    ) -> Result<(), String> {
         let job = &job.id;
         let mut tries = 0;
-        let give_up = Instant::now() + IN_ALL;
         loop {
             tries += 1;
-            let sent = timeout_at(give_up, self.callbacks.send(&callback)).await;
-            let too_late = || Err(CallbackError::Failed("there was no answer in time".into()));
-            let has_time = Instant::now() + TRY_AGAIN < give_up;
-            match sent.unwrap_or_else(|_| too_late()) {
+            match self.callbacks.send(callback).await {
                 Ok(()) => {
                     log::info!(job:%, callback = what, tries; "callback sent");
-                    return;
+                    return Ok(());
                 }
-                Err(CallbackError::Failed(why)) if tries < self.attempts && has_time => {
-                    // Once, and not three hundred times.
+                Err(CallbackError::Failed(why)) if tries < self.attempts => {
+                    // A warning on the first failure only.
                     let level = if tries == 1 { log::Level::Warn } else { log::Level::Debug };
                     log::log!(level, job:%, callback = what, why:%; "callback not taken, trying again");
+                    *last_failure = Some(why);
                 }
-                Err(error) => {
-                    log::error!(job:%, callback = what, tries, why:% = error; "callback given up");
-                    return;
-                }
+                Err(error) => return Err(error.to_string()),
             }
             sleep(TRY_AGAIN).await;
         }

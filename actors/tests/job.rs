@@ -467,7 +467,8 @@ fn hosted(world: &ScriptedJob, attempts: u32, single_job: bool) -> Hosted {
         uploads: Box::new(world.clone()),
         archive_timeout: ARCHIVE_TIMEOUT,
         asked_to_end: asked_to_end.1,
-        waits: Cell::new(false),
+        waits_for: Cell::default(),
+        job_ended: Cell::default(),
     };
     let jobs = Box::new(world.clone());
     let supervisor =
@@ -570,6 +571,27 @@ async fn the_end_is_logged_after_the_finished_callback_even_if_nobody_takes_it()
     let finished = r#"call f with {"result":"passed"}"#;
     assert_eq!(world.calls().iter().filter(|call| *call == finished).count(), 3);
     assert_eq!(summary(&world).last().unwrap(), "job passed");
+}
+
+#[actix::test]
+async fn an_agent_that_is_asked_to_end_waits_a_minute_for_its_callbacks_together() {
+    for latency in [Duration::ZERO, Duration::from_secs(30)] {
+        let world =
+            ScriptedJob::default().refusing_callbacks(u32::MAX).answering_callbacks_after(latency);
+        let agent = hosted(&world, u32::MAX, false);
+        tokio::time::pause();
+        let begun = Instant::now();
+        agent.asked_to_end.send_replace(Some(begun));
+        agent.submit("1").await.unwrap();
+        world.until_called(r#"call f with {"result":"passed"}"#).await;
+        assert_eq!(agent.intake.send(GetState).await.unwrap().waits_for, Some("callback"));
+        world.until_called("call t with {}").await;
+        agent.intake.send(Close).await.unwrap();
+        agent.intake.send(UntilDrained).await.unwrap();
+        // The last callback has a few seconds whatever the time.
+        let held = begun.elapsed().as_secs();
+        assert!((60..70).contains(&held), "{held} s with an answer after {latency:?}");
+    }
 }
 
 #[actix::test]

@@ -189,7 +189,8 @@ impl Agent {
             }),
             archive_timeout: config.archive_timeout,
             asked_to_end,
-            waits: Cell::new(false),
+            waits_for: Cell::default(),
+            job_ended: Cell::default(),
         };
         let job_config = Config {
             grace: config.grace,
