@@ -3,6 +3,7 @@
 mod bounds;
 mod place;
 
+use std::cell::Cell;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -13,7 +14,7 @@ use actors::job_request::{FileRequest, OnlyMap, known_fields};
 use serde::de::{DeserializeSeed as _, Deserializer, IgnoredAny};
 
 use self::bounds::{MAX_EXPANDED, MAX_NESTING, deepest_nesting, stands_for_too_much};
-use self::place::{Seek, Segment};
+use self::place::{Seek, Segment, line_setting};
 use crate::serde_words::without_value;
 
 /// The largest job file, in bytes.
@@ -125,10 +126,11 @@ pub fn read(from: &Source, unknown_fields: UnknownFields) -> Result<JobFile, Job
     }
     let format = Format::of(&text);
     let mut unknown = Vec::new();
-    let request = format
+    let mut request = format
         .request(&text, &mut unknown)
         .map_err(|what| JobFileError::Syntax { from: from.clone(), what })?;
 
+    let omissions = request.take_omissions();
     let place = |path: &[Segment]| match format.locate(&text, path) {
         Some(line) => format!("{from}:{line}"),
         None => from.to_string(),
@@ -150,12 +152,13 @@ pub fn read(from: &Source, unknown_fields: UnknownFields) -> Result<JobFile, Job
     let replaced_told: Vec<_> = replaced_told.collect();
     let invalid = |what: Vec<String>| JobFileError::Invalid { what };
     let job = request.decode().map_err(|error| invalid(vec![format!("{from}: {error}")]))?;
-    let mut problems: Vec<_> = job
-        .problems()
+    let mut problems: Vec<_> = omissions
+        .iter()
+        .chain(job.problems())
         .take(MOST_TOLD + 1)
         .map(|problem| format!("{}: {problem}", place(&Segment::parse(&problem.path))))
         .collect();
-    let mut count = job.problems().count();
+    let mut count = omissions.len() + job.problems().count();
     if !job.has_commands() {
         problems.push(format!(
             "{from}: the job has no command: `commands` must be a list of at least one"
@@ -290,7 +293,8 @@ impl Format {
 
     /// The line of the last key in `path`, 1 based.
     fn locate(self, text: &str, path: &[Segment]) -> Option<usize> {
-        let seek = Seek { path };
+        let found = Cell::new(false);
+        let seek = Seek { path, found: &found };
         match self {
             Self::Json => {
                 let error =
@@ -299,7 +303,13 @@ impl Format {
             }
             Self::Yaml => {
                 let error = seek.deserialize(serde_yaml::Deserializer::from_str(text)).err()?;
-                error.location().map(|location| location.line())
+                match path.last() {
+                    // The key comes from a mapping that is merged into this one.
+                    Some(Segment::Key(key)) if !found.get() && has_merge_key(text) => {
+                        line_setting(text, key)
+                    }
+                    _ => error.location().map(|location| location.line()),
+                }
             }
         }
     }
@@ -475,6 +485,27 @@ commands:
         let free = JSON.replace("alais", "x-mine");
         std::fs::write(file.path(), free).unwrap();
         read(&Source::File(file.path().to_owned()), UnknownFields::Refused).unwrap();
+    }
+
+    #[test]
+    fn a_field_that_is_merged_is_told_with_its_own_line() {
+        let text = "job_id: '1'\nx-base: &base\n  # directve: no\n  directve: make\ncommands:\n  - alias: a\n  - <<: *base\n    directive: b\n";
+        assert_eq!(
+            warnings(text.replace("alias: a", "directive: a").as_str()),
+            ["4: unknown field `commands[1].directve`; did you mean `directive`?"]
+        );
+    }
+
+    #[test]
+    fn what_is_left_out_is_told_with_everything_else_and_its_line() {
+        let text = "commands:\n  - alias: a\n  - directive: b\nenv_vars:\n  - name: A\n  - name: B\n    value: '!'\n";
+        let error = read_str(text).unwrap_err().to_string();
+        let lines: Vec<&str> = error.lines().collect();
+        assert_eq!(lines.len(), 4, "{error}");
+        assert!(lines[0].starts_with(" job_id: the job has no id"), "{error}");
+        assert!(lines[1].starts_with("2: commands[0]: the command has nothing to run"), "{error}");
+        assert!(lines[2].starts_with("5: env_vars[0]: `value` is missing"), "{error}");
+        assert!(lines[3].starts_with("7: env_vars[1].value"), "{error}");
     }
 
     #[test]

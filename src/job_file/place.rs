@@ -1,5 +1,6 @@
 //! Finds the line of a value in a file: a path to it, and a walk along that path.
 
+use std::cell::Cell;
 use std::fmt;
 
 use serde::de::{
@@ -57,10 +58,26 @@ impl Segment {
     }
 }
 
+/// The first line of YAML, 1 based, that sets a key of this name.
+pub(super) fn line_setting(text: &str, key: &str) -> Option<usize> {
+    let is_part_of_name = |c: char| c.is_alphanumeric() || "_-".contains(c);
+    let sets = |line: &str| {
+        line.match_indices(key).any(|(at, _)| {
+            let (before, after) = (&line[..at], &line[at + key.len()..]);
+            !before.contains('#')
+                && !before.ends_with(is_part_of_name)
+                && after.trim_start_matches(['"', '\'', ' ']).starts_with(':')
+        })
+    };
+    text.lines().position(sets).map(|index| index + 1)
+}
+
 /// Walks down a path and fails at its last key: parsers give the place of an error.
 #[derive(Clone, Copy)]
 pub(super) struct Seek<'a> {
     pub(super) path: &'a [Segment],
+    /// Set when the last key is there.
+    pub(super) found: &'a Cell<bool>,
 }
 
 impl<'de> DeserializeSeed<'de> for Seek<'_> {
@@ -83,9 +100,10 @@ impl<'de> Visitor<'de> for Seek<'_> {
             Some((Segment::Key(key), below)) => (key.as_str(), below),
             _ => ("", self.path),
         };
-        while let Some(found) = map.next_key_seed(Key { wanted, is_last: below.is_empty() })? {
+        let last = below.is_empty().then_some(self.found);
+        while let Some(found) = map.next_key_seed(Key { wanted, last })? {
             if found {
-                map.next_value_seed(Seek { path: below })?;
+                map.next_value_seed(Seek { path: below, ..self })?;
             } else {
                 map.next_value::<IgnoredAny>()?;
             }
@@ -100,7 +118,7 @@ impl<'de> Visitor<'de> for Seek<'_> {
         for _ in 0..*wanted {
             list.next_element::<IgnoredAny>()?;
         }
-        list.next_element_seed(Seek { path: below })?;
+        list.next_element_seed(Seek { path: below, ..self })?;
         Err(A::Error::custom("passed"))
     }
 }
@@ -109,7 +127,8 @@ impl<'de> Visitor<'de> for Seek<'_> {
 #[derive(Clone, Copy)]
 struct Key<'a> {
     wanted: &'a str,
-    is_last: bool,
+    /// What the last key sets.
+    last: Option<&'a Cell<bool>>,
 }
 
 impl<'de> DeserializeSeed<'de> for Key<'_> {
@@ -129,6 +148,12 @@ impl Visitor<'_> for Key<'_> {
 
     fn visit_str<E: serde::de::Error>(self, key: &str) -> Result<bool, E> {
         let found = key == self.wanted || ALIASES.contains(&(self.wanted, key));
-        if found && self.is_last { Err(E::custom("found")) } else { Ok(found) }
+        match self.last.filter(|_| found) {
+            Some(last) => {
+                last.set(true);
+                Err(E::custom("found"))
+            }
+            None => Ok(found),
+        }
     }
 }

@@ -17,6 +17,7 @@ macro_rules! raw {
 }
 
 mod compose;
+mod omissions;
 mod values;
 
 use std::collections::BTreeMap;

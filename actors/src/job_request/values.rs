@@ -11,8 +11,8 @@ use serde::Deserialize;
 use super::{OnlyMap, null_is_empty, problem};
 use crate::job::{EnvVar, InjectedFile, Problems, VariableName};
 
-raw!(RawEnvVar { name: String, value: String });
-raw!(RawFile { path: String, content: String, mode: String });
+raw!(RawEnvVar { name: String, value: Option<String> });
+raw!(RawFile { path: String, content: Option<String>, mode: String });
 
 /// Which names the variables of a request may have.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -66,7 +66,7 @@ pub(super) fn decode_environment(
                 format!("invalid variable name `{}`: {rule}", shown_name(&raw.name)),
             )
         });
-        let value = decode_base64(&raw.value).map_err(|why| {
+        let value = decode_base64(raw.value.as_deref().unwrap_or_default()).map_err(|why| {
             problem(
                 format!("{at}env_vars[{i}].value"),
                 format!("the value of `{}` {why}", shown_name(&raw.name)),
@@ -129,7 +129,7 @@ pub(super) fn decode_files(
                 ),
             ));
         }
-        match decode_base64(&raw.content) {
+        match decode_base64(raw.content.as_deref().unwrap_or_default()) {
             Ok(content) => decoded.push(InjectedFile {
                 path: raw.path.clone(),
                 content,

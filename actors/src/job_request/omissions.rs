@@ -1,0 +1,106 @@
+//! What the author of a job file has left out by mistake: over the wire it means empty, in a file it would be a
+//! command or a variable that silently does nothing.
+
+use super::values::{RawEnvVar, RawFile};
+use super::{FileRequest, List, NoJobId, OnlyMap, RawCommand, problem};
+use crate::job::Problems;
+
+impl FileRequest {
+    /// Commands without a directive, variables without a value, files without content, and a missing id, which is
+    /// replaced so that the rest of the request can be checked, too.
+    pub fn take_omissions(&mut self) -> Problems {
+        let mut problems = Problems::new();
+        if self.job_id.is_empty() {
+            problems.push(problem("job_id".into(), NoJobId.to_string()));
+            "unnamed".clone_into(&mut self.job_id);
+        }
+        let compose = &self.compose.0;
+        for (at, commands) in [
+            ("commands", &self.commands),
+            ("epilogue_always_commands", &self.epilogue_always_commands),
+            ("epilogue_on_pass_commands", &self.epilogue_on_pass_commands),
+            ("epilogue_on_fail_commands", &self.epilogue_on_fail_commands),
+            ("compose.host_setup_commands", &compose.host_setup_commands),
+        ] {
+            commands_without_directive(at, commands, &mut problems);
+        }
+        variables_and_files("", &self.env_vars, &self.files, &mut problems);
+        for (index, OnlyMap(container)) in compose.containers.iter().enumerate() {
+            let at = format!("compose.containers[{index}].");
+            variables_and_files(&at, &container.env_vars, &container.files, &mut problems);
+        }
+        for (index, OnlyMap(credentials)) in compose.image_pull_credentials.iter().enumerate() {
+            let at = format!("compose.image_pull_credentials[{index}].");
+            variables_and_files(&at, &credentials.env_vars, &credentials.files, &mut problems);
+        }
+        problems
+    }
+}
+
+fn commands_without_directive(
+    at: &str,
+    commands: &List<OnlyMap<RawCommand>>,
+    problems: &mut Problems,
+) {
+    for (index, OnlyMap(command)) in commands.iter().enumerate() {
+        if command.directive.trim().is_empty() {
+            problems.push(problem(
+                format!("{at}[{index}]"),
+                "the command has nothing to run: `directive` must be a string that is not empty",
+            ));
+        }
+    }
+}
+
+fn variables_and_files(
+    at: &str,
+    variables: &List<OnlyMap<RawEnvVar>>,
+    files: &List<OnlyMap<RawFile>>,
+    problems: &mut Problems,
+) {
+    let missing = |what: &str, index: usize, key: &str| {
+        let path = format!("{at}{what}[{index}]");
+        problem(path, format!("`{key}` is missing; it is base64, and '' for an empty one"))
+    };
+    let values = variables.iter().enumerate().filter(|(_, OnlyMap(raw))| raw.value.is_none());
+    problems.extend(values.map(|(index, _)| missing("env_vars", index, "value")));
+    let contents = files.iter().enumerate().filter(|(_, OnlyMap(raw))| raw.content.is_none());
+    problems.extend(contents.map(|(index, _)| missing("files", index, "content")));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_that_is_left_out_is_named() {
+        let mut request: FileRequest = serde_json::from_str(
+            r#"{"commands":[{"directive":"a"},{"alias":"b"},{"directive":" \n"}],
+                "epilogue_commands":[{}],
+                "env_vars":[{"name":"A","value":""},{"name":"B"}],
+                "file":[{"path":"a","mode":"644","content":""},{"path":"b","mode":"644"}],
+                "compose":{"containers":[{"env_vars":[{"name":"C"}]}],
+                           "image_pull_credentials":[{"files":[{}]}],
+                           "host_setup_commands":[{"alias":"x"}]}}"#,
+        )
+        .unwrap();
+        let places: Vec<_> =
+            request.take_omissions().into_iter().map(|problem| problem.path).collect();
+        assert_eq!(
+            places,
+            [
+                "job_id",
+                "commands[1]",
+                "commands[2]",
+                "epilogue_always_commands[0]",
+                "compose.host_setup_commands[0]",
+                "env_vars[1]",
+                "files[1]",
+                "compose.containers[0].env_vars[0]",
+                "compose.image_pull_credentials[0].files[0]"
+            ]
+        );
+        assert!(request.take_omissions().iter().all(|problem| problem.path != "job_id"));
+        assert!(request.decode().is_ok());
+    }
+}
