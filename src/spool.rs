@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering;
 use std::fs::{File, Metadata};
+use std::hash::{BuildHasher as _, DefaultHasher, Hasher as _, RandomState};
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
@@ -20,9 +21,12 @@ const ROOM: u64 = 256 << 10;
 /// How much of it is kept for the last lines of a log, in bytes.
 const LAST_WORDS: u64 = 16 << 10;
 
+/// How much is read at once to be hashed, in bytes.
+const HASHED_AT_ONCE: usize = 256 << 10;
+
 /// A file that is only appended to; mode 0600. It stays open from the moment it is made, and is never opened by its name
 /// again: a job may put something else there.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct FileSpool {
     path: PathBuf,
     file: Arc<OpenFile>,
@@ -32,6 +36,10 @@ pub struct FileSpool {
     room: u64,
     /// No file may be larger, in bytes.
     limit: u64,
+    /// The key of `written`, which a job can't know.
+    key: RandomState,
+    /// Of all bytes up to `end`.
+    written: DefaultHasher,
 }
 
 /// A file that readers share, whatever becomes of its name.
@@ -45,9 +53,30 @@ impl FileSpool {
         options.read(true).write(true).create_new(true).mode(0o600);
         let file = Arc::new(OpenFile(options.open(&path)?));
         let (limit, _) = getrlimit(Resource::RLIMIT_FSIZE)?;
-        let mut spool = Self { path, file, end: 0, room: 0, limit };
+        let key = RandomState::new();
+        let written = key.build_hasher();
+        let mut spool = Self { path, file, end: 0, room: 0, limit, key, written };
         spool.make_room(0)?;
         Ok(spool)
+    }
+
+    /// The hash of the first `length` bytes that are in the file now.
+    fn hash_of_file(&self, length: u64) -> io::Result<DefaultHasher> {
+        let mut hasher = self.key.build_hasher();
+        let mut buffer = vec![0; HASHED_AT_ONCE];
+        let mut offset = 0;
+        while offset < length {
+            let left = usize::try_from(length - offset).unwrap_or(usize::MAX);
+            let wanted = left.min(buffer.len());
+            match self.file.read_at(offset, &mut buffer[..wanted])? {
+                0 => break,
+                read => {
+                    hasher.write(&buffer[..read]);
+                    offset += read as u64;
+                }
+            }
+        }
+        Ok(hasher)
     }
 
     /// Sees to it that `more` bytes and the last words fit.
@@ -80,6 +109,7 @@ impl LogSpool for FileSpool {
     fn append_last_words(&mut self, lines: &[u8]) -> io::Result<()> {
         self.file.0.write_all_at(lines, self.end)?;
         self.end += lines.len() as u64;
+        self.written.write(lines);
         Ok(())
     }
 
@@ -97,13 +127,23 @@ impl LogSpool for FileSpool {
         })
     }
 
+    fn check_bytes(&mut self) -> io::Result<Option<ForeignChange>> {
+        let found = self.hash_of_file(self.end)?;
+        let is_changed = found.finish() != self.written.finish();
+        self.written = found;
+        Ok(is_changed.then_some(ForeignChange::Overwritten))
+    }
+
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
         self.file.read_at(offset, buffer)
     }
 
     fn truncate(&mut self, length: u64) -> io::Result<()> {
         self.file.0.set_len(length)?;
-        self.end = length;
+        if length != self.end {
+            self.written = self.hash_of_file(length)?;
+            self.end = length;
+        }
         // What was behind the new end is free again.
         self.room = self.room.min(length);
         Ok(())
@@ -114,8 +154,7 @@ impl LogSpool for FileSpool {
     }
 
     fn reopen(&self) -> io::Result<Box<dyn LogSpool>> {
-        let (path, file) = (self.path.clone(), Arc::clone(&self.file));
-        Ok(Box::new(Self { path, file, ..*self }))
+        Ok(Box::new(self.clone()))
     }
 }
 
@@ -143,6 +182,26 @@ impl LogSource for OpenFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_overwritten_byte_is_told_once_however_the_log_was_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let mut spool = FileSpool::create(path.clone()).unwrap();
+        for length in [0, 1, 7, 8, 9, 100_000, 300_000, 3] {
+            spool.append(&vec![b'x'; length]).unwrap();
+            assert_eq!(spool.check_bytes().unwrap(), None, "after {length} more");
+        }
+        spool.truncate(200_001).unwrap();
+        spool.append(b"more").unwrap();
+        assert_eq!(spool.check_bytes().unwrap(), None);
+        File::options().write(true).open(&path).unwrap().write_all_at(b"y", 100_000).unwrap();
+        assert_eq!(spool.foreign_change().unwrap(), None);
+        assert_eq!(spool.check_bytes().unwrap(), Some(ForeignChange::Overwritten));
+        assert_eq!(spool.check_bytes().unwrap(), None);
+        spool.append(b"more").unwrap();
+        assert_eq!(spool.check_bytes().unwrap(), None);
+    }
 
     #[test]
     fn a_log_is_kept_whole_with_its_name_and_without() {

@@ -7,9 +7,9 @@
 //! A line is readable only after it was written whole, and never changes then. A crash leaves the
 //! [`Published`] length behind: [`LogBuffer::recover`] cuts what was not published and goes on.
 //!
-//! A job can change the file behind the agent's back. That is noticed with the next line or reader at the
-//! latest, and told to whoever appends the next line. A log never gets fewer lines: empty ones stand
-//! where some were cut off, so that readers who count lines find the end.
+//! A job can change the file behind the agent's back. A change of its length or its name is noticed with the next line
+//! or reader, changed bytes by [`Check`]; whoever appends the next line or checks is told. A log never gets fewer
+//! lines: empty ones stand where some were cut off, so that readers who count lines find the end.
 
 use std::io;
 use std::sync::Arc;
@@ -226,6 +226,8 @@ impl LogBuffer {
             ForeignChange::Removed => self.removed = true,
             ForeignChange::Cut(left) => self.cut_to(left, self.index.end().line)?,
             ForeignChange::Grown => self.spool.truncate(self.index.end().offset)?,
+            // Only `check_bytes` finds that.
+            ForeignChange::Overwritten => {}
         }
         self.untold = Some(change);
         Ok(())
@@ -332,6 +334,12 @@ impl Handler<Check> for LogBuffer {
 
     fn handle(&mut self, _: Check, _: &mut Self::Context) -> Self::Result {
         self.notice_changes()?;
+        if let Some(change) = self.spool.check_bytes()? {
+            // Lines may begin and end elsewhere now.
+            let end = self.index.end();
+            self.cut_to(end.offset, end.line)?;
+            self.untold.get_or_insert(change);
+        }
         self.untold.take().map_or(Ok(()), |change| Err(change.into()))
     }
 }
@@ -493,6 +501,23 @@ mod tests {
         let range = log.send(ReadFrom { line: 0 }).await.unwrap().unwrap();
         assert_eq!(read(&spool, &range), ["a", "b"]);
         assert_eq!(spool.contents().len() as u64, range.end);
+    }
+
+    #[actix::test]
+    async fn overwritten_bytes_are_told_by_a_check_and_cost_no_line() {
+        let spool = MemorySpool::default();
+        let log = LogBuffer::new(Box::new(spool.clone()), Published::default()).start();
+        for _ in 0..3 {
+            log.send(output("text")).await.unwrap().unwrap();
+        }
+        log.send(Check).await.unwrap().unwrap();
+        let first = memchr::memchr(b'\n', &spool.contents()).unwrap();
+        spool.overwrite_behind_the_writer(first, b" ");
+        let told = log.send(Check).await.unwrap();
+        assert!(matches!(told, Err(LogError::Changed(ForeignChange::Overwritten))), "{told:?}");
+        log.send(Check).await.unwrap().unwrap();
+        let range = log.send(ReadFrom { line: 2 }).await.unwrap().unwrap();
+        assert_eq!((read(&spool, &range), range.next_line), (vec![String::new()], 3));
     }
 
     #[actix::test]

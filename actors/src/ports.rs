@@ -195,6 +195,9 @@ pub enum ForeignChange {
     /// Somebody else wrote to its end.
     #[error("somebody else wrote to its file")]
     Grown,
+    /// Bytes of it are not those that were written.
+    #[error("its file was overwritten")]
+    Overwritten,
 }
 
 /// An append-only file of lines that outlives a crash of the actor that writes it.
@@ -207,6 +210,10 @@ pub trait LogSpool: Send + fmt::Debug {
 
     /// Looks for what somebody else did since the file was made, written or cut here.
     fn foreign_change(&self) -> io::Result<Option<ForeignChange>>;
+
+    /// Compares all bytes with what was written, which takes about a millisecond for each megabyte. A difference is told
+    /// once; from then on, what is there now counts as written.
+    fn check_bytes(&mut self) -> io::Result<Option<ForeignChange>>;
 
     /// Reads from `offset` on; 0 bytes at the end.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;

@@ -57,6 +57,7 @@ struct MemorySpoolState {
     known: usize,
     fail_after: Option<usize>,
     is_full: bool,
+    is_overwritten: bool,
 }
 
 impl MemorySpool {
@@ -82,6 +83,13 @@ impl MemorySpool {
     /// Somebody else cuts the file.
     pub fn cut_behind_the_writer(&self, length: usize) {
         self.state().bytes.truncate(length);
+    }
+
+    /// Somebody else writes over what is there.
+    pub fn overwrite_behind_the_writer(&self, at: usize, bytes: &[u8]) {
+        let mut state = self.state();
+        state.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+        state.is_overwritten = true;
     }
 
     /// Somebody else writes to the file.
@@ -116,6 +124,11 @@ impl LogSpool for MemorySpool {
             Ordering::Equal => None,
             Ordering::Greater => Some(ForeignChange::Grown),
         })
+    }
+
+    fn check_bytes(&mut self) -> io::Result<Option<ForeignChange>> {
+        let is_overwritten = std::mem::take(&mut self.state().is_overwritten);
+        Ok(is_overwritten.then_some(ForeignChange::Overwritten))
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {

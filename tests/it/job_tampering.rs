@@ -192,6 +192,17 @@ fn what_a_job_appends_to_its_log_is_no_part_of_it() {
 }
 
 #[test]
+fn a_log_that_is_overwritten_in_place_is_noticed() {
+    let forging = "offset=$(grep -abo '\"first' \"$log\" | tail -1 | cut -d: -f1)
+        printf forge | dd of=\"$log\" bs=1 seek=$((offset + 1)) conv=notrunc status=none";
+    let job = Tampered::by(forging);
+    job.assert_answers();
+    assert!(String::from_utf8_lossy(&job.log()).contains("forge"));
+    job.go_on();
+    job.assert_fails_and_goes();
+}
+
+#[test]
 fn a_job_that_removes_all_that_is_kept_about_it_fails() {
     for removed in [DIRECTORY, "~/../state/job-*/scratch"] {
         println!("{removed}");
