@@ -188,8 +188,8 @@ async fn wait_for_bootstrap(
                     // What the agent types is of no use to anybody, where something else than the shell echoes it.
                     let is_typed =
                         |line: &&str| line.contains("builtin") && line.contains("/dev/tty");
-                    let text: String =
-                        text.split_inclusive('\n').filter(|line| !is_typed(line)).collect();
+                    let is_printed = |line: &&str| !is_typed(line) && !is_prompt(line);
+                    let text: String = text.split_inclusive('\n').filter(is_printed).collect();
                     // A log that can't be written is noticed by the next step.
                     let _ = log.tell(&text).await;
                 }
@@ -203,9 +203,12 @@ async fn wait_for_bootstrap(
 /// Whether there is more than the prompts of a shell, which it prints before it becomes ready.
 fn has_words(printed: &[u8]) -> bool {
     let text = String::from_utf8_lossy(printed);
-    let is_prompt =
-        |line: &str| line.trim().is_empty() || line.ends_with("# ") || line.ends_with("$ ");
-    !text.lines().all(is_prompt)
+    !text.lines().all(|line| line.trim().is_empty() || is_prompt(line))
+}
+
+/// Whether a line without an end looks like the prompt of a shell.
+fn is_prompt(line: &str) -> bool {
+    line.ends_with("# ") || line.ends_with("$ ")
 }
 
 impl ExecutorBackend for ShellBackend {

@@ -78,3 +78,13 @@ fn what_a_profile_prints_that_ends_is_not_in_the_log() {
         assert!(!format!("{:?}", finished.events).contains("hello"), "{profile}: {finished:?}");
     }
 }
+
+#[test]
+fn the_prompts_of_a_slow_shell_are_not_in_the_log() {
+    let profile = "PS1='prompt# '; echo slow; sleep 1.5; echo ready";
+    let finished = with_profile(profile).run(&job_of(&["echo from the job"]));
+    assert_eq!(finished.result(), "passed");
+    let output = finished.output();
+    assert!(output.contains("slow") && output.ends_with("from the job\n"), "{output}");
+    assert!(!output.contains("# "), "{output}");
+}
