@@ -146,11 +146,15 @@ impl PullDelivery {
     async fn time_is_up(&self, job: &Job, at_most: Instant, waits_for: WaitsFor) {
         let began = Instant::now();
         let job_ended = self.job_ended.get().unwrap_or(began);
+        let at_least = match waits_for {
+            WaitsFor::Callback => AT_LEAST,
+            WaitsFor::Archivator => Duration::ZERO,
+        };
         let mut asked_to_end = self.asked_to_end.clone();
         loop {
             let asked = *asked_to_end.borrow_and_update();
-            let when_ending = asked.map(|asked| asked.max(job_ended) + WHEN_ENDING);
-            let when_ending = when_ending.map(|leave| leave.max(began + AT_LEAST));
+            let when_ending =
+                asked.map(|asked| (asked.max(job_ended) + WHEN_ENDING).max(began + at_least));
             let give_up = when_ending.map_or(at_most, |leave| leave.min(at_most));
             let left = give_up.saturating_duration_since(Instant::now());
             let seconds = left.as_millis().div_ceil(1000);
