@@ -575,11 +575,11 @@ async fn the_end_is_logged_after_the_finished_callback_even_if_nobody_takes_it()
 
 #[actix::test]
 async fn an_agent_that_is_asked_to_end_waits_a_minute_for_its_callbacks_together() {
+    tokio::time::pause();
     for latency in [Duration::ZERO, Duration::from_secs(30)] {
         let world =
             ScriptedJob::default().refusing_callbacks(u32::MAX).answering_callbacks_after(latency);
         let agent = hosted(&world, u32::MAX, false);
-        tokio::time::pause();
         let begun = Instant::now();
         agent.asked_to_end.send_replace(Some(begun));
         agent.submit("1").await.unwrap();
