@@ -131,10 +131,11 @@ pub fn read(from: &Source, unknown_fields: UnknownFields) -> Result<JobFile, Job
         .map_err(|what| JobFileError::Syntax { from: from.clone(), what })?;
 
     let omissions = request.take_omissions();
-    let place = |path: &[Segment]| match format.locate(&text, path) {
+    let place_at = |line: Option<usize>| match line {
         Some(line) => format!("{from}:{line}"),
         None => from.to_string(),
     };
+    let place = |path: &[Segment]| place_at(format.locate(&text, path));
     unknown.retain(|path| !is_of_another_tool(path));
     let replaced = request.replaced_variables();
     let unknown_told: Vec<_> = unknown
@@ -152,12 +153,13 @@ pub fn read(from: &Source, unknown_fields: UnknownFields) -> Result<JobFile, Job
     let replaced_told: Vec<_> = replaced_told.collect();
     let invalid = |what: Vec<String>| JobFileError::Invalid { what };
     let job = request.decode().map_err(|error| invalid(vec![format!("{from}: {error}")]))?;
-    let mut problems: Vec<_> = omissions
-        .iter()
-        .chain(job.problems())
-        .take(MOST_TOLD + 1)
-        .map(|problem| format!("{}: {problem}", place(&Segment::parse(&problem.path))))
+    let told = omissions.iter().chain(job.problems()).take(MOST_TOLD + 1);
+    let mut told: Vec<_> = told
+        .map(|problem| (format.locate(&text, &Segment::parse(&problem.path)), problem))
         .collect();
+    told.sort_by_key(|(line, _)| *line);
+    let mut problems: Vec<_> =
+        told.into_iter().map(|(line, problem)| format!("{}: {problem}", place_at(line))).collect();
     let mut count = omissions.len() + job.problems().count();
     if !job.has_commands() {
         problems.push(format!(
@@ -503,7 +505,7 @@ commands:
         let lines: Vec<&str> = error.lines().collect();
         assert_eq!(lines.len(), 4, "{error}");
         assert!(lines[0].starts_with(" job_id: the job has no id"), "{error}");
-        assert!(lines[1].starts_with("2: commands[0]: the command has nothing to run"), "{error}");
+        assert!(lines[1].starts_with("2: commands[0]: the command has no `directive`"), "{error}");
         assert!(lines[2].starts_with("5: env_vars[0]: `value` is missing"), "{error}");
         assert!(lines[3].starts_with("7: env_vars[1].value"), "{error}");
     }

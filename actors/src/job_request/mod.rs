@@ -294,7 +294,7 @@ impl RawLogger {
     }
 }
 
-raw!(RawCommand { directive: String, alias: String });
+raw!(RawCommand { directive: Option<String>, alias: String });
 
 fn problem(path: String, message: impl Into<String>) -> Problem {
     Problem { path, message: message.into() }
@@ -315,7 +315,7 @@ fn decode_executor(name: &str, compose: RawCompose) -> Result<ExecutorKind, Prob
 
 fn decode_commands(commands: List<OnlyMap<RawCommand>>) -> Vec<Command> {
     let decode = |OnlyMap(raw): OnlyMap<RawCommand>| Command {
-        directive: raw.directive,
+        directive: raw.directive.unwrap_or_default(),
         alias: Some(raw.alias).filter(|alias| !alias.is_empty()),
     };
     commands.0.into_iter().map(decode).collect()

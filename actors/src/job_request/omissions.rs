@@ -43,10 +43,10 @@ fn commands_without_directive(
     problems: &mut Problems,
 ) {
     for (index, OnlyMap(command)) in commands.iter().enumerate() {
-        if command.directive.trim().is_empty() {
+        if command.directive.is_none() {
             problems.push(problem(
                 format!("{at}[{index}]"),
-                "the command has nothing to run: `directive` must be a string that is not empty",
+                "the command has no `directive`; it is a string, and '' to run nothing",
             ));
         }
     }
@@ -75,7 +75,7 @@ mod tests {
     #[test]
     fn everything_that_is_left_out_is_named() {
         let mut request: FileRequest = serde_json::from_str(
-            r#"{"commands":[{"directive":"a"},{"alias":"b"},{"directive":" \n"}],
+            r#"{"commands":[{"directive":"a"},{"alias":"b"},{"directive":""}],
                 "epilogue_commands":[{}],
                 "env_vars":[{"name":"A","value":""},{"name":"B"}],
                 "file":[{"path":"a","mode":"644","content":""},{"path":"b","mode":"644"}],
@@ -91,7 +91,6 @@ mod tests {
             [
                 "job_id",
                 "commands[1]",
-                "commands[2]",
                 "epilogue_always_commands[0]",
                 "compose.host_setup_commands[0]",
                 "env_vars[1]",
