@@ -5,13 +5,13 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use nix::sys::prctl;
-use semaphore_agent::cli::{Cli, Command};
 use semaphore_agent::commands;
-use semaphore_agent::docker::watch;
-use semaphore_agent::exit_code::Exit;
-use semaphore_agent::job_init;
-use semaphore_agent::open_files;
-use semaphore_agent::signals;
+use semaphore_agent::commands::cli::{Cli, Command};
+use semaphore_agent::commands::exit::Exit;
+use semaphore_agent::executors::docker::watch;
+use semaphore_agent::executors::shell::job_init;
+use semaphore_agent::os::open_files;
+use semaphore_agent::service::signals;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();

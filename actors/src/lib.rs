@@ -19,32 +19,17 @@
 //! ```
 //!
 //! This crate does no I/O of its own: its [`ports`] are implemented by the binary. Decisions
-//! ([`job_lifecycle`], [`sync_protocol`], [`log_index`], [`terminal_text`]) are plain synchronous
+//! ([`job::lifecycle`], [`intake::protocol`], [`log::index`], [`log::text`]) are plain synchronous
 //! types with property tests; actors perform the effects.
 
-pub mod compose;
 pub mod delivery;
-pub mod executor;
-pub mod finished_once;
-pub mod http_intake;
+pub mod intake;
 pub mod job;
-mod job_hooks;
-pub mod job_lifecycle;
-mod job_log;
-pub mod job_request;
-mod job_steps;
-pub mod job_supervisor;
-pub mod jump_point;
-pub mod log_buffer;
-pub mod log_event;
-pub mod log_index;
-mod log_shipper;
+pub mod log;
 pub mod metrics;
 pub mod ports;
-pub mod pull_delivery;
-pub mod push_delivery;
-pub mod sync_poller;
-pub mod sync_protocol;
-pub mod terminal_text;
+pub mod request;
+pub mod ssh_access;
+pub mod supervisor;
 #[cfg(feature = "testing")]
 pub mod testing;

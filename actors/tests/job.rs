@@ -7,23 +7,23 @@ use std::time::Duration;
 
 use actix::{Actor as _, Addr};
 use actors::delivery::Delivery;
-use actors::finished_once::FinishedOnce;
-use actors::http_intake::{
+use actors::delivery::pull::{PullDelivery, Transfer};
+use actors::intake::http::{
     Close, GetState, HttpIntake, ReadJobLog, ReadRefused, RequestStop, State, Submission,
     SubmitJob, SubmitRefused, UntilDrained,
 };
+use actors::job::lifecycle::StartRefused;
 use actors::job::{Job, JobId, Outcome};
-use actors::job_lifecycle::StartRefused;
-use actors::job_request::FileRequest;
-use actors::job_supervisor::{
+use actors::log::buffer::{Follow, ReadFrom};
+use actors::log::event::LogEvent;
+use actors::metrics::Metrics;
+use actors::ports::DiscardMetrics;
+use actors::request::FileRequest;
+use actors::supervisor::finished_once::FinishedOnce;
+use actors::supervisor::{
     Config, GetLog, GetStatus, JobFinished, JobSupervisor, PanicIn, ReportTransfer, StartJob,
     StopJob, StopManner,
 };
-use actors::log_buffer::{Follow, ReadFrom};
-use actors::log_event::LogEvent;
-use actors::metrics::Metrics;
-use actors::ports::DiscardMetrics;
-use actors::pull_delivery::{PullDelivery, Transfer};
 use actors::testing::{PanicNow, Reaction, RecordingMetrics, ScriptedJob};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;

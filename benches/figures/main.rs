@@ -32,15 +32,15 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
 
 use actix::{Actor as _, Arbiter, System};
-use actors::log_buffer::{Append, LogBuffer, Published, ReadFrom};
-use actors::log_event::LogEvent;
+use actors::log::buffer::{Append, LogBuffer, Published, ReadFrom};
+use actors::log::event::LogEvent;
 use futures_util::future::LocalBoxFuture;
 use nix::libc;
 use nix::pty::openpty;
 use nix::sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr};
-use semaphore_agent::docker::watch;
-use semaphore_agent::job_init;
-use semaphore_agent::spool::FileSpool;
+use semaphore_agent::executors::docker::watch;
+use semaphore_agent::executors::shell::job_init;
+use semaphore_agent::state::log_file::FileSpool;
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 

@@ -1,9 +1,13 @@
 //! The agent's commands: the only places that start top-level actors.
 
+pub mod cli;
+pub mod exit;
+pub mod renderer;
 pub mod run;
 pub mod serve;
 pub mod start;
 pub mod version;
+pub mod wiring;
 
 use std::io;
 use std::time::{Duration, SystemTime};

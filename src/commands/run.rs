@@ -5,27 +5,27 @@ use std::process;
 use std::time::Duration;
 
 use actix::{Actor, Addr};
-use actors::finished_once::FinishedOnce;
 use actors::job::{Job, Outcome};
-use actors::job_supervisor::{Config, GetLog, JobSupervisor, StartJob, StopJob, StopManner};
-use actors::log_buffer::{Follow, LogRange};
+use actors::log::buffer::{Follow, LogRange};
 use actors::metrics::Metrics;
 use actors::ports::DiscardMetrics;
+use actors::supervisor::finished_once::FinishedOnce;
+use actors::supervisor::{Config, GetLog, JobSupervisor, StartJob, StopJob, StopManner};
 use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::cli::{Output, RunArgs};
+use crate::commands::cli::{Output, RunArgs};
+use crate::commands::exit::Exit;
+use crate::commands::renderer::{Renderer, Style};
 use crate::commands::system;
+use crate::commands::wiring::Jobs;
 use crate::config::DEFAULT_GRACE;
-use crate::docker::DockerConfig;
+use crate::executors::docker::DockerConfig;
 use crate::executors::shell::ShellConfig;
-use crate::exit_code::Exit;
 use crate::job_file::{self, Source, UnknownFields};
-use crate::jobs::Jobs;
-use crate::render::{Renderer, Style};
-use crate::signals::Signals;
-use crate::state_dir::StateDir;
+use crate::service::signals::Signals;
+use crate::state::StateDir;
 
 /// How many pieces of the log the output may lag behind before they are joined and their steps'
 /// durations blur.

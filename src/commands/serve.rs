@@ -10,35 +10,35 @@ use std::time::Duration;
 
 use actix::{Actor as _, Addr};
 use actors::delivery::Delivery;
-use actors::http_intake::{Close, HttpIntake, UntilDrained};
-use actors::job_supervisor::{
-    AwaitDeath, Config, HookFailure, JobHooks, JobSupervisor, PreJobHook, StopJob, StopManner,
-};
+use actors::delivery::pull::PullDelivery;
+use actors::intake::http::{Close, HttpIntake, UntilDrained};
 use actors::metrics::Metrics;
 use actors::ports::{DiscardMetrics, MetricsSink};
-use actors::pull_delivery::PullDelivery;
+use actors::supervisor::{
+    AwaitDeath, Config, HookFailure, JobHooks, JobSupervisor, PreJobHook, StopJob, StopManner,
+};
 use tokio::signal::unix::SignalKind;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::agent_log::AgentLogConfig;
-use crate::callbacks::HttpCallbacks;
+use crate::api::auth::Auth;
+use crate::api::tls::{PairSource, Tls};
+use crate::api::{Api, Refusals, serve as serve_api};
+use crate::commands::exit::Exit;
 use crate::commands::run::{refuse, tell};
+use crate::commands::wiring::{Jobs, JumpPointConfig};
 use crate::commands::{check_clock, system};
 use crate::config::serve::{ServeConfig, ServeOptions};
-use crate::docker::DockerConfig;
+use crate::executors::docker::DockerConfig;
 use crate::executors::shell::{ShellConfig, wipe_secrets};
-use crate::exit_code::Exit;
-use crate::http::auth::Auth;
-use crate::http::{Api, Refusals, serve as serve_api};
-use crate::jobs::{Jobs, JumpPointConfig};
-use crate::jump_point::{ClaimedScript, SshAccess};
-use crate::log_artifact::ArtifactUploads;
-use crate::open_files;
-use crate::signals::Signals;
-use crate::state_dir::StateDir;
-use crate::statsd::StatsdSink;
-use crate::tls::{PairSource, Tls};
+use crate::metrics::statsd::StatsdSink;
+use crate::os::open_files;
+use crate::remote::callbacks::HttpCallbacks;
+use crate::remote::log_artifact::ArtifactUploads;
+use crate::service::own_log::AgentLogConfig;
+use crate::service::signals::Signals;
+use crate::ssh_access::{ClaimedScript, SshAccess};
+use crate::state::StateDir;
 
 /// How many files a process may usually have open.
 const USUAL_OPEN_FILES: u64 = 1024;

@@ -8,33 +8,33 @@ use std::time::Duration;
 
 use actix::{Actor as _, Addr};
 use actors::delivery::Delivery;
-use actors::job_supervisor::{AwaitDeath, Config, GetStatus, JobSupervisor, StopJob, StopManner};
+use actors::delivery::push::{PushDelivery, Urgency};
+use actors::intake::poller::{AwaitLeave, Interrupt, LeaveSoon, Left, SyncPoller};
+use actors::intake::protocol::ShutdownReason;
 use actors::metrics::Metrics;
 use actors::ports::DiscardMetrics;
-use actors::push_delivery::{PushDelivery, Urgency};
-use actors::sync_poller::{AwaitLeave, Interrupt, LeaveSoon, Left, SyncPoller};
-use actors::sync_protocol::ShutdownReason;
+use actors::supervisor::{AwaitDeath, Config, GetStatus, JobSupervisor, StopJob, StopManner};
 use nix::sys::utsname::uname;
 use tokio::signal::unix::SignalKind;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::agent_log::AgentLogConfig;
+use crate::commands::exit::Exit;
 use crate::commands::run::{refuse, tell};
 use crate::commands::serve::{claim_script, fail, leave_at_once};
+use crate::commands::wiring::{Jobs, JumpPointConfig};
 use crate::commands::{check_clock, system};
 use crate::config::start::{StartConfig, StartOptions, is_url};
-use crate::docker::DockerConfig;
+use crate::executors::docker::DockerConfig;
 use crate::executors::shell::{ShellConfig, wipe_secrets};
-use crate::exit_code::Exit;
-use crate::http_client::HttpClients;
-use crate::hub::{Hub, PATIENCE, Registration};
-use crate::jobs::{Jobs, JumpPointConfig};
-use crate::log_artifact::ArtifactUploads;
-use crate::log_uplink::HttpLogUplink;
-use crate::process_group::run_for;
-use crate::signals::Signals;
-use crate::state_dir::StateDir;
+use crate::os::programs::run_for;
+use crate::remote::http_client::HttpClients;
+use crate::remote::hub::{Hub, PATIENCE, Registration};
+use crate::remote::log_artifact::ArtifactUploads;
+use crate::remote::log_server::HttpLogUplink;
+use crate::service::own_log::AgentLogConfig;
+use crate::service::signals::Signals;
+use crate::state::StateDir;
 
 /// Where logs are kept that could not be delivered, in the state directory.
 const UNDELIVERED: &str = "undelivered";

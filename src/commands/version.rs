@@ -1,6 +1,6 @@
 //! `agent version`.
 
-use crate::exit_code::Exit;
+use crate::commands::exit::Exit;
 
 /// Prints the version.
 pub fn version() -> Exit {

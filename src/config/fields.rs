@@ -4,7 +4,7 @@ use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::DockerSocket;
-use crate::log_artifact::UploadCondition;
+use crate::remote::log_artifact::UploadCondition;
 
 /// Anything that is one word, as such or as text, as variables have it.
 pub(super) fn flexible<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>

@@ -26,8 +26,8 @@ use nix::unistd::geteuid;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize, Serializer};
 
+use crate::os::sys;
 use crate::serde_words::without_value;
-use crate::sys;
 
 /// What is wrong with the configuration: which option, its value, and what would be right.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -7,11 +7,11 @@ use clap::CommandFactory as _;
 use serde::Deserialize;
 
 use super::{ConfigError, DEFAULT_GRACE, DockerSocket, FileMount, FileOptions, Secret, read_file};
-use crate::cli::Cli;
-use crate::jump_point;
-use crate::state_dir::StateDir;
-use crate::statsd::StatsdConfig;
-use crate::tls::PairSource;
+use crate::api::tls::PairSource;
+use crate::commands::cli::Cli;
+use crate::metrics::statsd::StatsdConfig;
+use crate::ssh_access;
+use crate::state::StateDir;
 
 /// Callbacks are sent every second, so often.
 const DEFAULT_CALLBACK_ATTEMPTS: u32 = 300;
@@ -258,7 +258,7 @@ impl ServeConfig {
         let home = std::env::home_dir().unwrap_or_default();
         let state_dir = options.state_dir.unwrap_or_else(|| StateDir::default_path(&home));
         let jump_point =
-            options.ssh_jump_point_path.unwrap_or_else(|| jump_point::DEFAULT_SCRIPT.into());
+            options.ssh_jump_point_path.unwrap_or_else(|| ssh_access::DEFAULT_SCRIPT.into());
         if !jump_point.is_absolute() {
             let path = jump_point.display();
             return Err(ConfigError(format!(

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use actors::job::{EnvVar, VariableName};
-use actors::job_supervisor::{HookFailure, JobHooks, PostJobHook, PreJobHook};
+use actors::supervisor::{HookFailure, JobHooks, PostJobHook, PreJobHook};
 use awc::http::uri::Authority;
 use bytes::Bytes;
 use serde::de::IntoDeserializer as _;
@@ -18,10 +18,10 @@ use super::{
     ConfigError, DEFAULT_GRACE, DockerSocket, FileMount, FileOptions, MASKED, Secret, nearest,
     read_file,
 };
-use crate::http_client::{Proxy, trusting};
-use crate::jump_point;
-use crate::log_artifact::UploadCondition;
-use crate::state_dir::StateDir;
+use crate::remote::http_client::{Proxy, trusting};
+use crate::remote::log_artifact::UploadCondition;
+use crate::ssh_access;
+use crate::state::StateDir;
 
 /// Variables with this prefix that are no options.
 const OTHER_VARIABLES: [&str; 4] = [
@@ -68,7 +68,7 @@ const DEFAULTS: [(&str, &str); 15] = [
     ("upload-job-logs", "never"),
     ("keep-daemons", "false"),
     ("log-delivery-timeout", "900"),
-    ("ssh-jump-point-path", jump_point::DEFAULT_SCRIPT),
+    ("ssh-jump-point-path", ssh_access::DEFAULT_SCRIPT),
     ("kubernetes-executor", "false"),
 ];
 
@@ -515,7 +515,7 @@ impl StartConfig {
             return Err(origins.refuse("job-id", "needs disconnect-after-job"));
         }
         let jump_point =
-            options.ssh_jump_point_path.unwrap_or_else(|| jump_point::DEFAULT_SCRIPT.into());
+            options.ssh_jump_point_path.unwrap_or_else(|| ssh_access::DEFAULT_SCRIPT.into());
         if !jump_point.is_absolute() {
             let why = format!("`{}` is not an absolute path", jump_point.display());
             return Err(origins.refuse("ssh-jump-point-path", why));

@@ -1,5 +1,7 @@
 //! The places where a job's commands can run.
 
 pub mod docker;
-mod injection;
+pub mod job_mark;
+pub mod registries;
+pub mod session;
 pub mod shell;

@@ -10,7 +10,7 @@ use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use actors::job::Job;
-use actors::job_request::{FileRequest, OnlyMap, known_fields};
+use actors::request::{FileRequest, OnlyMap, known_fields};
 use serde::de::{DeserializeSeed as _, Deserializer, IgnoredAny};
 
 use self::bounds::{MAX_EXPANDED, MAX_NESTING, deepest_nesting, stands_for_too_much};

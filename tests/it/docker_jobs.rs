@@ -1,6 +1,6 @@
 //! Jobs in containers: their log, their shell, their environment.
 
-use actors::log_event::LogEvent;
+use actors::log::event::LogEvent;
 use serde_json::{Value, json};
 
 use crate::support::docker::{container, job, job_in, left_of, variables};

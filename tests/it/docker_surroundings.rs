@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use actors::log_event::LogEvent;
+use actors::log::event::LogEvent;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 

@@ -5,7 +5,7 @@ use std::io::{ErrorKind, Write as _};
 use std::path::PathBuf;
 use std::process::Command;
 
-use actors::log_event::LogEvent;
+use actors::log::event::LogEvent;
 use nix::unistd::geteuid;
 use serde_json::json;
 

@@ -11,7 +11,7 @@ use crate::support::{World, wait_for_end};
 
 /// Seconds since the epoch.
 fn from_now(seconds: i64) -> i64 {
-    i64::try_from(actors::log_event::unix_time()).unwrap() + seconds
+    i64::try_from(actors::log::event::unix_time()).unwrap() + seconds
 }
 
 fn good_token() -> String {

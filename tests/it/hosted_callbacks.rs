@@ -68,7 +68,7 @@ fn finished_is_told_before_the_log_says_so() {
     agent.post_job(&telling(&server, job("1", &["echo hi"]))).of_status(200);
     assert_finished(&server, "passed");
     let early = agent.archive("1");
-    assert!(matches!(early.last(), Some(actors::log_event::LogEvent::CmdFinished { .. })));
+    assert!(matches!(early.last(), Some(actors::log::event::LogEvent::CmdFinished { .. })));
     assert_eq!(agent.get("/status").json()["state"], "job-received");
     open.send(()).unwrap();
     agent.wait_for_log("1", "job_finished");

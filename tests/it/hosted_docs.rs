@@ -6,11 +6,11 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use actors::job_request::known_fields;
+use actors::request::known_fields;
 use clap::CommandFactory as _;
 use nix::sys::signal::Signal;
-use semaphore_agent::cli::Cli;
-use semaphore_agent::http::ROUTES;
+use semaphore_agent::api::ROUTES;
+use semaphore_agent::commands::cli::Cli;
 use serde_json::{Value, json};
 
 use crate::support::hosted::{

@@ -103,7 +103,7 @@ fn a_second_stop_changes_nothing() {
     let ends = finished
         .events
         .iter()
-        .filter(|event| matches!(event, actors::log_event::LogEvent::JobFinished { .. }));
+        .filter(|event| matches!(event, actors::log::event::LogEvent::JobFinished { .. }));
     assert_eq!(ends.count(), 1);
 }
 

@@ -30,7 +30,7 @@ impl Pair {
     fn for_seconds(seconds: i64) -> Self {
         let group = EcGroup::from_curve_name(Nid::X9_62_PRIME256V1).unwrap();
         let key = PKey::from_ec_key(EcKey::generate(&group).unwrap()).unwrap();
-        let now = i64::try_from(actors::log_event::unix_time()).unwrap();
+        let now = i64::try_from(actors::log::event::unix_time()).unwrap();
         let mut cert = X509::builder().unwrap();
         cert.set_pubkey(&key).unwrap();
         cert.set_not_before(&Asn1Time::from_unix(now - 86_400).unwrap()).unwrap();

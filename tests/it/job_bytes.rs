@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use actors::log_event::{LogEvent, MAX_OUTPUT_LINE};
+use actors::log::event::{LogEvent, MAX_OUTPUT_LINE};
 
 use crate::support::{Finished, World};
 

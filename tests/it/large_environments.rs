@@ -1,6 +1,6 @@
 //! Jobs with very many variables.
 
-use actors::log_event::LogEvent;
+use actors::log::event::LogEvent;
 
 use crate::support::{Finished, World, job_of};
 

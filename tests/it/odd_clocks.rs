@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use actors::log_event::LogEvent;
+use actors::log::event::LogEvent;
 
 use crate::support::{Finished, World, job_of, wait_for_end};
 

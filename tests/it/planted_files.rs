@@ -6,7 +6,7 @@ use std::io::Read as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use actors::log_event::LogEvent;
+use actors::log::event::LogEvent;
 use nix::libc::O_NONBLOCK;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use clap::CommandFactory as _;
-use semaphore_agent::cli::Cli;
+use semaphore_agent::commands::cli::Cli;
 use serde_json::{Map, Value};
 
 use crate::support::start_agent::{

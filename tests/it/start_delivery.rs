@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use actors::log_event::LogEvent;
+use actors::log::event::LogEvent;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 

@@ -92,13 +92,13 @@ fn an_agent_without_a_job_says_so_at_once_and_ends() {
         let world = World::new();
         let mut agent = start(&world, &hub, LONG_GRACE);
         hub.wait_for_state("waiting-for-jobs");
-        let before = actors::log_event::unix_time();
+        let before = actors::log::event::unix_time();
         agent.signal(signal);
         assert_left(&hub, &world, &mut agent);
         let report = interrupted(&hub);
         assert_eq!(report["state"], "waiting-for-jobs");
         let at = report["interrupted_at"].as_u64().unwrap();
-        assert!((before..=actors::log_event::unix_time()).contains(&at), "{at}");
+        assert!((before..=actors::log::event::unix_time()).contains(&at), "{at}");
     }
 }
 

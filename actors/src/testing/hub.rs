@@ -10,9 +10,9 @@ use futures_util::future::LocalBoxFuture;
 use tokio::time::sleep;
 
 use super::ScriptedJob;
+use crate::intake::protocol::{AgentState, Answer, Report};
 use crate::job::{Job, JobId};
 use crate::ports::{HubApi, HubError};
-use crate::sync_protocol::{AgentState, Answer, Report};
 
 /// A control plane that hands out its jobs one after another, unless it is told what to answer. What
 /// it is asked for is in the world's calls: `register`, `report STATE [ID [RESULT]] [interrupted]`,

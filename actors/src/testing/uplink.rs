@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep};
 
 use super::ScriptedJob;
 use crate::job::{JobId, PushTarget};
-use crate::log_buffer::LogRange;
+use crate::log::buffer::LogRange;
 use crate::ports::{HubError, LogBatch, LogUplink, PushError};
 
 /// What a log server does with a [`Push`].

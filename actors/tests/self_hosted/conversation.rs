@@ -1,7 +1,7 @@
 //! Registration, jobs, and answers that make sense or none.
 
-use actors::sync_poller::{AwaitLeave, Interrupt, Left};
-use actors::sync_protocol::{Answer, ShutdownReason};
+use actors::intake::poller::{AwaitLeave, Interrupt, Left};
+use actors::intake::protocol::{Answer, ShutdownReason};
 use actors::testing::{Reaction, ScriptedJob};
 
 use crate::support::{Agent, case, chatter, job, job_with_logger, minutes, seconds, shutdown};

@@ -1,8 +1,8 @@
 //! A panic of each actor that only the self-hosted mode has, and of the supervisor in it.
 
-use actors::job_supervisor::{AwaitDeath, PanicIn};
+use actors::intake::poller::AwaitLeave;
 use actors::ports::PushError;
-use actors::sync_poller::AwaitLeave;
+use actors::supervisor::{AwaitDeath, PanicIn};
 use actors::testing::{PanicNow, Reaction, Reply, ScriptedJob, panic_as_asked};
 
 use tokio::time::timeout;

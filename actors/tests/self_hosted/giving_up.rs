@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
+use actors::intake::poller::Interrupt;
 use actors::ports::PushError;
-use actors::sync_poller::Interrupt;
 use actors::testing::{Reaction, Reply, ScriptedJob};
 
 use crate::support::{Agent, PATIENCE, away, case, chatter, job, minutes, seconds};

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use actors::sync_poller::{Interrupt, LeaveSoon, Left};
-use actors::sync_protocol::ShutdownReason;
+use actors::intake::poller::{Interrupt, LeaveSoon, Left};
+use actors::intake::protocol::ShutdownReason;
 use actors::testing::{Reaction, Reply, ScriptedJob};
 
 use crate::support::{Agent, away, case, chatter, job, minutes, seconds, shutdown};

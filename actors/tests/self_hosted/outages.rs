@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use actors::job_supervisor::PanicIn;
 use actors::ports::PushError;
+use actors::supervisor::PanicIn;
 use actors::testing::{Push, Reaction, Reply};
 
 use crate::support::{Agent, away, case, chatter, minutes, seconds, text, unless};

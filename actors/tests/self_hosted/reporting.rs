@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use actors::sync_poller::Interrupt;
+use actors::intake::poller::Interrupt;
 use actors::testing::ScriptedJob;
 
 use crate::support::{Agent, job, minutes, seconds};

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use actors::log_event::LogEvent;
+use actors::log::event::LogEvent;
 use serde_json::Value;
 
 use super::control_plane::{Asked, ControlPlane, Fault, Known, Settings};

@@ -2,7 +2,7 @@
 
 use std::process::{Command, Output, Stdio};
 
-use actors::log_event::LogEvent;
+use actors::log::event::LogEvent;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 

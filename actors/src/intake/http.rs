@@ -1,0 +1,340 @@
+//! Owns the question whether this agent takes jobs, and passes on what clients of the HTTPS API want.
+//!
+//! Receives [`SubmitJob`], [`ReadJobLog`], [`RequestStop`], [`GetState`] and [`ReportTransfer`] from
+//! HTTP routes, [`Close`] and [`UntilDrained`] from whoever ends the agent; hears [`JobFinished`] from the
+//! supervisor.
+//!
+//! ```text
+//!         Close, or with `single_job` the first job's end         no job left
+//! Open ─────────────────────────────────────────────────▶ Closed ─────────────▶ drained
+//! ```
+
+use std::time::Duration;
+
+use actix::prelude::*;
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+use crate::job::lifecycle::StartRefused;
+use crate::job::{Job, JobId, LogMethod};
+use crate::log::buffer::{LogError, LogRange, ReadFrom};
+use crate::supervisor::{
+    GetLog, GetStatus, GetWait, JobFinished, JobSupervisor, ReportTransfer, StartJob, StopJob,
+    StopManner,
+};
+
+/// How often, and how far apart, a log is asked for whose buffer has just crashed.
+const CRASHED_LOG_TRIES: u32 = 100;
+const CRASHED_LOG_PAUSE: Duration = Duration::from_millis(10);
+
+/// Wants a job to be run.
+#[derive(Message)]
+#[rtype(result = "Result<Submission, SubmitRefused>")]
+pub struct SubmitJob {
+    /// The job.
+    pub job: Job,
+}
+
+/// What becomes of a job that is not refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Submission {
+    /// It runs now.
+    Started,
+    /// It was submitted before; nothing runs twice.
+    AlreadyRunning,
+}
+
+/// Why a job is not run.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitRefused {
+    /// It can't be served by an agent whose logs are pulled.
+    #[error("{0}")]
+    Unfit(String),
+    /// The words are the protocol's.
+    #[error("another job is already running")]
+    Busy,
+    /// The agent is about to end.
+    #[error("the agent is shutting down and takes no more jobs")]
+    Closed,
+    /// The agent can't run anything now.
+    #[error("the agent can't start the job: {0}")]
+    Broken(String),
+}
+
+/// Asks where a job's log is from a line on.
+#[derive(Clone, Debug, Message)]
+#[rtype(result = "Result<LogRange, ReadRefused>")]
+pub struct ReadJobLog {
+    /// The job.
+    pub id: JobId,
+    /// The first line wanted, 0 based.
+    pub line: u64,
+}
+
+/// Why a log can't be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadRefused {
+    /// No job has run yet; the words are the protocol's.
+    #[error("job ID is not running")]
+    NoJob,
+    /// The log is another job's; the words are the protocol's.
+    #[error("job ID is not running")]
+    OtherJob,
+    /// The log can't be read.
+    #[error("the log can't be read: {0}")]
+    Broken(#[from] LogError),
+}
+
+/// Wants a job stopped.
+#[derive(Clone, Debug, Message)]
+#[rtype(result = "()")]
+pub struct RequestStop {
+    /// Which; whatever runs if absent.
+    pub id: Option<JobId>,
+}
+
+/// Asks what the agent is doing.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Status")]
+pub struct GetState;
+
+/// The agent's state, and what a job that is over waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// The state.
+    pub state: State,
+    /// Whose doing a job that is over waits for, in a word.
+    pub waits_for: Option<&'static str>,
+    /// It could run a job now or later.
+    pub is_alive: bool,
+}
+
+/// What the agent is doing, in the protocol's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It has no job.
+    WaitingForJob,
+    /// It has one, from its start to the end of its teardown.
+    JobReceived,
+}
+
+impl State {
+    /// The protocol's word.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::WaitingForJob => "waiting-for-job",
+            Self::JobReceived => "job-received",
+        }
+    }
+}
+
+/// No more jobs from now on.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct Close;
+
+/// Waits until no more jobs are taken and the last one is torn down.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct UntilDrained;
+
+/// See the module.
+pub struct HttpIntake {
+    supervisor: Addr<JobSupervisor>,
+    single_job: bool,
+    /// The job that an agent for a single one has taken.
+    only: Option<JobId>,
+    /// The last job that was started.
+    last: Option<JobId>,
+    progress: watch::Sender<Progress>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Progress {
+    closed: bool,
+    /// Jobs that were handed to the supervisor and have not finished, refused ones included until
+    /// the refusal is here.
+    active: u32,
+}
+
+impl HttpIntake {
+    /// An open intake. With `single_job` it closes at the end of the first job.
+    pub fn new(supervisor: Addr<JobSupervisor>, single_job: bool) -> Self {
+        Self { supervisor, single_job, only: None, last: None, progress: watch::Sender::default() }
+    }
+
+    fn admit(&mut self, job: &Job) -> Result<(), SubmitRefused> {
+        match &job.logger {
+            Err(problems) => {
+                let told: Vec<_> = problems.iter().map(ToString::to_string).collect();
+                return Err(SubmitRefused::Unfit(told.join("; ")));
+            }
+            Ok(logger) if matches!(logger.method, LogMethod::Push(_)) => {
+                let why =
+                    "logger.method: `push` can't be served here; this agent's logs are pulled";
+                return Err(SubmitRefused::Unfit(why.to_owned()));
+            }
+            Ok(_) => {}
+        }
+        let now = *self.progress.borrow();
+        match &self.only {
+            // The answer to the same job again is the supervisor's.
+            _ if self.last.as_ref() == Some(&job.id) => Ok(()),
+            _ if now.closed => Err(SubmitRefused::Closed),
+            Some(only) if *only != job.id && now.active > 0 => Err(SubmitRefused::Busy),
+            Some(only) if *only != job.id => Err(SubmitRefused::Closed),
+            _ => Ok(()),
+        }
+    }
+
+    fn one_less(&mut self, close: bool) {
+        self.progress.send_modify(|progress| {
+            progress.active = progress.active.saturating_sub(1);
+            progress.closed |= close;
+        });
+    }
+}
+
+impl Actor for HttpIntake {
+    type Context = Context<Self>;
+}
+
+impl Handler<SubmitJob> for HttpIntake {
+    type Result = ResponseActFuture<Self, Result<Submission, SubmitRefused>>;
+
+    fn handle(&mut self, message: SubmitJob, ctx: &mut Self::Context) -> Self::Result {
+        let SubmitJob { job } = message;
+        if let Err(refused) = self.admit(&job) {
+            return Box::pin(std::future::ready(Err(refused)).into_actor(self));
+        }
+        let id = job.id.clone();
+        if self.single_job {
+            self.only = Some(id.clone());
+        }
+        self.progress.send_modify(|progress| progress.active += 1);
+        let finished = ctx.address().recipient();
+        let started = self.supervisor.send(StartJob { job, finished });
+        Box::pin(started.into_actor(self).map(move |started, intake, _| {
+            let answer = match started {
+                Ok(Ok(())) => {
+                    log::info!(job:% = id; "job started");
+                    intake.last = Some(id);
+                    return Ok(Submission::Started);
+                }
+                Ok(Err(StartRefused::SameJob { .. })) => Ok(Submission::AlreadyRunning),
+                Ok(Err(StartRefused::Busy { .. })) => Err(SubmitRefused::Busy),
+                Ok(Err(StartRefused::NoParts { why })) => {
+                    intake.only = None;
+                    Err(SubmitRefused::Broken(why))
+                }
+                Err(_) => Err(SubmitRefused::Broken("the job supervisor has crashed".into())),
+            };
+            intake.one_less(false);
+            answer
+        }))
+    }
+}
+
+impl Handler<JobFinished> for HttpIntake {
+    type Result = ();
+
+    fn handle(&mut self, message: JobFinished, _: &mut Self::Context) {
+        let JobFinished { id, outcome } = message;
+        log::info!(job:% = id, outcome:%; "job torn down");
+        self.one_less(self.single_job);
+    }
+}
+
+impl Handler<ReadJobLog> for HttpIntake {
+    type Result = ResponseFuture<Result<LogRange, ReadRefused>>;
+
+    fn handle(&mut self, message: ReadJobLog, _: &mut Self::Context) -> Self::Result {
+        let ReadJobLog { id, line } = message;
+        let supervisor = self.supervisor.clone();
+        Box::pin(async move {
+            for _ in 0..CRASHED_LOG_TRIES {
+                let log = supervisor.send(GetLog).await.map_err(|_| LogError::Crashed)?;
+                let log = log.ok_or(ReadRefused::NoJob)?;
+                if log.id != id {
+                    return Err(ReadRefused::OtherJob);
+                }
+                if let Ok(range) = log.buffer.send(ReadFrom { line }).await {
+                    return Ok(range?);
+                }
+                // A crashed buffer has a successor as soon as the job notices.
+                sleep(CRASHED_LOG_PAUSE).await;
+            }
+            Err(LogError::Crashed.into())
+        })
+    }
+}
+
+impl Handler<RequestStop> for HttpIntake {
+    type Result = ResponseFuture<()>;
+
+    fn handle(&mut self, message: RequestStop, _: &mut Self::Context) -> Self::Result {
+        let stop = self.supervisor.send(StopJob { id: message.id, manner: StopManner::Grace });
+        Box::pin(async move {
+            // There is nothing to stop where there is no supervisor.
+            let _ = stop.await;
+        })
+    }
+}
+
+impl Handler<ReportTransfer> for HttpIntake {
+    type Result = ();
+
+    fn handle(&mut self, message: ReportTransfer, _: &mut Self::Context) {
+        self.supervisor.do_send(message);
+    }
+}
+
+impl Handler<GetState> for HttpIntake {
+    type Result = ResponseFuture<Status>;
+
+    fn handle(&mut self, _: GetState, _: &mut Self::Context) -> Self::Result {
+        let (job, wait) = (self.supervisor.send(GetStatus), self.supervisor.send(GetWait));
+        Box::pin(async move {
+            let job = job.await;
+            let is_alive = job.is_ok();
+            let state = match job {
+                Ok(None) => State::WaitingForJob,
+                // An agent without a supervisor can take no job.
+                Ok(Some(_)) | Err(_) => State::JobReceived,
+            };
+            Status { state, waits_for: wait.await.unwrap_or_default(), is_alive }
+        })
+    }
+}
+
+impl Handler<Close> for HttpIntake {
+    type Result = ();
+
+    fn handle(&mut self, _: Close, _: &mut Self::Context) {
+        self.progress.send_modify(|progress| progress.closed = true);
+    }
+}
+
+impl Handler<UntilDrained> for HttpIntake {
+    // In this actor, so that the reply fails with it.
+    type Result = ResponseActFuture<Self, ()>;
+
+    fn handle(&mut self, _: UntilDrained, _: &mut Self::Context) -> Self::Result {
+        let mut progress = self.progress.subscribe();
+        let drained = async move {
+            // Fails only with this actor, and then nobody gets the reply.
+            let _ = progress.wait_for(|now| now.closed && now.active == 0).await;
+        };
+        Box::pin(drained.into_actor(self))
+    }
+}
+
+/// Makes the actor panic as a bug would.
+#[cfg(feature = "testing")]
+impl Handler<crate::testing::PanicNow> for HttpIntake {
+    type Result = ();
+
+    fn handle(&mut self, _: crate::testing::PanicNow, _: &mut Self::Context) {
+        crate::testing::panic_as_asked();
+    }
+}

@@ -1,0 +1,5 @@
+//! Where jobs come from.
+
+pub mod http;
+pub mod poller;
+pub mod protocol;

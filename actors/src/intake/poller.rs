@@ -1,0 +1,593 @@
+//! Owns the conversation with the control plane, from the registration to the moment when the agent
+//! leaves.
+//!
+//! Receives [`Interrupt`] and [`LeaveSoon`] from who minds the agent's signals, and [`JobFinished`] from
+//! the supervisor; sends it [`StartJob`] and [`StopJob`]. [`AwaitLeave`] is answered at the end.
+//!
+//! What is said and done is decided by [`SyncProtocol`]; here are its clocks, retries and time limits.
+//! One report is on its way at any time: what changes meanwhile is told right after its answer.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use actix::prelude::*;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout_at};
+
+use crate::delivery::push::{Urgency, target_of};
+use crate::intake::protocol::{
+    AgentState, Answer, Decision, Effect, Report, ShutdownReason, SyncProtocol,
+};
+use crate::job::{EnvVar, Job, JobId};
+use crate::log::event::unix_time;
+use crate::ports::{HubApi, HubError};
+use crate::supervisor::{
+    CheckReadiness, JobFinished, JobSupervisor, StartJob, StopJob, StopManner,
+};
+
+/// Tries, and the pauses between them (PROTOCOL: the self-hosted API).
+const REGISTER: Tries = Tries { most: 30, pause: Duration::from_secs(1) };
+const FETCH: Tries = Tries { most: 10, pause: Duration::from_secs(3) };
+const DISCONNECT: Tries = Tries { most: 100, pause: Duration::from_secs(1) };
+
+/// When to report again if the control plane does not say, in milliseconds.
+const USUAL_PAUSE: std::ops::Range<u64> = 3000..6000;
+
+/// What a control plane may ask for instead, in milliseconds.
+const SHORTEST_PAUSE: u64 = 100;
+const LONGEST_PAUSE: u64 = 300_000;
+
+/// When to report again after a report that was not taken, in milliseconds.
+const AFTER_FAILURE: std::ops::Range<u64> = 1000..3000;
+
+/// While the agent's name is still taken, as after a crash, the registration is tried for so long, and the pauses double
+/// up to this.
+const NAME_TAKEN: Duration = Duration::from_mins(20);
+const LONGEST_NAME_PAUSE: Duration = Duration::from_secs(30);
+
+/// An agent that is not found so often in a row, and for so long, was deleted by the control plane.
+const NOT_FOUND: u32 = 3;
+const NOT_FOUND_FOR: Duration = Duration::from_secs(5);
+
+/// For so long a job's result is told at least, whatever the control plane is up to.
+const RESULT_PATIENCE: Duration = Duration::from_mins(15);
+
+/// An agent that nobody has heard of for so long has no business any more.
+const UNABLE_TO_SYNC: Duration = Duration::from_mins(10);
+
+/// How long leaving may take, from the first word of it.
+const LEAVING: Duration = Duration::from_mins(1);
+
+/// After so much of that, what a stopped job still does is cut short: its log is to be delivered, too.
+const CUT_SHORT: Duration = Duration::from_secs(25);
+
+/// A report that is not answered by then is not waited for if there is more to tell.
+const STALE_REPORT: Duration = Duration::from_secs(5);
+
+/// What of that is left for disconnecting and for all that comes after, whatever the job does...
+const FOR_DISCONNECTING: Duration = Duration::from_secs(10);
+
+/// ...and for what comes after, as the shutdown hook.
+const FOR_THE_REST: Duration = Duration::from_secs(5);
+
+#[derive(Clone, Copy)]
+struct Tries {
+    most: u32,
+    pause: Duration,
+}
+
+/// The agent's machine asks it to end. The control plane decides when.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct Interrupt;
+
+/// The agent is to end now, in order.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct LeaveSoon;
+
+/// Waits until the agent has left.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Left")]
+pub struct AwaitLeave;
+
+/// How the conversation ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// There never was one: why the agent was not registered.
+    NotRegistered(String),
+    /// It did.
+    Because {
+        /// Why.
+        reason: ShutdownReason,
+        /// When everything that is still to be done must be.
+        by: Instant,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Registration {
+    Pending,
+    Valid,
+    /// The agent has begun to leave, or has left.
+    Over,
+}
+
+/// A report without an answer yet.
+struct Reporting {
+    answer: SpawnHandle,
+    sent: Instant,
+    /// Nothing comes with its answer that must not get lost: neither a job nor the word that a result is known.
+    is_replaceable: bool,
+}
+
+/// See the module.
+pub struct SyncPoller {
+    hub: Rc<dyn HubApi>,
+    supervisor: Addr<JobSupervisor>,
+    /// What every job has in its environment.
+    variables: Vec<EnvVar>,
+    urgency: watch::Sender<Urgency>,
+    protocol: SyncProtocol,
+    registration: Registration,
+    /// A report that is on its way.
+    reporting: Option<Reporting>,
+    /// There is more to tell as soon as that one is answered.
+    more_to_tell: bool,
+    next_report: Option<SpawnHandle>,
+    last_taken: Instant,
+    /// How often in a row the agent was not found, and since when.
+    not_found: Option<(u32, Instant)>,
+    /// The control plane has deleted the agent, which registers anew when its job has ended.
+    is_forgotten: bool,
+    /// The agent is for one job only, which may be gone.
+    is_for_one_job: bool,
+    /// Since when no job could be started here, if that is so.
+    unready_since: Option<Instant>,
+    /// When the last job's result was first to be told.
+    result_since: Option<Instant>,
+    /// A job that is on its way here.
+    fetching: Option<SpawnHandle>,
+    left: watch::Sender<Option<Left>>,
+}
+
+/// Why the control plane did not take a report.
+enum NotTaken {
+    /// It was not sent: a job that it might ask for could not be started, for this reason.
+    NotReady(String),
+    /// It was sent in vain.
+    Failed(HubError),
+}
+
+impl SyncPoller {
+    /// Begins with the registration as soon as it is started.
+    pub fn new(
+        hub: Rc<dyn HubApi>,
+        supervisor: Addr<JobSupervisor>,
+        variables: Vec<EnvVar>,
+        urgency: watch::Sender<Urgency>,
+    ) -> Self {
+        Self {
+            hub,
+            supervisor,
+            variables,
+            urgency,
+            protocol: SyncProtocol::default(),
+            registration: Registration::Pending,
+            reporting: None,
+            more_to_tell: false,
+            next_report: None,
+            last_taken: Instant::now(),
+            not_found: None,
+            is_forgotten: false,
+            is_for_one_job: false,
+            unready_since: None,
+            result_since: None,
+            fetching: None,
+            left: watch::Sender::default(),
+        }
+    }
+
+    /// The same for an agent that is for one job only: it leaves if that is gone.
+    #[must_use]
+    pub fn for_one_job(self, is_for_one_job: bool) -> Self {
+        Self { is_for_one_job, ..self }
+    }
+
+    fn register(&mut self, ctx: &mut Context<Self>) {
+        let hub = Rc::clone(&self.hub);
+        let registered = async move { register(&*hub).await };
+        ctx.spawn(registered.into_actor(self).map(|registered, this, ctx| match registered {
+            Ok(()) if this.registration == Registration::Pending => {
+                log::info!("registered");
+                this.registration = Registration::Valid;
+                this.last_taken = Instant::now();
+                this.report(ctx);
+            }
+            Err(error) if this.registration == Registration::Pending => {
+                this.left.send_replace(Some(Left::NotRegistered(error.to_string())));
+            }
+            // Who has left meanwhile has no use for it.
+            Ok(()) | Err(_) => {}
+        }));
+    }
+
+    fn report(&mut self, ctx: &mut Context<Self>) {
+        if self.registration != Registration::Valid {
+            return;
+        }
+        if let Some(Reporting { sent, .. }) = self.reporting {
+            self.more_to_tell = true;
+            let stale = (sent + STALE_REPORT).saturating_duration_since(Instant::now());
+            ctx.run_later(stale, move |this, ctx| this.give_up_report(sent, ctx));
+            return;
+        }
+        if let Some(timer) = self.next_report.take() {
+            ctx.cancel_future(timer);
+        }
+        let report = self.protocol.report();
+        let is_replaceable =
+            !matches!(report.state, AgentState::WaitingForJobs | AgentState::FinishedJob);
+        // Whoever says that it waits gets a job.
+        let is_asking = report.state == AgentState::WaitingForJobs && report.interrupted_at == 0;
+        let readiness = is_asking.then(|| self.supervisor.send(CheckReadiness));
+        let hub = Rc::clone(&self.hub);
+        let told = report.clone();
+        let answer = async move {
+            if let Some(readiness) = readiness
+                && let Ok(Err(why)) = readiness.await
+            {
+                return Err(NotTaken::NotReady(why));
+            }
+            hub.sync(&told).await.map_err(NotTaken::Failed)
+        };
+        let answered = answer.into_actor(self);
+        let answered = answered.map(move |answer, this, ctx| this.reported(&report, answer, ctx));
+        let (answer, sent) = (ctx.spawn(answered), Instant::now());
+        self.reporting = Some(Reporting { answer, sent, is_replaceable });
+    }
+
+    /// Tells what is new instead of waiting on for the answer to what is old.
+    fn give_up_report(&mut self, sent: Instant, ctx: &mut Context<Self>) {
+        if self.more_to_tell
+            && let Some(Reporting { answer, .. }) =
+                self.reporting.take_if(|its| its.sent == sent && its.is_replaceable)
+        {
+            log::warn!("no answer to a report; there is a newer one");
+            ctx.cancel_future(answer);
+            self.more_to_tell = false;
+            self.report(ctx);
+        }
+    }
+
+    fn reported(
+        &mut self,
+        sent: &Report,
+        answer: Result<Answer, NotTaken>,
+        ctx: &mut Context<Self>,
+    ) {
+        self.reporting = None;
+        let unready_since = self.unready_since.take();
+        let (decision, pause) = match answer {
+            Err(NotTaken::NotReady(why)) => {
+                if unready_since.is_none() {
+                    log::error!(why:%; "no job can be started here now, so none is asked for");
+                }
+                self.unready_since = unready_since.or_else(|| Some(Instant::now()));
+                self.last_taken = Instant::now();
+                (Decision::default(), fastrand::u64(USUAL_PAUSE))
+            }
+            Ok(answer) => {
+                log::debug!(state:? = sent.state, action = answer.action.as_str(); "reported");
+                self.last_taken = Instant::now();
+                self.not_found = None;
+                let pause = match answer.next_sync_after {
+                    0 => fastrand::u64(USUAL_PAUSE),
+                    asked => asked.clamp(SHORTEST_PAUSE, LONGEST_PAUSE),
+                };
+                (self.protocol.answered(sent, &answer), pause)
+            }
+            Err(NotTaken::Failed(error)) => {
+                log::warn!(error:%, state:? = sent.state; "report not taken");
+                if self.is_deleted(&error) {
+                    return self.forgotten(ctx);
+                }
+                let is_result = sent.state == AgentState::FinishedJob;
+                let told_for = self.result_since.map(|since| since.elapsed());
+                let is_due = is_result
+                    && self.protocol.leaving().is_none()
+                    && told_for.is_some_and(|told| told < RESULT_PATIENCE);
+                let decision = if is_due || self.last_taken.elapsed() < UNABLE_TO_SYNC {
+                    Decision::default()
+                } else if self.protocol.leaving().is_some() {
+                    self.protocol.sync_failed()
+                } else {
+                    log::error!("unable to sync for too long");
+                    self.protocol.leave_soon(ShutdownReason::UnableToSync)
+                };
+                (decision, fastrand::u64(AFTER_FAILURE))
+            }
+        };
+        let more_to_tell = std::mem::take(&mut self.more_to_tell);
+        self.act(decision, ctx);
+        if self.reporting.is_some() {
+            // What there was to tell is in it.
+        } else if more_to_tell {
+            self.report(ctx);
+        } else {
+            let pause = Duration::from_millis(pause);
+            self.next_report = Some(ctx.run_later(pause, Self::report));
+        }
+    }
+
+    /// Whether this error means that the control plane has deleted the agent.
+    fn is_deleted(&mut self, error: &HubError) -> bool {
+        if !matches!(error, HubError::NotFound(_)) {
+            self.not_found = None;
+            return false;
+        }
+        let (times, since) = self.not_found.unwrap_or_else(|| (0, Instant::now()));
+        self.not_found = Some((times + 1, since));
+        times + 1 >= NOT_FOUND
+            && since.elapsed() >= NOT_FOUND_FOR
+            && self.protocol.leaving().is_none()
+    }
+
+    /// Registers anew, as soon as no job runs: the control plane has failed it.
+    fn forgotten(&mut self, ctx: &mut Context<Self>) {
+        log::warn!("the control plane has deleted this agent, which registers anew");
+        (self.not_found, self.more_to_tell) = (None, false);
+        self.registration = Registration::Pending;
+        if let Some(fetching) = self.fetching.take() {
+            ctx.cancel_future(fetching);
+        }
+        if let Some(Effect::Stop(id)) = self.protocol.forgotten() {
+            self.stop(id, ctx);
+        }
+        if self.protocol.is_running() {
+            self.is_forgotten = true;
+        } else {
+            self.protocol.begin_anew();
+            self.register(ctx);
+        }
+    }
+
+    fn act(&mut self, decision: Decision, ctx: &mut Context<Self>) {
+        if let Some(reason) = self.protocol.leaving()
+            && self.urgency.borrow().leave_by.is_none()
+        {
+            self.urgency.send_modify(|urgency| urgency.leave_by = Some(Instant::now() + LEAVING));
+            ctx.run_later(CUT_SHORT, |this, _| {
+                this.supervisor.do_send(StopJob { id: None, manner: StopManner::AtOnce });
+            });
+            let latest = LEAVING.saturating_sub(FOR_DISCONNECTING);
+            ctx.run_later(latest, move |this, ctx| this.leave(reason, ctx));
+        }
+        match decision.effect {
+            Some(Effect::Fetch(id)) => self.fetch(id, ctx),
+            Some(Effect::Stop(id)) => self.stop(id, ctx),
+            Some(Effect::Leave(reason)) => self.leave(reason, ctx),
+            None => {}
+        }
+        if decision.sync_now {
+            self.report(ctx);
+        }
+    }
+
+    fn fetch(&mut self, id: JobId, ctx: &mut Context<Self>) {
+        log::info!(job:% = id; "asked to run a job");
+        let (hub, wanted) = (Rc::clone(&self.hub), id.clone());
+        let job = async move { FETCH.of("job", || hub.fetch_job(&wanted)).await };
+        let fetched = job.into_actor(self).map(move |job, this, ctx| {
+            this.fetching = None;
+            match job.and_then(|job| this.fit(job, &id)) {
+                Ok(job) => this.start(job, ctx),
+                Err(HubError::JobGone) => {
+                    log::info!(job:% = id; "the job is not available any more");
+                    let mut decision = this.protocol.job_gone(&id);
+                    if this.is_for_one_job {
+                        decision = this.protocol.leave_soon(ShutdownReason::JobFinished);
+                    }
+                    this.act(decision, ctx);
+                }
+                Err(why) => this.give_up(&id, &why.to_string(), ctx),
+            }
+        });
+        self.fetching = Some(ctx.spawn(fetched));
+    }
+
+    /// The job with what this agent adds, if it can be run here.
+    fn fit(&self, mut job: Job, id: &JobId) -> Result<Job, HubError> {
+        let unusable = |why: &str| Err(HubError::Unusable(why.to_owned()));
+        if job.id != *id {
+            return unusable("it is another job than the one that was asked for");
+        }
+        if target_of(&job).is_none_or(|target| target.url.is_empty()) {
+            return unusable("logger: method `push` with a `url` is needed here");
+        }
+        if let Ok(environment) = &mut job.environment {
+            environment.retain(|its| self.variables.iter().all(|ours| ours.name != its.name));
+            environment.extend(self.variables.iter().cloned());
+            environment.sort_by(|a, b| a.name.cmp(&b.name));
+        }
+        Ok(job)
+    }
+
+    fn start(&mut self, job: Job, ctx: &mut Context<Self>) {
+        let id = job.id.clone();
+        let started = self.supervisor.send(StartJob { job, finished: ctx.address().recipient() });
+        ctx.spawn(started.into_actor(self).map(move |started, this, ctx| match started {
+            Ok(Ok(())) => {
+                log::info!(job:% = id; "job started");
+                let decision = this.protocol.job_started(&id);
+                this.act(decision, ctx);
+            }
+            Ok(Err(refused)) => this.give_up(&id, &refused.to_string(), ctx),
+            Err(_) => this.give_up(&id, "the job supervisor has crashed", ctx),
+        }));
+    }
+
+    fn give_up(&mut self, id: &JobId, why: &str, ctx: &mut Context<Self>) {
+        log::error!(job:% = id, why; "the job can't be run");
+        let decision = self.protocol.job_not_run(id);
+        self.act(decision, ctx);
+    }
+
+    fn stop(&mut self, id: JobId, ctx: &mut Context<Self>) {
+        log::info!(job:% = id; "asked to stop the job");
+        if let Some(fetching) = self.fetching.take() {
+            ctx.cancel_future(fetching);
+            let decision = self.protocol.job_not_run(&id);
+            self.act(decision, ctx);
+        } else {
+            self.supervisor.do_send(StopJob { id: Some(id), manner: StopManner::Grace });
+        }
+    }
+
+    fn leave(&mut self, reason: ShutdownReason, ctx: &mut Context<Self>) {
+        let by = self.urgency.borrow().leave_by.unwrap_or_else(|| Instant::now() + LEAVING);
+        match std::mem::replace(&mut self.registration, Registration::Over) {
+            Registration::Valid => {}
+            Registration::Pending => {
+                self.left.send_replace(Some(Left::Because { reason, by }));
+                return;
+            }
+            Registration::Over => return,
+        }
+        let tries = if reason == ShutdownReason::UnableToSync {
+            Tries { most: 1, ..DISCONNECT }
+        } else {
+            DISCONNECT
+        };
+        let hub = Rc::clone(&self.hub);
+        let disconnected = async move {
+            match timeout_at(by - FOR_THE_REST, tries.of("disconnect", || hub.disconnect())).await {
+                Ok(Ok(())) => log::info!("disconnected"),
+                Ok(Err(error)) => log::error!(error:%; "not disconnected"),
+                Err(_) => log::error!("not disconnected in time"),
+            }
+        };
+        ctx.spawn(disconnected.into_actor(self).map(move |(), this, _| {
+            this.left.send_replace(Some(Left::Because { reason, by }));
+        }));
+    }
+}
+
+impl Tries {
+    /// Asks until there is an answer, or none that will be another one.
+    async fn of<T, F>(self, what: &str, mut ask: impl FnMut() -> F) -> Result<T, HubError>
+    where
+        F: Future<Output = Result<T, HubError>>,
+    {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match ask().await {
+                Err(error) if error.may_pass() && tries < self.most => {
+                    log::warn!(what, error:%, tries; "not done, trying again");
+                }
+                answer => return answer,
+            }
+            sleep(self.pause).await;
+        }
+    }
+}
+
+/// Registers the agent. A name that is still taken is asked for until it is free.
+async fn register(hub: &dyn HubApi) -> Result<(), HubError> {
+    let (mut taken_since, mut pause) = (None::<Instant>, REGISTER.pause);
+    loop {
+        let once = || async {
+            match hub.register().await {
+                // No try like the others.
+                Err(error @ HubError::NameTaken(_)) => Ok(Err(error)),
+                registered => registered.map(Ok),
+            }
+        };
+        let error = match REGISTER.of("registration", once).await? {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        if taken_since.get_or_insert_with(Instant::now).elapsed() >= NAME_TAKEN {
+            return Err(error);
+        }
+        log::warn!(error:%; "the agent's name is still taken, as after a crash; trying again");
+        sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_NAME_PAUSE);
+    }
+}
+
+impl Actor for SyncPoller {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        self.register(ctx);
+    }
+}
+
+impl Handler<JobFinished> for SyncPoller {
+    type Result = ();
+
+    fn handle(&mut self, message: JobFinished, ctx: &mut Self::Context) {
+        let JobFinished { id, outcome } = message;
+        log::info!(job:% = id, outcome:%; "job finished");
+        if std::mem::take(&mut self.is_forgotten) {
+            self.protocol.begin_anew();
+            return self.register(ctx);
+        }
+        self.result_since = Some(Instant::now());
+        let decision = self.protocol.job_over(&id, outcome);
+        self.act(decision, ctx);
+    }
+}
+
+impl Handler<Interrupt> for SyncPoller {
+    type Result = ();
+
+    fn handle(&mut self, _: Interrupt, ctx: &mut Self::Context) {
+        self.urgency.send_modify(|urgency| {
+            urgency.interrupted_at.get_or_insert_with(Instant::now);
+        });
+        if self.registration == Registration::Pending {
+            return self.leave(ShutdownReason::Interrupted, ctx);
+        }
+        let decision = self.protocol.interrupted(unix_time());
+        self.act(decision, ctx);
+    }
+}
+
+impl Handler<LeaveSoon> for SyncPoller {
+    type Result = ();
+
+    fn handle(&mut self, _: LeaveSoon, ctx: &mut Self::Context) {
+        let decision = self.protocol.leave_soon(ShutdownReason::Interrupted);
+        self.act(decision, ctx);
+    }
+}
+
+impl Handler<AwaitLeave> for SyncPoller {
+    // In this actor, so that the reply fails with it.
+    type Result = ResponseActFuture<Self, Left>;
+
+    fn handle(&mut self, _: AwaitLeave, _: &mut Self::Context) -> Self::Result {
+        let mut left = self.left.subscribe();
+        let left = async move {
+            match left.wait_for(Option::is_some).await.ok().and_then(|left| left.clone()) {
+                Some(left) => left,
+                // Fails only with this actor, and then nobody gets the reply.
+                None => std::future::pending().await,
+            }
+        };
+        Box::pin(left.into_actor(self))
+    }
+}
+
+/// Makes the actor panic as a bug would.
+#[cfg(feature = "testing")]
+impl Handler<crate::testing::PanicNow> for SyncPoller {
+    type Result = ();
+
+    fn handle(&mut self, _: crate::testing::PanicNow, _: &mut Self::Context) {
+        crate::testing::panic_as_asked();
+    }
+}

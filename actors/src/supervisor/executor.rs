@@ -1,0 +1,555 @@
+//! Owns the place where one job's commands run, and its one shell session.
+//!
+//! Receives [`Prepare`], then [`Export`], [`Inject`] and [`RunCommand`] one at a time, and [`Abort`]
+//! at any moment; sends [`Append`] with the session's output, awaited, to the log buffer.
+//!
+//! The reply to a message is the only end of that work, and comes after all of its output was
+//! appended. When the shell is gone, everything that needs it fails at once.
+
+use std::future::Future;
+use std::rc::Rc;
+use std::time::Duration;
+
+use actix::prelude::*;
+use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
+use tokio::sync::{Mutex, Notify};
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::delivery::push::target_of;
+use crate::job::{EnvVar, InjectedFile, Job};
+use crate::log::buffer::{Append, LogBuffer, LogError};
+use crate::log::event::{LogEvent, MAX_OUTPUT_LINE, MAX_PUSHED_OUTPUT_LINE, unix_time};
+use crate::log::text::{FULL_EVENT, TerminalText};
+use crate::ports::{
+    ExecutorBackend, PreparationError, PreparationStep, Script, ScriptEnd, SessionEvent,
+    ShellSession, StepError, StepLog,
+};
+
+/// How long somebody waits for output to be appended before writing to the log as well.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How output becomes events.
+#[derive(Clone, Copy, Debug)]
+pub struct OutputShape {
+    /// How long output waits for more to share its event with.
+    gather: Duration,
+    /// How much text is worth an event of its own while more keeps coming, in bytes.
+    full: usize,
+    /// Full lines are worth that the rest of a text waits for more.
+    shares_lines: bool,
+    /// The longest line of the log, in bytes.
+    pub max_line: usize,
+}
+
+impl OutputShape {
+    /// For readers who come at any time: long enough for an event to be worth its overhead, short enough for
+    /// somebody who watches.
+    pub const PULLED: Self = Self {
+        gather: Duration::from_millis(8),
+        full: FULL_EVENT,
+        shares_lines: false,
+        max_line: MAX_OUTPUT_LINE,
+    };
+
+    /// For a platform that sees nothing before the next batch, and times in whole seconds.
+    pub const PUSHED: Self = Self {
+        gather: Duration::from_secs(1),
+        full: MAX_PUSHED_OUTPUT_LINE,
+        shares_lines: true,
+        max_line: MAX_PUSHED_OUTPUT_LINE,
+    };
+
+    /// As the way of `job`'s log wants it.
+    pub fn for_job(job: &Job) -> Self {
+        if target_of(job).is_some() { Self::PUSHED } else { Self::PULLED }
+    }
+}
+
+/// Asks which steps bring up the place and open the session.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Result<Vec<PreparationStep>, ExecutorError>")]
+pub struct GetPreparation;
+
+/// Does one of these steps.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Result<(), ExecutorError>")]
+pub struct Prepare {
+    /// Which, from 0 on.
+    pub step: usize,
+    /// The title of the step of the log that is begun if there is something to tell; `None` if one has begun.
+    pub begins: Option<&'static str>,
+}
+
+/// Asks for the step that the last preparation has begun in the log because it had something to tell, if it has.
+/// Whoever asks ends it.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Option<BegunStep>")]
+pub struct TakeBegunStep;
+
+/// A step that has begun.
+#[derive(Clone, Copy, Debug)]
+pub struct BegunStep {
+    /// When, in seconds since the epoch.
+    pub started_at: u64,
+    /// When, for its duration.
+    pub begun: Instant,
+}
+
+/// Exports variables in the session.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<ScriptEnd, ExecutorError>")]
+pub struct Export {
+    /// Which.
+    pub variables: Vec<EnvVar>,
+}
+
+/// Asks how the log shows a file's path.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<String, ExecutorError>")]
+pub struct ShownPath {
+    /// Which file.
+    pub file: InjectedFile,
+}
+
+/// Puts a file in place.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<(), ExecutorError>")]
+pub struct Inject {
+    /// Which.
+    pub file: InjectedFile,
+}
+
+/// Runs a script in the session.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<ScriptEnd, ExecutorError>")]
+pub struct RunCommand {
+    /// Which.
+    pub script: Script,
+}
+
+/// Gives up what is at work, and everything that may still be asked. What was read from the terminal
+/// so far is still appended. Doesn't end any process: that is the containment's work.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct Abort;
+
+/// Has the log get what was printed so far, before somebody else writes to it. The reply comes when it is there, or
+/// soon.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct FlushOutput;
+
+/// Goes on with a log that lines could not be written to: what can't be appended from now on is missing there. The reply
+/// comes when the script that runs, if one does, is over.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Result<(), ExecutorError>")]
+pub struct GoOnWithoutLog;
+
+/// Takes what is still printed and drops it, until the shell has ended.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct Discard;
+
+/// Why a message could not be carried out.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ExecutorError {
+    /// The step itself failed, for the reason given.
+    #[error(transparent)]
+    Step(#[from] StepError),
+    /// The preparation failed, for a reason that the job is not told.
+    #[error("the reason is in the agent's own log")]
+    Untold,
+    /// The shell ended while the script ran; in words how, as far as that is known.
+    #[error("the job's shell ended {0}")]
+    ShellEnded(String),
+    /// There is no shell, because it has ended or was never there.
+    #[error("the job's shell has ended, so this can't run")]
+    NoShell,
+    /// An [`Abort`] came.
+    #[error("aborted")]
+    Aborted,
+    /// The log buffer has crashed.
+    #[error("{0}")]
+    LogCrashed(String),
+    /// The output could not be appended to the log. The script still runs.
+    #[error("{0}")]
+    LogProblem(String),
+}
+
+impl From<PreparationError> for ExecutorError {
+    fn from(error: PreparationError) -> Self {
+        match error {
+            PreparationError::Failed(error) => Self::Step(error),
+            PreparationError::Untold => Self::Untold,
+        }
+    }
+}
+
+/// See the module.
+pub struct Executor {
+    work: Rc<Mutex<Work>>,
+    aborted: CancellationToken,
+    flush: Rc<Flush>,
+}
+
+/// A wish that the running script's output be appended, and its fulfilment.
+#[derive(Debug, Default)]
+struct Flush {
+    asked: Notify,
+    done: Notify,
+}
+
+struct Work {
+    flush: Rc<Flush>,
+    backend: Box<dyn ExecutorBackend>,
+    session: Option<Box<dyn ShellSession>>,
+    /// A script was started, and its end has not been seen.
+    script_runs: bool,
+    output: Output,
+}
+
+/// What the session printed, on its way into the log.
+struct Output {
+    log: Addr<LogBuffer>,
+    text: TerminalText,
+    shape: OutputShape,
+    /// Drops output that can't be appended.
+    may_lose: bool,
+    /// The step that is to begin before anything is told.
+    begins: Option<&'static str>,
+    begun: Option<BegunStep>,
+    /// One event may be on its way while the terminal is read on: waiting for each before reading
+    /// would leave the job waiting for its terminal.
+    in_flight: Option<Request<LogBuffer, Append>>,
+}
+
+impl Output {
+    /// Sends the text collected so far; waits for all of it but the last event.
+    async fn send(&mut self) -> Result<(), ExecutorError> {
+        let pieces = self.text.take();
+        self.send_all(pieces).await
+    }
+
+    /// Sends what fills whole lines of it.
+    async fn send_full(&mut self) -> Result<(), ExecutorError> {
+        let pieces = self.text.take_full();
+        self.send_all(pieces).await
+    }
+
+    async fn send_all(&mut self, pieces: Vec<String>) -> Result<(), ExecutorError> {
+        for piece in pieces {
+            self.settle().await?;
+            let append = Append { event: LogEvent::cmd_output(piece) };
+            self.in_flight = Some(self.log.send(append));
+        }
+        Ok(())
+    }
+
+    /// Waits until everything that was sent is in the log.
+    async fn settle(&mut self) -> Result<(), ExecutorError> {
+        if let Some(request) = self.in_flight.take() {
+            let appended = request.await.unwrap_or(Err(LogError::Crashed));
+            return match appended {
+                Err(error @ (LogError::Spool(_) | LogError::Changed(_))) if !self.may_lose => {
+                    Err(ExecutorError::LogProblem(error.to_string()))
+                }
+                Ok(()) | Err(LogError::Spool(_) | LogError::Changed(_)) => Ok(()),
+                Err(error) => Err(ExecutorError::LogCrashed(error.to_string())),
+            };
+        }
+        Ok(())
+    }
+}
+
+impl StepLog for Output {
+    fn tell<'a>(&'a mut self, text: &'a str) -> LocalBoxFuture<'a, Result<(), StepError>> {
+        async {
+            let begins = self.begins.take();
+            self.text.push(text.as_bytes());
+            self.text.finish();
+            let told = async {
+                if let Some(title) = begins {
+                    self.begun = Some(BegunStep { started_at: unix_time(), begun: Instant::now() });
+                    self.in_flight =
+                        Some(self.log.send(Append { event: LogEvent::cmd_started(title) }));
+                }
+                self.send().await?;
+                self.settle().await
+            };
+            told.await.map_err(|error: ExecutorError| StepError(error.to_string()))
+        }
+        .boxed_local()
+    }
+}
+
+impl Executor {
+    /// An executor that appends output to `log`.
+    pub fn new(
+        backend: Box<dyn ExecutorBackend>,
+        log: Addr<LogBuffer>,
+        shape: OutputShape,
+    ) -> Self {
+        let text = TerminalText::new(shape.max_line);
+        let output = Output {
+            log,
+            text,
+            shape,
+            may_lose: false,
+            begins: None,
+            begun: None,
+            in_flight: None,
+        };
+        let flush = Rc::<Flush>::default();
+        let work =
+            Work { flush: Rc::clone(&flush), backend, session: None, script_runs: false, output };
+        Self { work: Rc::new(Mutex::new(work)), aborted: CancellationToken::new(), flush }
+    }
+
+    /// Runs `step` on the work, after what is at work already and until an abort.
+    fn reply_with<T, F>(&self, step: F) -> ResponseActFuture<Self, Result<T, ExecutorError>>
+    where
+        T: 'static,
+        F: AsyncFnOnce(&mut Work, &CancellationToken) -> Result<T, ExecutorError> + 'static,
+    {
+        let (work, aborted) = (Rc::clone(&self.work), self.aborted.clone());
+        let reply = async move { step(&mut *work.lock().await, &aborted).await };
+        Box::pin(reply.into_actor(self))
+    }
+}
+
+/// `work`, unless it is aborted first.
+async fn unless_aborted<T, E>(
+    aborted: &CancellationToken,
+    work: impl Future<Output = Result<T, E>>,
+) -> Result<T, ExecutorError>
+where
+    ExecutorError: From<E>,
+{
+    tokio::select! {
+        biased;
+        () = aborted.cancelled() => Err(ExecutorError::Aborted),
+        done = work => Ok(done?),
+    }
+}
+
+impl Work {
+    async fn run(
+        &mut self,
+        script: &Script,
+        aborted: &CancellationToken,
+    ) -> Result<ScriptEnd, ExecutorError> {
+        let Some(session) = &mut self.session else {
+            return Err(ExecutorError::NoShell);
+        };
+        session.start(script).await.map_err(|error| {
+            StepError(format!("the script can't be handed to the shell: {error}"))
+        })?;
+        self.script_runs = true;
+        self.follow_to_the_end(aborted).await
+    }
+
+    /// Appends the output of the running script until that is over.
+    async fn follow_to_the_end(
+        &mut self,
+        aborted: &CancellationToken,
+    ) -> Result<ScriptEnd, ExecutorError> {
+        let end = self.follow_script(aborted).await;
+        if matches!(end, Err(ExecutorError::ShellEnded(_))) {
+            self.session = None;
+        }
+        self.script_runs &= !matches!(end, Ok(_) | Err(ExecutorError::ShellEnded(_)));
+        self.output.text.finish();
+        self.output.send().await?;
+        self.output.settle().await?;
+        end
+    }
+
+    /// Appends the output until the script is over.
+    async fn follow_script(
+        &mut self,
+        aborted: &CancellationToken,
+    ) -> Result<ScriptEnd, ExecutorError> {
+        let Some(session) = &mut self.session else {
+            return Err(ExecutorError::NoShell);
+        };
+        let mut due: Option<Instant> = None;
+        loop {
+            let event = tokio::select! {
+                biased;
+                () = aborted.cancelled() => return Err(ExecutorError::Aborted),
+                event = session.next_event() => Some(event),
+                () = self.flush.asked.notified() => {
+                    self.output.send().await?;
+                    self.output.settle().await?;
+                    self.flush.done.notify_one();
+                    due = None;
+                    continue;
+                }
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => None,
+            };
+            match event {
+                Some(SessionEvent::Output(bytes)) => {
+                    self.output.text.push(&bytes);
+                    let OutputShape { gather, full, shares_lines, .. } = self.output.shape;
+                    let now = Instant::now();
+                    let is_due = now >= *due.get_or_insert_with(|| now + gather);
+                    let is_full = self.output.text.len() >= full;
+                    if is_full && shares_lines {
+                        self.output.send_full().await?;
+                    }
+                    if !is_due && (shares_lines || !is_full) {
+                        continue;
+                    }
+                }
+                Some(SessionEvent::ScriptEnded(end)) => return Ok(end),
+                Some(SessionEvent::ShellEnded(how)) => return Err(ExecutorError::ShellEnded(how)),
+                None => {}
+            }
+            self.output.send().await?;
+            due = None;
+        }
+    }
+}
+
+impl Actor for Executor {
+    type Context = Context<Self>;
+}
+
+impl Handler<GetPreparation> for Executor {
+    type Result = ResponseActFuture<Self, Result<Vec<PreparationStep>, ExecutorError>>;
+
+    fn handle(&mut self, _: GetPreparation, _: &mut Self::Context) -> Self::Result {
+        self.reply_with(async |work: &mut Work, _: &CancellationToken| {
+            Ok(work.backend.preparation())
+        })
+    }
+}
+
+impl Handler<Prepare> for Executor {
+    type Result = ResponseActFuture<Self, Result<(), ExecutorError>>;
+
+    fn handle(&mut self, message: Prepare, _: &mut Self::Context) -> Self::Result {
+        self.reply_with(async move |work: &mut Work, aborted: &CancellationToken| {
+            let Work { backend, session, output, .. } = work;
+            output.begins = message.begins;
+            let prepared = backend.prepare(message.step, output);
+            if let Some(opened) = unless_aborted(aborted, prepared).await? {
+                *session = Some(opened);
+            }
+            Ok(())
+        })
+    }
+}
+
+impl Handler<TakeBegunStep> for Executor {
+    type Result = ResponseActFuture<Self, Option<BegunStep>>;
+
+    fn handle(&mut self, _: TakeBegunStep, _: &mut Self::Context) -> Self::Result {
+        let work = Rc::clone(&self.work);
+        Box::pin(async move { work.lock().await.output.begun.take() }.into_actor(self))
+    }
+}
+
+impl Handler<Export> for Executor {
+    type Result = ResponseActFuture<Self, Result<ScriptEnd, ExecutorError>>;
+
+    fn handle(&mut self, message: Export, _: &mut Self::Context) -> Self::Result {
+        self.reply_with(async move |work: &mut Work, aborted: &CancellationToken| {
+            let staged = work.backend.stage_variables(&message.variables);
+            let script = unless_aborted(aborted, staged).await?;
+            work.run(&script, aborted).await
+        })
+    }
+}
+
+impl Handler<ShownPath> for Executor {
+    type Result = ResponseActFuture<Self, Result<String, ExecutorError>>;
+
+    fn handle(&mut self, message: ShownPath, _: &mut Self::Context) -> Self::Result {
+        self.reply_with(async move |work: &mut Work, _: &CancellationToken| {
+            Ok(work.backend.shown_path(&message.file))
+        })
+    }
+}
+
+impl Handler<Inject> for Executor {
+    type Result = ResponseActFuture<Self, Result<(), ExecutorError>>;
+
+    fn handle(&mut self, message: Inject, _: &mut Self::Context) -> Self::Result {
+        self.reply_with(async move |work: &mut Work, aborted: &CancellationToken| {
+            unless_aborted(aborted, work.backend.inject(&message.file)).await
+        })
+    }
+}
+
+impl Handler<RunCommand> for Executor {
+    type Result = ResponseActFuture<Self, Result<ScriptEnd, ExecutorError>>;
+
+    fn handle(&mut self, message: RunCommand, _: &mut Self::Context) -> Self::Result {
+        self.reply_with(async move |work: &mut Work, aborted: &CancellationToken| {
+            work.run(&message.script, aborted).await
+        })
+    }
+}
+
+impl Handler<GoOnWithoutLog> for Executor {
+    type Result = ResponseActFuture<Self, Result<(), ExecutorError>>;
+
+    fn handle(&mut self, _: GoOnWithoutLog, _: &mut Self::Context) -> Self::Result {
+        self.reply_with(async move |work: &mut Work, aborted: &CancellationToken| {
+            work.output.may_lose = true;
+            if work.script_runs {
+                work.follow_to_the_end(aborted).await?;
+            }
+            Ok(())
+        })
+    }
+}
+
+impl Handler<Discard> for Executor {
+    type Result = ResponseActFuture<Self, ()>;
+
+    fn handle(&mut self, _: Discard, _: &mut Self::Context) -> Self::Result {
+        let work = Rc::clone(&self.work);
+        let discard = async move {
+            if let Some(session) = &mut work.lock().await.session {
+                while !matches!(session.next_event().await, SessionEvent::ShellEnded(_)) {}
+            }
+        };
+        Box::pin(discard.into_actor(self))
+    }
+}
+
+impl Handler<FlushOutput> for Executor {
+    type Result = ResponseActFuture<Self, ()>;
+
+    fn handle(&mut self, _: FlushOutput, _: &mut Self::Context) -> Self::Result {
+        let flush = Rc::clone(&self.flush);
+        let flushed = async move {
+            flush.asked.notify_one();
+            // Without a running script there is nothing to wait for.
+            let _ = timeout(FLUSH_PATIENCE, flush.done.notified()).await;
+        };
+        Box::pin(flushed.into_actor(self))
+    }
+}
+
+impl Handler<Abort> for Executor {
+    type Result = ();
+
+    fn handle(&mut self, _: Abort, _: &mut Self::Context) {
+        self.aborted.cancel();
+    }
+}
+
+/// Makes the actor panic as a bug would.
+#[cfg(feature = "testing")]
+impl Handler<crate::testing::PanicNow> for Executor {
+    type Result = ();
+
+    fn handle(&mut self, _: crate::testing::PanicNow, _: &mut Self::Context) {
+        crate::testing::panic_as_asked();
+    }
+}

@@ -1,0 +1,530 @@
+//! Scripted ports, and ways to make actors crash. For tests only.
+
+use std::cell::{Cell, RefCell};
+use std::cmp::Ordering;
+use std::collections::VecDeque;
+use std::io;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use actix::prelude::*;
+use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::LocalBoxFuture;
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::job::{EnvVar, InjectedFile, Job};
+use crate::log::buffer::LogRange;
+use crate::ports::{
+    Callback, CallbackError, CallbackSender, Containment, ExecutorBackend, ForeignChange, JobParts,
+    JobPartsFactory, JumpPointFiles, LeftBehind, LogSource, LogSpool, LogUploads, MetricsSink,
+    PreparationError, PreparationStep, Script, ScriptEnd, SessionEvent, ShellSession, SparePlace,
+    StepError, StepLog,
+};
+
+mod hub;
+mod uplink;
+
+pub use hub::ScriptedHub;
+pub use uplink::{Push, Reply, ScriptedUplink};
+
+/// Makes the actor that receives it panic.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct PanicNow;
+
+/// Panics as a bug would.
+///
+/// # Panics
+///
+/// Always.
+#[expect(clippy::panic, reason = "a crash is what it is for")]
+pub fn panic_as_asked() {
+    panic!("a test asked for this panic");
+}
+
+/// A spool in memory; clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct MemorySpool(Arc<Mutex<MemorySpoolState>>);
+
+#[derive(Debug, Default)]
+struct MemorySpoolState {
+    bytes: Vec<u8>,
+    /// How long the log is for who writes it.
+    known: usize,
+    fail_after: Option<usize>,
+    is_full: bool,
+    is_overwritten: bool,
+}
+
+impl MemorySpool {
+    fn state(&self) -> MutexGuard<'_, MemorySpoolState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Everything written.
+    pub fn contents(&self) -> Vec<u8> {
+        self.state().bytes.clone()
+    }
+
+    /// The next append writes only so many bytes and fails.
+    pub fn fail_next_append_after(&self, bytes: usize) {
+        self.state().fail_after = Some(bytes);
+    }
+
+    /// From now on there is room for last words only, or for everything again.
+    pub fn set_full(&self, is_full: bool) {
+        self.state().is_full = is_full;
+    }
+
+    /// Somebody else cuts the file.
+    pub fn cut_behind_the_writer(&self, length: usize) {
+        self.state().bytes.truncate(length);
+    }
+
+    /// Somebody else writes over what is there.
+    pub fn overwrite_behind_the_writer(&self, at: usize, bytes: &[u8]) {
+        let mut state = self.state();
+        state.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+        state.is_overwritten = true;
+    }
+
+    /// Somebody else writes to the file.
+    pub fn write_behind_the_writer(&self, bytes: &[u8]) {
+        self.state().bytes.extend_from_slice(bytes);
+    }
+}
+
+impl LogSpool for MemorySpool {
+    fn append(&mut self, lines: &[u8]) -> io::Result<()> {
+        let mut state = self.state();
+        if state.is_full {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        let written = state.fail_after.take();
+        state.bytes.extend_from_slice(&lines[..written.unwrap_or(lines.len())]);
+        state.known = state.bytes.len();
+        written.map_or(Ok(()), |_| Err(io::ErrorKind::StorageFull.into()))
+    }
+
+    fn append_last_words(&mut self, lines: &[u8]) -> io::Result<()> {
+        let mut state = self.state();
+        state.bytes.extend_from_slice(lines);
+        state.known = state.bytes.len();
+        Ok(())
+    }
+
+    fn foreign_change(&self) -> io::Result<Option<ForeignChange>> {
+        let state = self.state();
+        Ok(match state.bytes.len().cmp(&state.known) {
+            Ordering::Less => Some(ForeignChange::Cut(state.bytes.len() as u64)),
+            Ordering::Equal => None,
+            Ordering::Greater => Some(ForeignChange::Grown),
+        })
+    }
+
+    fn check_bytes(&mut self) -> io::Result<Option<ForeignChange>> {
+        let is_overwritten = std::mem::take(&mut self.state().is_overwritten);
+        Ok(is_overwritten.then_some(ForeignChange::Overwritten))
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        LogSource::read_at(&*self.0, offset, buffer)
+    }
+
+    fn truncate(&mut self, length: u64) -> io::Result<()> {
+        let mut state = self.state();
+        state.bytes.truncate(usize::try_from(length).unwrap_or(usize::MAX));
+        state.known = state.bytes.len();
+        Ok(())
+    }
+
+    fn source(&self) -> Arc<dyn LogSource> {
+        Arc::clone(&self.0) as Arc<dyn LogSource>
+    }
+
+    fn reopen(&self) -> io::Result<Box<dyn LogSpool>> {
+        Ok(Box::new(self.clone()))
+    }
+
+    fn may_block(&self) -> bool {
+        false
+    }
+}
+
+impl LogSource for Mutex<MemorySpoolState> {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        let state = self.lock().unwrap_or_else(PoisonError::into_inner);
+        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(state.bytes.len());
+        let length = buffer.len().min(state.bytes.len() - start);
+        buffer[..length].copy_from_slice(&state.bytes[start..start + length]);
+        Ok(length)
+    }
+
+    fn keep_as(&self, _: &Path) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What a scripted shell does with the next script.
+#[derive(Clone, Debug)]
+pub enum Reaction {
+    /// It prints and ends with an exit code.
+    End(&'static str, i32),
+    /// It prints, and ends so much later with an exit code.
+    EndAfter(Duration, &'static str, i32),
+    /// It prints and ends with 130, `SEMAPHORE_JOB_RESULT` being the third.
+    StopFromInside(&'static str, &'static str),
+    /// It prints and ends the shell.
+    EndShell(&'static str),
+    /// It prints and never ends.
+    Hang(&'static str),
+}
+
+/// The world of one scripted job; clones share it.
+#[derive(Clone, Default)]
+pub struct ScriptedJob(Rc<ScriptedState>);
+
+#[derive(Default)]
+struct ScriptedState {
+    reactions: RefCell<VecDeque<Reaction>>,
+    calls: RefCell<Vec<(Instant, String)>>,
+    called: Notify,
+    hang_in_prepare: Cell<bool>,
+    fail_prepare: Cell<bool>,
+    panic_at_the_end: Cell<bool>,
+    hang_at_the_end: Cell<bool>,
+    hang_in_upload: Cell<bool>,
+    refused_callbacks: Cell<u32>,
+    /// How long a refusal takes.
+    callback_latency: Cell<Duration>,
+    /// The last job's.
+    spool: RefCell<MemorySpool>,
+    is_not_ready: Cell<bool>,
+}
+
+impl ScriptedJob {
+    /// A job whose shell reacts to script after script as told, and to all others with success.
+    pub fn new(reactions: impl IntoIterator<Item = Reaction>) -> Self {
+        let job = Self::default();
+        job.0.reactions.borrow_mut().extend(reactions);
+        job
+    }
+
+    /// The preparation never ends.
+    #[must_use]
+    pub fn hanging_in_prepare(self) -> Self {
+        self.0.hang_in_prepare.set(true);
+        self
+    }
+
+    /// The preparation fails.
+    #[must_use]
+    pub fn failing_in_prepare(self) -> Self {
+        self.0.fail_prepare.set(true);
+        self
+    }
+
+    /// The clean-up panics.
+    #[must_use]
+    pub fn panicking_at_the_end(self) -> Self {
+        self.0.panic_at_the_end.set(true);
+        self
+    }
+
+    /// The clean-up never ends.
+    #[must_use]
+    pub fn hanging_at_the_end(self) -> Self {
+        self.0.hang_at_the_end.set(true);
+        self
+    }
+
+    /// Uploads never end.
+    #[must_use]
+    pub fn hanging_in_upload(self) -> Self {
+        self.0.hang_in_upload.set(true);
+        self
+    }
+
+    /// The next so many callbacks are not taken.
+    #[must_use]
+    pub fn refusing_callbacks(self, number: u32) -> Self {
+        self.0.refused_callbacks.set(number);
+        self
+    }
+
+    /// Each refusal of a callback takes so long.
+    #[must_use]
+    pub fn answering_callbacks_after(self, latency: Duration) -> Self {
+        self.0.callback_latency.set(latency);
+        self
+    }
+
+    /// Everything that the actors asked of the ports so far.
+    pub fn calls(&self) -> Vec<String> {
+        self.0.calls.borrow().iter().map(|(_, call)| call.clone()).collect()
+    }
+
+    /// When `call` was made.
+    pub fn times_of(&self, call: &str) -> Vec<Instant> {
+        let calls = self.0.calls.borrow();
+        calls.iter().filter(|(_, made)| made == call).map(|(at, _)| *at).collect()
+    }
+
+    /// Waits until `call` was made.
+    pub async fn until_called(&self, call: &str) {
+        loop {
+            let called = self.0.called.notified();
+            if self.0.calls.borrow().iter().any(|(_, made)| made == call) {
+                return;
+            }
+            called.await;
+        }
+    }
+
+    /// No job could be started now, or one could again.
+    pub fn set_not_ready(&self, is_not_ready: bool) {
+        self.0.is_not_ready.set(is_not_ready);
+    }
+
+    /// The spool of the job's log, once the job has begun.
+    pub fn spool(&self) -> MemorySpool {
+        self.0.spool.borrow().clone()
+    }
+
+    /// The job's log, as text.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&self.0.spool.borrow().contents()).into_owned()
+    }
+
+    fn call(&self, call: impl Into<String>) {
+        self.0.calls.borrow_mut().push((Instant::now(), call.into()));
+        self.0.called.notify_waiters();
+    }
+}
+
+impl JobPartsFactory for ScriptedJob {
+    fn make(&self, _: &Job) -> io::Result<JobParts> {
+        let spool = MemorySpool::default();
+        self.0.spool.replace(spool.clone());
+        Ok(JobParts {
+            backend: Box::new(self.clone()),
+            containment: Box::new(self.clone()),
+            spool: Box::new(spool),
+            jump_point: Some(Rc::new(self.clone())),
+        })
+    }
+
+    fn check(&self) -> io::Result<()> {
+        if self.0.is_not_ready.get() { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+
+    fn make_spare_place(&self, _: &Job) -> io::Result<SparePlace> {
+        Ok(SparePlace { backend: Box::new(self.clone()), containment: Box::new(self.clone()) })
+    }
+}
+
+impl JumpPointFiles for ScriptedJob {
+    fn open(&self, keys: Vec<Bytes>) -> LocalBoxFuture<'static, io::Result<()>> {
+        self.call(format!("open access for {} keys", keys.len()));
+        std::future::ready(Ok(())).boxed_local()
+    }
+
+    fn close(&self) -> LocalBoxFuture<'static, io::Result<()>> {
+        self.call("close access");
+        std::future::ready(Ok(())).boxed_local()
+    }
+
+    /// Somebody is always logged in.
+    fn close_if_unused(&self) -> LocalBoxFuture<'static, io::Result<bool>> {
+        std::future::ready(Ok(false)).boxed_local()
+    }
+}
+
+impl CallbackSender for ScriptedJob {
+    fn send(&self, callback: &Callback) -> LocalBoxFuture<'static, Result<(), CallbackError>> {
+        self.call(format!("call {} with {}", callback.url, callback.body));
+        let taken = match self.0.refused_callbacks.get() {
+            0 => Ok(()),
+            left => {
+                self.0.refused_callbacks.set(left - 1);
+                Err(CallbackError::Failed("500".to_owned()))
+            }
+        };
+        let latency = self.0.callback_latency.get();
+        async move {
+            if taken.is_err() && !latency.is_zero() {
+                sleep(latency).await;
+            }
+            taken
+        }
+        .boxed_local()
+    }
+}
+
+impl LogUploads for ScriptedJob {
+    fn upload<'a>(
+        &'a self,
+        _: &'a Job,
+        _: &'a LogRange,
+        trimmed: bool,
+    ) -> LocalBoxFuture<'a, Result<(), String>> {
+        self.call(if trimmed { "upload trimmed" } else { "upload" });
+        if self.0.hang_in_upload.get() {
+            return std::future::pending().boxed_local();
+        }
+        std::future::ready(Ok(())).boxed_local()
+    }
+}
+
+impl ExecutorBackend for ScriptedJob {
+    fn preparation(&self) -> Vec<PreparationStep> {
+        vec![PreparationStep::Hidden]
+    }
+
+    fn prepare<'a>(
+        &'a mut self,
+        _: usize,
+        _: &'a mut dyn StepLog,
+    ) -> LocalBoxFuture<'a, Result<Option<Box<dyn ShellSession>>, PreparationError>> {
+        async {
+            self.call("prepare");
+            if self.0.hang_in_prepare.get() {
+                std::future::pending::<()>().await;
+            }
+            if self.0.fail_prepare.get() {
+                return Err(StepError("there is no shell".into()).into());
+            }
+            let session = ScriptedSession { job: self.clone(), events: VecDeque::new() };
+            Ok(Some(Box::new(session) as Box<dyn ShellSession>))
+        }
+        .boxed_local()
+    }
+
+    fn stage_variables<'a>(
+        &'a mut self,
+        variables: &'a [EnvVar],
+    ) -> LocalBoxFuture<'a, Result<Script, StepError>> {
+        let names: Vec<_> = variables.iter().map(|v| v.name.as_str()).collect();
+        let text = format!("export {}", names.join(" "));
+        async move { Ok(Script { text, untraced: true }) }.boxed_local()
+    }
+
+    fn shown_path(&self, file: &InjectedFile) -> String {
+        file.path.clone()
+    }
+
+    fn inject<'a>(
+        &'a mut self,
+        file: &'a InjectedFile,
+    ) -> LocalBoxFuture<'a, Result<(), StepError>> {
+        self.call(format!("inject {}", file.path));
+        async move {
+            match file.path.as_str() {
+                "/refused" => Err(StepError("/refused: permission denied".into())),
+                _ => Ok(()),
+            }
+        }
+        .boxed_local()
+    }
+}
+
+struct ScriptedSession {
+    job: ScriptedJob,
+    /// Each with the moment when it comes.
+    events: VecDeque<(Instant, SessionEvent)>,
+}
+
+impl ShellSession for ScriptedSession {
+    fn start<'a>(&'a mut self, script: &'a Script) -> LocalBoxFuture<'a, io::Result<()>> {
+        let exports = script.untraced;
+        let scripted = || self.job.0.reactions.borrow_mut().pop_front();
+        let reaction = if exports { None } else { scripted() };
+        let end = |exit_code, job_result: &str| {
+            SessionEvent::ScriptEnded(ScriptEnd { exit_code, job_result: job_result.into() })
+        };
+        let now = Instant::now();
+        let (text, last) = match reaction.unwrap_or(Reaction::End("", 0)) {
+            Reaction::End(text, exit_code) => (text, Some((now, end(exit_code, "")))),
+            Reaction::EndAfter(time, text, exit_code) => {
+                (text, Some((now + time, end(exit_code, ""))))
+            }
+            Reaction::StopFromInside(text, result) => (text, Some((now, end(130, result)))),
+            Reaction::EndShell(text) => {
+                (text, Some((now, SessionEvent::ShellEnded(String::new()))))
+            }
+            Reaction::Hang(text) => (text, None),
+        };
+        if !text.is_empty() {
+            let output = SessionEvent::Output(Bytes::from_static(text.as_bytes()));
+            self.events.push_back((now, output));
+        }
+        self.events.extend(last);
+        self.job.call(format!("run {}", script.text));
+        async { Ok(()) }.boxed_local()
+    }
+
+    fn next_event(&mut self) -> LocalBoxFuture<'_, SessionEvent> {
+        async {
+            // Even a sleep of no time is one.
+            if let Some((at, _)) = self.events.front()
+                && *at > Instant::now()
+            {
+                sleep_until(*at).await;
+            }
+            match self.events.pop_front() {
+                Some((_, event)) => event,
+                None => std::future::pending().await,
+            }
+        }
+        .boxed_local()
+    }
+}
+
+impl Containment for ScriptedJob {
+    fn kill_shell(&self) {
+        self.call("kill shell");
+    }
+
+    fn kill_foreground(&self) {
+        self.call("kill foreground");
+    }
+
+    fn kill_all(&self) {
+        self.call("kill all");
+    }
+
+    fn end_everything(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
+        self.call(format!("end everything within {grace:?}"));
+        if self.0.panic_at_the_end.replace(false) {
+            panic_as_asked();
+        }
+        if self.0.hang_at_the_end.get() {
+            return std::future::pending().boxed_local();
+        }
+        std::future::ready(Ok(())).boxed_local()
+    }
+
+    fn release(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
+        self.call(format!("release within {grace:?}"));
+        std::future::ready(Ok(())).boxed_local()
+    }
+}
+
+/// A sink that keeps what it gets.
+#[derive(Clone, Debug)]
+pub struct RecordingMetrics(pub mpsc::UnboundedSender<String>);
+
+impl MetricsSink for RecordingMetrics {
+    fn count(&mut self, name: &str, tag: &str) {
+        // Nobody may be listening any more.
+        let _ = self.0.send(format!("{name}#{tag}"));
+    }
+
+    fn time(&mut self, name: &str, _: Duration, tag: &str) {
+        let _ = self.0.send(format!("{name}#{tag}"));
+    }
+}

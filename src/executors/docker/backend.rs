@@ -1,0 +1,564 @@
+//! Runs a job in containers: the shell in the main one, behind its terminal.
+
+use std::path::Path;
+use std::process::Command;
+use std::rc::Rc;
+use std::time::Duration;
+
+use actix::Addr;
+use actors::job::containers::{Compose, Container};
+use actors::job::{EnvVar, InjectedFile, JobId, Problem};
+use actors::metrics::{Count, Metrics, Time};
+use actors::ports::{
+    ExecutorBackend, PreparationError, PreparationStep, Script, SessionEvent, ShellSession,
+    StepError, StepLog,
+};
+use bollard::query_parameters::{
+    CreateContainerOptions, InspectContainerOptions, ResizeContainerTTYOptions,
+};
+use futures_util::FutureExt as _;
+use futures_util::future::{LocalBoxFuture, try_join_all};
+use tokio::sync::{Mutex, mpsc};
+use tokio::time::{Instant, timeout};
+
+use crate::config::DockerSocket;
+use crate::executors::docker::DockerConfig;
+use crate::executors::docker::bodies::{Common, KVM, SOCKET};
+use crate::executors::docker::engine::Engine;
+use crate::executors::docker::hijack::ContainerTerminal;
+use crate::executors::docker::place::Place;
+use crate::executors::docker::pull::{ensure_image, words_of};
+use crate::executors::docker::shell::{
+    DockerSession, Inside, SharedSession, export_lines, no_shell, show_to_logins,
+};
+use crate::executors::docker::side_containers::{SideContainer, wait_for_all};
+use crate::executors::docker::upload::ContainerUser;
+use crate::executors::registries::{Login, Registries};
+use crate::executors::session::{Mark, Session};
+use crate::os::programs::output_of;
+
+/// How long the image's entrypoint and the shell's startup files may take.
+const SHELL_PATIENCE: Duration = Duration::from_mins(2);
+
+/// How much of what they print is shown if there is no shell, in bytes.
+const SHOWN: usize = 2000;
+
+/// How many of the last lines of a host setup command stand in the agent's own log.
+const SETUP_LINES: usize = 20;
+
+/// How much of it is kept: what the agent types, and is perhaps echoed, stands before it.
+const KEPT: usize = 10_000;
+
+/// What programs take for granted where nobody looks.
+const ROWS: i32 = 24;
+const COLUMNS: i32 = 80;
+
+/// See the module.
+pub struct DockerBackend {
+    config: DockerConfig,
+    compose: Compose,
+    place: Place,
+    common: Common,
+    metrics: Addr<Metrics>,
+    /// Where the shell keeps its scripts, in the container.
+    script: String,
+    /// There is to be nothing but a shell, and nobody is told how it comes about.
+    is_spare: bool,
+    engine: Option<Engine>,
+    registries: Option<Registries>,
+    session: Option<SharedSession>,
+    staged: u32,
+}
+
+/// The steps of the preparation, in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    SetUpHost,
+    SetUpCredentials,
+    PullImages,
+    StartContainers,
+    /// All of it, for what comes after a job's stop.
+    Spare,
+}
+
+impl DockerBackend {
+    /// A backend for a job whose containers are all in `place`.
+    pub fn new(
+        config: DockerConfig,
+        job: &JobId,
+        compose: Compose,
+        place: Place,
+        metrics: Addr<Metrics>,
+    ) -> Self {
+        let id = place.id();
+        let common = Common {
+            place: id.to_owned(),
+            job: job.as_str().to_owned(),
+            socket: None,
+            files: Vec::new(),
+            kvm: false,
+            environment: Vec::new(),
+        };
+        let script = format!("/dev/shm/.agent-{id}");
+        Self {
+            config,
+            compose,
+            place,
+            common,
+            metrics,
+            script,
+            is_spare: false,
+            engine: None,
+            registries: None,
+            session: None,
+            staged: 0,
+        }
+    }
+
+    /// One that only brings up the main container, after the job was stopped.
+    #[must_use]
+    pub fn spare(self) -> Self {
+        Self { is_spare: true, ..self }
+    }
+
+    fn steps(&self) -> Vec<Step> {
+        if self.is_spare {
+            return vec![Step::Spare];
+        }
+        let has_credentials = self.compose.credentials.as_ref().map_or(true, |all| !all.is_empty());
+        let credentials = has_credentials.then_some(Step::SetUpCredentials);
+        [Some(Step::SetUpHost), credentials, Some(Step::PullImages), Some(Step::StartContainers)]
+            .into_iter()
+            .flatten()
+            .collect()
+    }
+
+    fn inside(&self) -> Result<Inside, StepError> {
+        match &self.session {
+            Some(session) => Ok(Inside { session: Rc::clone(session) }),
+            None => Err(no_shell()),
+        }
+    }
+
+    fn engine(&self) -> Result<Engine, StepError> {
+        self.engine.clone().ok_or_else(|| StepError("there is no Docker Engine".into()))
+    }
+
+    async fn set_up_host(&mut self) -> Result<(), PreparationError> {
+        self.place.watch(&self.config.environment);
+        self.find_files()?;
+        if !self.is_spare {
+            for command in &self.compose.host_setup_commands {
+                self.run_on_host(&command.directive).await?;
+            }
+        }
+        let engine = Engine::connect(&self.config.environment, &self.place.scratch()).await;
+        let engine = engine.map_err(|error| StepError(error.to_string()))?;
+        self.place.is_on(&engine);
+        // Another machine's engine usually has it where everybody has it; its devices nobody can see.
+        self.common.socket = match self.config.socket {
+            DockerSocket::Always => engine.socket.clone().or_else(|| Some(SOCKET.into())),
+            DockerSocket::Never => None,
+        };
+        let is_here = engine.socket.is_some();
+        self.common.kvm = self.config.expose_kvm && is_here && Path::new(KVM).exists();
+        self.engine = Some(engine);
+        let registries = Registries::of_user(&self.config.home, &self.config.environment);
+        self.common.environment = registries.proxy_variables();
+        self.registries = Some(registries);
+        Ok(())
+    }
+
+    /// Files of the agent's machine that the main container is to have.
+    fn find_files(&mut self) -> Result<(), PreparationError> {
+        let (there, missing): (Vec<_>, Vec<_>) =
+            self.config.files.iter().cloned().partition(|mount| mount.host.exists());
+        for mount in &missing {
+            let path = mount.host.display();
+            if self.config.fail_on_missing_files {
+                log::error!(path:%; "a file that jobs are to have is missing; the job fails");
+                return Err(PreparationError::Untold);
+            }
+            log::warn!(path:%; "a file that jobs are to have is missing");
+        }
+        self.common.files = there;
+        Ok(())
+    }
+
+    async fn run_on_host(&self, directive: &str) -> Result<(), StepError> {
+        let failed = |why: &str| StepError(format!("the host setup command `{directive}` {why}"));
+        let mut command = Command::new("bash");
+        command.args(["-c", directive]).env_clear().envs(self.config.environment.iter().cloned());
+        command.current_dir(&self.config.home);
+        let ended = output_of(command, |group| self.place.has_group(group)).await;
+        self.place.has_group(None);
+        let (status, printed) = ended.map_err(|error| failed(&format!("can't be run: {error}")))?;
+        let printed = String::from_utf8_lossy(&printed);
+        // The end of it is what tells most; all of it could push everything else out of the log.
+        let all = printed.lines().count();
+        for line in printed.lines().skip(all.saturating_sub(SETUP_LINES)) {
+            let line = &line[..line.floor_char_boundary(SHOWN)];
+            log::info!(line; "host setup");
+        }
+        if all > SETUP_LINES {
+            log::info!(lines = all - SETUP_LINES; "host setup: earlier lines are left out");
+        }
+        if status.success() {
+            return Ok(());
+        }
+        Err(failed(&format!("failed: {status}; its output is in the agent's own log")))
+    }
+
+    async fn set_up_credentials(&mut self, log: &mut dyn StepLog) -> Result<(), StepError> {
+        let engine = self.engine()?;
+        let credentials = self.compose.credentials.as_ref().map_err(|problems| listed(problems))?;
+        for each in credentials {
+            log.tell(&format!("Setting up credentials for {}\n", each.kind())).await?;
+            let login = Login::of(each, &self.config.environment).await?;
+            login.check(&engine).await?;
+            if let Some(registries) = &mut self.registries {
+                registries.add(login);
+            }
+        }
+        Ok(())
+    }
+
+    async fn pull_images(&mut self, log: &mut dyn StepLog) -> Result<(), StepError> {
+        let (engine, network) = (self.engine()?, self.common.network());
+        let registries = self
+            .registries
+            .clone()
+            .unwrap_or_else(|| Registries::of_user(&self.config.home, &self.config.environment));
+        let mut images: Vec<&str> = self.compose.containers().map(|c| c.image.as_str()).collect();
+        if self.is_spare {
+            images.truncate(1);
+        }
+        images.sort_unstable();
+        images.dedup();
+        let (told, mut lines) = mpsc::unbounded_channel();
+        let pulls = try_join_all(images.into_iter().map(|image| {
+            let (engine, registries, told) = (&engine, &registries, told.clone());
+            let metrics = &self.metrics;
+            async move {
+                let begun = Instant::now();
+                let pulled = ensure_image(engine, registries, image, &told).await;
+                let tag = || format!("image:{image}");
+                let duration = begun.elapsed();
+                metrics.do_send(Time {
+                    name: "compose_ci.docker_pull.duration",
+                    duration,
+                    tag: tag(),
+                });
+                let name = if pulled.is_ok() {
+                    "compose_ci.docker_pull.success.rate"
+                } else {
+                    "compose_ci.docker_pull.failure.rate"
+                };
+                metrics.do_send(Count { name, tag: tag() });
+                pulled.map_err(|error| StepError(format!("{image}: {}", words_of(&error))))
+            }
+        }));
+        // Takes a while, and needs no image.
+        let api = engine.api.clone();
+        let networked = self.place.make(async move { api.create_network(network).await });
+        let work = async {
+            let (pulled, networked) = tokio::join!(pulls, networked);
+            pulled?;
+            let created = networked.map_err(|closed| StepError(closed.to_string()))?;
+            created.map(drop).map_err(|error| StepError(words_of(&error)))
+        };
+        tokio::pin!(work);
+        drop(told);
+        let done = loop {
+            tokio::select! {
+                biased;
+                Some(line) = lines.recv() => log.tell(&line).await?,
+                done = &mut work => break done,
+            }
+        };
+        while let Ok(line) = lines.try_recv() {
+            log.tell(&line).await?;
+        }
+        done
+    }
+
+    async fn start_containers(
+        &mut self,
+        log: &mut dyn StepLog,
+    ) -> Result<Box<dyn ShellSession>, StepError> {
+        log.tell("Starting a new bash session.\n").await?;
+        match self.try_start_containers(log).await {
+            Ok(session) => Ok(session),
+            Err(error) => {
+                log.tell("Failed to start the docker image\n").await?;
+                Err(error)
+            }
+        }
+    }
+
+    async fn try_start_containers(
+        &mut self,
+        log: &mut dyn StepLog,
+    ) -> Result<Box<dyn ShellSession>, StepError> {
+        let engine = self.engine()?;
+        let side_containers: &[Container] =
+            if self.is_spare { &[] } else { &self.compose.side_containers };
+        let started = try_join_all(
+            side_containers.iter().map(|container| self.start_side_container(&engine, container)),
+        );
+        let ((session, main), started) =
+            tokio::try_join!(self.start_main_container(&engine), started)?;
+        let session = Rc::new(Mutex::new(session));
+        self.session = Some(Rc::clone(&session));
+        let mut inside = Inside { session: Rc::clone(&session) };
+        let at_home = "__agent_home=$HOME; builtin cd ~ 2>/dev/null; builtin true";
+        let there = timeout(SHELL_PATIENCE, inside.run(at_home, None)).await;
+        there.map_err(|_| StepError("the shell does not react".into()))??;
+        for file in self.compose.main.files.clone() {
+            inside.inject(&file).await?;
+        }
+        wait_for_all(&engine, started, &mut inside, log).await?;
+        Ok(Box::new(DockerSession::new(session, engine, main)))
+    }
+
+    async fn start_side_container(
+        &self,
+        engine: &Engine,
+        container: &Container,
+    ) -> Result<SideContainer, StepError> {
+        let name = container.name.as_str().to_owned();
+        let failed = |why: String| StepError(format!("{name}: {why}"));
+        let body = self.common.side_container(container);
+        let id = self.create(engine, &name, body).await.map_err(&failed)?;
+        if !container.files.is_empty() {
+            let user = self.user_of(engine, &id, container).await;
+            for file in &container.files {
+                let whose =
+                    |error| StepError(format!("{error} (a file of the container `{name}`)"));
+                user.upload(engine, &id, file).await.map_err(whose)?;
+            }
+        }
+        self.start(engine, &id).await.map_err(&failed)?;
+        Ok(SideContainer { name, id })
+    }
+
+    /// Who a container runs as: the job's choice, or the image's.
+    async fn user_of(&self, engine: &Engine, id: &str, container: &Container) -> ContainerUser {
+        let user = match &container.user {
+            Some(user) => Some(user.clone()),
+            None => {
+                let found = engine.api.inspect_container(id, None::<InspectContainerOptions>).await;
+                found.ok().and_then(|found| found.config?.user)
+            }
+        };
+        ContainerUser::of(engine, id, &user.unwrap_or_default()).await
+    }
+
+    async fn create(
+        &self,
+        engine: &Engine,
+        name: &str,
+        body: bollard::models::ContainerCreateBody,
+    ) -> Result<String, String> {
+        let name = Some(self.common.container_name(name));
+        let options = CreateContainerOptions { name, ..Default::default() };
+        let api = engine.api.clone();
+        let created =
+            self.place.make(async move { api.create_container(Some(options), body).await }).await;
+        let created = created.map_err(|closed| closed.to_string())?;
+        created.map(|created| created.id).map_err(|error| words_of(&error))
+    }
+
+    async fn start(&self, engine: &Engine, id: &str) -> Result<(), String> {
+        let (api, id) = (engine.api.clone(), id.to_owned());
+        let start = async move {
+            api.start_container(&id, None::<bollard::query_parameters::StartContainerOptions>).await
+        };
+        let started = self.place.make(start).await.map_err(|closed| closed.to_string())?;
+        started.map_err(|error| words_of(&error))
+    }
+
+    async fn start_main_container(
+        &self,
+        engine: &Engine,
+    ) -> Result<(Session<ContainerTerminal>, String), StepError> {
+        let main = &self.compose.main;
+        let body = self.common.main_container(main);
+        let created = self.create(engine, main.name.as_str(), body).await;
+        let created = match created {
+            // The engine has its socket somewhere else: a job can do without.
+            Err(why) if engine.socket.is_none() && why.contains(SOCKET) => {
+                let without = Common { socket: None, ..self.common.clone() };
+                self.create(engine, main.name.as_str(), without.main_container(main)).await
+            }
+            created => created,
+        };
+        let id = created.map_err(StepError)?;
+        self.place.has_main(&id);
+        let terminal = engine.attach(&id).await.map_err(|error| StepError(error.to_string()))?;
+        // Nothing announces the shell's end but that of the stream.
+        let gone = Mark::random().map_err(|error| StepError(error.to_string()))?;
+        let failed = |error: std::io::Error| StepError(format!("the terminal failed: {error}"));
+        let mut session = Session::new(terminal, gone).map_err(failed)?;
+        session.type_bootstrap(&self.script).map_err(failed)?;
+        let mut printed = Vec::new();
+        let began = async {
+            self.start(engine, &id)
+                .await
+                .map_err(|why| StepError(why_it_can_not_start(&why, &main.image)))?;
+            let size = ResizeContainerTTYOptions { h: ROWS, w: COLUMNS };
+            // Without it the terminal has no size, as with other tools.
+            let _ = engine.api.resize_container_tty(&id, size).await;
+            Ok(())
+        };
+        let ready = timeout(SHELL_PATIENCE, until_ready(&mut session, &mut printed));
+        let (began, ready) = tokio::join!(began, ready);
+        began?;
+        let problem = match ready {
+            Ok(Ready::Yes) => return Ok((session, id)),
+            Ok(Ready::NoFile) => format!("the shell can't write to {}", self.script),
+            Ok(Ready::Ended) => self.why_there_is_no_shell(engine, &id).await,
+            Err(_) => {
+                "there is no `bash` yet, as if the image's entrypoint waited for something, or \
+                       ran something else"
+                    .to_owned()
+            }
+        };
+        let printed = String::from_utf8_lossy(&printed).replace("\r\n", "\n");
+        // What the agent typed is of no use to anybody.
+        let lines = printed.lines().filter(|line| !line.contains("__agent_"));
+        let printed = lines.collect::<Vec<_>>().join("\n");
+        let from = printed.ceil_char_boundary(printed.len().saturating_sub(SHOWN));
+        Err(StepError(format!("{problem}; it printed: {}", printed[from..].trim())))
+    }
+
+    async fn why_there_is_no_shell(&self, engine: &Engine, id: &str) -> String {
+        let image = &self.compose.main.image;
+        let found = engine.api.inspect_image(image).await;
+        let made_for = found.ok().and_then(|found| found.architecture).unwrap_or_default();
+        if !made_for.is_empty() && made_for != engine.architecture {
+            let here = &engine.architecture;
+            return format!("the image {image} is for {made_for}, and this engine runs on {here}");
+        }
+        let found = engine.api.inspect_container(id, None::<InspectContainerOptions>).await;
+        let state = found.ok().and_then(|found| found.state).unwrap_or_default();
+        let words = state.error.unwrap_or_default();
+        let what = match state.exit_code.unwrap_or_default() {
+            127 => format!("the image {image} has no `bash`"),
+            code => format!("the container ended with exit code {code} before it was ready"),
+        };
+        format!("{what} {words}").trim().to_owned()
+    }
+
+    async fn prepare_spare(&mut self) -> Result<Box<dyn ShellSession>, PreparationError> {
+        let mut silence = Silence;
+        self.set_up_host().await?;
+        self.pull_images(&mut silence).await?;
+        Ok(self.start_containers(&mut silence).await?)
+    }
+}
+
+/// The engine's words about a main container that does not start, and which program is to blame.
+fn why_it_can_not_start(words: &str, image: &str) -> String {
+    let program = words.split_once("exec: \"").and_then(|(_, rest)| rest.split_once('"'));
+    match program {
+        Some(("bash", _)) => format!("the image {image} has no `bash`: {words}"),
+        Some((entrypoint, _)) => format!("the entrypoint `{entrypoint}` can't be run: {words}"),
+        None => words.to_owned(),
+    }
+}
+
+/// Tells nothing.
+struct Silence;
+
+impl StepLog for Silence {
+    fn tell<'a>(&'a mut self, _: &'a str) -> LocalBoxFuture<'a, Result<(), StepError>> {
+        std::future::ready(Ok(())).boxed_local()
+    }
+}
+
+fn listed(problems: &[Problem]) -> StepError {
+    let lines: Vec<_> = problems.iter().map(ToString::to_string).collect();
+    StepError(lines.join("\n"))
+}
+
+/// What became of a shell's bootstrap.
+enum Ready {
+    Yes,
+    NoFile,
+    Ended,
+}
+
+async fn until_ready(session: &mut Session<ContainerTerminal>, printed: &mut Vec<u8>) -> Ready {
+    loop {
+        match session.next_event().await {
+            SessionEvent::Output(bytes) => {
+                printed.extend_from_slice(&bytes);
+                printed.drain(..printed.len().saturating_sub(KEPT));
+            }
+            SessionEvent::ScriptEnded(end) if end.exit_code == 0 => return Ready::Yes,
+            SessionEvent::ScriptEnded(_) => return Ready::NoFile,
+            SessionEvent::ShellEnded(_) => return Ready::Ended,
+        }
+    }
+}
+
+impl ExecutorBackend for DockerBackend {
+    fn preparation(&self) -> Vec<PreparationStep> {
+        let kind = |step| match step {
+            Step::SetUpHost | Step::Spare => PreparationStep::Hidden,
+            Step::SetUpCredentials => PreparationStep::Shown("Setting up image pull credentials"),
+            Step::PullImages => PreparationStep::Shown("Pulling docker images..."),
+            Step::StartContainers => PreparationStep::Shown("Starting the docker image..."),
+        };
+        self.steps().into_iter().map(kind).collect()
+    }
+
+    fn prepare<'a>(
+        &'a mut self,
+        step: usize,
+        log: &'a mut dyn StepLog,
+    ) -> LocalBoxFuture<'a, Result<Option<Box<dyn ShellSession>>, PreparationError>> {
+        async move {
+            match self.steps()[step] {
+                Step::SetUpHost => self.set_up_host().await?,
+                Step::SetUpCredentials => self.set_up_credentials(log).await?,
+                Step::PullImages => self.pull_images(log).await?,
+                Step::StartContainers => return Ok(Some(self.start_containers(log).await?)),
+                Step::Spare => return Ok(Some(self.prepare_spare().await?)),
+            }
+            Ok(None)
+        }
+        .boxed_local()
+    }
+
+    fn stage_variables<'a>(
+        &'a mut self,
+        variables: &'a [EnvVar],
+    ) -> LocalBoxFuture<'a, Result<Script, StepError>> {
+        self.staged += 1;
+        let path = format!("{}-environment-{}", self.script, self.staged);
+        let profile = if self.staged == 1 { show_to_logins(&path) } else { String::new() };
+        async move {
+            let receive = format!("( builtin umask 077; __agent_receive '{path}' ){profile}");
+            let (exit_code, printed) =
+                self.inside()?.run(&receive, Some(export_lines(variables).as_bytes())).await?;
+            if exit_code != 0 {
+                return Err(StepError(format!("{path}: {printed}")));
+            }
+            Ok(Script { text: format!("builtin . '{path}'"), untraced: true })
+        }
+        .boxed_local()
+    }
+
+    fn shown_path(&self, file: &InjectedFile) -> String {
+        file.path.clone()
+    }
+
+    fn inject<'a>(
+        &'a mut self,
+        file: &'a InjectedFile,
+    ) -> LocalBoxFuture<'a, Result<(), StepError>> {
+        async { self.inside()?.inject(file).await }.boxed_local()
+    }
+}

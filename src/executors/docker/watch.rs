@@ -1,0 +1,196 @@
+//! A process beside the agent that ends what a job in containers has if the agent dies. It is this program
+//! again, as `agent docker-watch`.
+//!
+//! Its standard input is a pipe from the agent: first a [`WatchSpec`] in JSON, a line; then `group NUMBER` for
+//! a process group of this machine that is the job's (0 for none), `engine` as soon as there may be
+//! something on the engine, and `done`. If it ends without that, the agent has. Its standard output is a pipe to the
+//! agent, which ends with it: the job may have killed it, and gets another one.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, BufRead as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
+
+use actix::System;
+use nix::sys::prctl;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::{Pid, setsid};
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, sleep};
+
+use super::engine::Engine;
+use super::place::remove_all;
+use crate::executors::job_mark;
+use crate::executors::shell::agent_environment;
+use crate::os::sys;
+use crate::ssh_access::SshAccess;
+use crate::state;
+
+/// How long what the agent asked of the engine in its last moment may take to appear.
+const LAST_REQUESTS: Duration = Duration::from_secs(3);
+
+/// How long to try while the engine is away, and the longest pause; pauses double.
+const PATIENCE: Duration = Duration::from_hours(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// Is in the directory of a job that may have something on an engine.
+const MARK: &str = "on-engine";
+
+/// Whether the job of this directory may have something on an engine.
+pub fn may_be_on_engine(job_directory: &Path) -> bool {
+    job_directory.join(MARK).exists()
+}
+
+/// Ends what the job called `place` has on an engine, whose agent died with all that could do that. The
+/// directory goes with it.
+pub fn end_dead(place: &str, job_directory: &Path) {
+    let place = place.to_owned();
+    let spec = WatchSpec { place, job_directory: job_directory.to_owned(), access: None };
+    let watched = Watch::start(&spec, &agent_environment()).and_then(|mut watch| watch.on_engine());
+    if let Err(error) = watched {
+        log::warn!(place = spec.place, error:%; "a dead job's containers may still be there");
+    }
+}
+
+/// What to end.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct WatchSpec {
+    /// What it is marked with.
+    pub place: String,
+    /// Removed with all that is in it.
+    pub job_directory: PathBuf,
+    /// Taken back.
+    pub access: Option<SshAccess>,
+}
+
+impl WatchSpec {
+    /// What the job's processes on this machine are marked with.
+    fn mark(&self) -> String {
+        job_mark::mark_of(&self.place, self.job_directory.parent().unwrap_or(Path::new("/")))
+    }
+}
+
+/// The agent's hand on that process. Without a word more, the end of this value is that of the job.
+pub struct Watch {
+    job_directory: PathBuf,
+    pipe: Option<ChildStdin>,
+    process: Option<Child>,
+    end: Option<ChildStdout>,
+}
+
+impl Watch {
+    /// Starts it, with nothing but `environment`, which tells where the engine is.
+    pub fn start(spec: &WatchSpec, environment: &[(OsString, OsString)]) -> io::Result<Self> {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("agent").args(["docker-watch", &spec.mark()]).env_clear();
+        // It must not be found among what is the job's.
+        let is_mark = |(name, _): &&(OsString, OsString)| name.as_os_str() == job_mark::VARIABLE;
+        command.envs(environment.iter().filter(|each| !is_mark(each)).cloned());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        sys::start_clean(&mut command);
+        let mut process = command.spawn()?;
+        let job_directory = spec.job_directory.clone();
+        let (pipe, end) = (process.stdin.take(), process.stdout.take());
+        let mut watch = Self { job_directory, pipe, process: Some(process), end };
+        watch.tell(&serde_json::to_string(spec)?)?;
+        Ok(watch)
+    }
+
+    /// Readable at its end, and not before. Once only.
+    pub fn end(&mut self) -> Option<OwnedFd> {
+        self.end.take().map(OwnedFd::from)
+    }
+
+    /// From now on there may be something on the engine.
+    pub fn on_engine(&mut self) -> io::Result<()> {
+        File::create(self.job_directory.join(MARK))?;
+        self.tell("engine")
+    }
+
+    /// This process group is the job's; nothing for none.
+    pub fn group(&mut self, group: Option<Pid>) -> io::Result<()> {
+        self.tell(&format!("group {}", group.map_or(0, Pid::as_raw)))
+    }
+
+    /// There is nothing left to end.
+    pub fn call_off(mut self) {
+        // One that is gone has nothing to do either.
+        let _ = self.tell("done");
+    }
+
+    fn tell(&mut self, line: &str) -> io::Result<()> {
+        let pipe = self.pipe.as_mut().ok_or(io::ErrorKind::BrokenPipe)?;
+        pipe.write_all(format!("{line}\n").as_bytes())
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        drop(self.pipe.take());
+        if let Some(mut process) = self.process.take() {
+            // Nobody has to wait for it, but somebody has to take its exit code.
+            // Where no thread can be had, the agent's own end does it.
+            let _ = std::thread::Builder::new().spawn(move || process.wait());
+        }
+    }
+}
+
+/// Waits for the agent's word, or its end.
+pub fn run() -> io::Result<()> {
+    // Jobs run as the same user.
+    prctl::set_dumpable(false)?;
+    // Out of the reach of the terminal that the agent may run on. Fails for a leader only.
+    let _ = setsid();
+    let mut lines = io::stdin().lock().lines();
+    let spec = lines.next().ok_or(io::ErrorKind::UnexpectedEof)??;
+    let spec: WatchSpec = serde_json::from_str(&spec)?;
+    let (mut on_engine, mut group) = (false, 0);
+    for line in lines.map_while(Result::ok) {
+        match line.split_once(' ') {
+            None if line == "done" => return Ok(()),
+            None => on_engine |= line == "engine",
+            Some((_, number)) => group = number.parse().unwrap_or(0),
+        }
+    }
+    if group > 0 {
+        // It may have ended by itself.
+        let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+    }
+    job_mark::kill_all(&spec.mark());
+    let closed = spec.access.as_ref().map_or(Ok(()), SshAccess::close_for_good);
+    let scratch = state::scratch_of(&spec.job_directory);
+    state::remove(&scratch);
+    let removed = if on_engine {
+        System::new().block_on(remove_patiently(&spec.place, &scratch))
+    } else {
+        Ok(())
+    };
+    if removed.is_ok() {
+        state::remove(&spec.job_directory);
+    }
+    // Where it fails, the next agent tries again.
+    removed.and(closed)
+}
+
+async fn remove_patiently(place: &str, scratch: &Path) -> io::Result<()> {
+    let environment: Vec<_> = std::env::vars_os().collect();
+    let give_up = Instant::now() + PATIENCE;
+    let mut pause = Duration::from_secs(1);
+    loop {
+        let removed = async {
+            let engine = Engine::connect(&environment, scratch).await.map_err(io::Error::other)?;
+            remove_all(&engine, place).await.map_err(io::Error::other)?;
+            sleep(LAST_REQUESTS).await;
+            remove_all(&engine, place).await.map_err(io::Error::other)
+        };
+        match removed.await {
+            Err(_) if Instant::now() < give_up => sleep(pause).await,
+            removed => return removed,
+        }
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}

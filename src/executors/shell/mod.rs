@@ -1,0 +1,403 @@
+//! Runs a job in one login shell of this machine, on a pseudo-terminal.
+
+pub mod containment;
+mod injection;
+pub mod job_init;
+
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Component, Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use actors::job::{EnvVar, InjectedFile};
+use actors::ports::{
+    ExecutorBackend, PreparationError, PreparationStep, Script, SessionEvent, ShellSession,
+    StepError, StepLog,
+};
+use actors::request::parse_octal_mode;
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
+use tokio::time::{Instant, sleep_until};
+
+use crate::executors::session::{Mark, Session, quoted};
+use crate::executors::shell::containment::ShellContainment;
+use crate::executors::shell::injection::inject;
+use crate::executors::shell::job_init::Spec;
+use crate::os::open_files;
+use crate::os::pty::{self, Pty};
+use crate::os::sys;
+use crate::ssh_access::SshAccess;
+use crate::state::JobDir;
+
+/// How long the user's profile scripts may take before what they print is shown.
+const SLOW_PROFILE: Duration = Duration::from_secs(1);
+
+/// How long the user's profile scripts may take.
+const PROFILE_PATIENCE: Duration = Duration::from_mins(2);
+
+/// Variables with the agent's own secrets, which no job may see.
+pub const AGENT_SECRETS: [&str; 2] = ["SEMAPHORE_AGENT_TOKEN", "SEMAPHORE_AGENT_AUTH_TOKEN_SECRET"];
+
+/// What a shell job needs to know of its surroundings.
+#[derive(Clone, Debug)]
+pub struct ShellConfig {
+    /// Where the shell starts, and what relative paths are relative to.
+    pub home: PathBuf,
+    /// The environment that the shell starts with.
+    pub environment: Vec<(OsString, OsString)>,
+}
+
+/// The agent's own environment, less its secrets.
+pub fn agent_environment() -> Vec<(OsString, OsString)> {
+    let is_secret = |name: &OsString| AGENT_SECRETS.iter().any(|secret| name == secret);
+    std::env::vars_os().filter(|(name, _)| !is_secret(name)).collect()
+}
+
+/// Overwrites the agent's secrets in the environment that it was started with, where root's jobs could read them. For a
+/// process that has no other thread yet.
+pub(crate) fn wipe_secrets() {
+    sys::wipe_environment(&AGENT_SECRETS);
+}
+
+impl ShellConfig {
+    /// The agent's own surroundings, less its secrets.
+    pub fn from_env() -> io::Result<Self> {
+        let mut environment = agent_environment();
+        let is_set = |name: &str| environment.iter().any(|(n, v)| n == name && !v.is_empty());
+        let (has_home, has_term) = (is_set("HOME"), is_set("TERM"));
+        let home = std::env::home_dir().filter(|home| home.is_absolute());
+        let home = home.ok_or_else(|| {
+            io::Error::new(io::ErrorKind::NotFound, "HOME is not the path of a directory")
+        })?;
+        if !has_home {
+            environment.push(("HOME".into(), home.clone().into()));
+        }
+        if !has_term {
+            environment.push(("TERM".into(), "xterm".into()));
+        }
+        Ok(Self { home, environment })
+    }
+}
+
+/// See the module.
+pub struct ShellBackend {
+    config: ShellConfig,
+    directory: Rc<JobDir>,
+    containment: ShellContainment,
+    /// Taken back by the job's first process if the agent dies.
+    access: Option<SshAccess>,
+    staged: u32,
+}
+
+impl ShellBackend {
+    /// A place whose processes are started through `containment`.
+    pub fn new(
+        config: ShellConfig,
+        directory: Rc<JobDir>,
+        containment: ShellContainment,
+        access: Option<SshAccess>,
+    ) -> Self {
+        Self { config, directory, containment, access, staged: 0 }
+    }
+
+    async fn open_session(&self, log: &mut dyn StepLog) -> io::Result<LocalSession> {
+        let (pty, shell_end) = pty::open()?;
+        let gone = Mark::random().map_err(io::Error::other)?;
+        let spec = Spec {
+            shell: ["bash", "--login", "--noediting"].map(str::to_owned).into(),
+            home: self.config.home.clone(),
+            gone: gone.as_str().to_owned(),
+            job: self.directory.name().to_owned(),
+            job_directory: self.directory.path().to_owned(),
+            environment_copy: self.directory.environment_copy(),
+            open_files: open_files::before(),
+            access: self.access.clone(),
+        };
+        self.containment.start(&spec, shell_end, self.config.environment.clone()).await?;
+        let mut session = Session::new(pty, gone)?;
+        let path = self.directory.scratch().join("session");
+        write_private(&path, session.bootstrap().as_bytes())?;
+        session.start_bootstrap(&path)?;
+        let mut printed = Vec::new();
+        let mut is_told = false;
+        let ready = wait_for_bootstrap(&mut session, &mut printed, &mut is_told, log);
+        let ready = tokio::time::timeout(PROFILE_PATIENCE, ready).await;
+        // The shell has read it; nobody else is to.
+        let _ = fs::remove_file(&path);
+        let problem = match ready {
+            Ok(true) => None,
+            Ok(false) => Some("ended before it was ready"),
+            Err(_) => Some("is still not ready, as if its profile scripts waited for something"),
+        };
+        if let Some(problem) = problem {
+            if is_told {
+                return Err(io::Error::other(format!("the login shell {problem}")));
+            }
+            let printed = String::from_utf8_lossy(&printed).replace("\r\n", "\n");
+            return Err(io::Error::other(format!(
+                "the login shell {problem}; it printed: {}",
+                printed.trim()
+            )));
+        }
+        let script = self.directory.scratch().join("command");
+        Ok(LocalSession { session, script, kills_before: memory_kills(), end: None })
+    }
+
+    /// `path` made absolute, without `.` and `..`.
+    fn absolute(&self, path: &str) -> PathBuf {
+        let full = match path.strip_prefix("~/") {
+            Some(below) => self.config.home.join(below),
+            None => self.config.home.join(path),
+        };
+        let mut normal = PathBuf::new();
+        for part in full.components() {
+            match part {
+                Component::CurDir => {}
+                Component::ParentDir => drop(normal.pop()),
+                part => normal.push(part),
+            }
+        }
+        normal
+    }
+}
+
+/// Whether the shell became ready. What the profile scripts print belongs to no step, and only its end
+/// is kept; but if they take long, somebody may want to know why, and all that comes from then on is told.
+async fn wait_for_bootstrap(
+    session: &mut Session<Pty>,
+    printed: &mut Vec<u8>,
+    is_told: &mut bool,
+    log: &mut dyn StepLog,
+) -> bool {
+    const KEPT: usize = 2000;
+    let told_from = Instant::now() + SLOW_PROFILE;
+    loop {
+        let event = tokio::select! {
+            event = session.next_event() => event,
+            () = sleep_until(told_from), if !*is_told && has_words(printed) => {
+                SessionEvent::Output(Bytes::new())
+            }
+        };
+        match event {
+            SessionEvent::Output(bytes) => {
+                printed.extend_from_slice(&bytes);
+                printed.drain(..printed.len().saturating_sub(KEPT));
+                if Instant::now() >= told_from && (*is_told || has_words(printed)) {
+                    *is_told = true;
+                    let text = String::from_utf8_lossy(&std::mem::take(printed)).into_owned();
+                    // What the agent types is of no use to anybody, where something else than the shell echoes it.
+                    let is_typed =
+                        |line: &&str| line.contains("builtin") && line.contains("/dev/tty");
+                    let is_printed = |line: &&str| !is_typed(line) && !is_prompt(line);
+                    let text: String = text.split_inclusive('\n').filter(is_printed).collect();
+                    // A log that can't be written is noticed by the next step.
+                    let _ = log.tell(&text).await;
+                }
+            }
+            SessionEvent::ScriptEnded(_) => return true,
+            SessionEvent::ShellEnded(_) => return false,
+        }
+    }
+}
+
+/// Whether there is more than the prompts of a shell, which it prints before it becomes ready.
+fn has_words(printed: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(printed);
+    !text.lines().all(|line| line.trim().is_empty() || is_prompt(line))
+}
+
+/// Whether a line without an end looks like the prompt of a shell.
+fn is_prompt(line: &str) -> bool {
+    line.ends_with("# ") || line.ends_with("$ ")
+}
+
+impl ExecutorBackend for ShellBackend {
+    fn preparation(&self) -> Vec<PreparationStep> {
+        vec![PreparationStep::Hidden]
+    }
+
+    fn prepare<'a>(
+        &'a mut self,
+        _: usize,
+        log: &'a mut dyn StepLog,
+    ) -> LocalBoxFuture<'a, Result<Option<Box<dyn ShellSession>>, PreparationError>> {
+        async move {
+            let session = self.open_session(log).await;
+            let session = session.map_err(|error| StepError(format!("no shell: {error}")))?;
+            Ok(Some(Box::new(session) as Box<dyn ShellSession>))
+        }
+        .boxed_local()
+    }
+
+    fn stage_variables<'a>(
+        &'a mut self,
+        variables: &'a [EnvVar],
+    ) -> LocalBoxFuture<'a, Result<Script, StepError>> {
+        self.staged += 1;
+        let path = self.directory.scratch().join(format!("environment-{}", self.staged));
+        // Of the job's own variables, which come first.
+        if self.staged == 1
+            && let Some(copy) = self.directory.environment_copy()
+            && let Err(error) = write_private(&copy, &plain_export_lines(variables))
+        {
+            log::warn!(path:% = copy.display(), error:%; "the job's variables can't be copied to where people look for them");
+        }
+        let written = write_mending(&path, &export_lines(variables));
+        let script = written
+            .map(|()| Script { text: format!("builtin . {}", quoted(&path)), untraced: true })
+            .map_err(|error| StepError(format!("{}: {error}", path.display())));
+        std::future::ready(script).boxed_local()
+    }
+
+    fn shown_path(&self, file: &InjectedFile) -> String {
+        self.absolute(&file.path).display().to_string()
+    }
+
+    fn inject<'a>(
+        &'a mut self,
+        file: &'a InjectedFile,
+    ) -> LocalBoxFuture<'a, Result<(), StepError>> {
+        let path = self.absolute(&file.path);
+        let injected = match parse_octal_mode(&file.mode) {
+            Some(mode) => inject(&path, &file.content, mode)
+                .map_err(|error| StepError(format!("{}: {error}", path.display()))),
+            None => {
+                Err(StepError(format!("{}: bad file permission '{}'", path.display(), file.mode)))
+            }
+        };
+        std::future::ready(injected).boxed_local()
+    }
+}
+
+/// Sets and exports each, not by a plain `export`, which `set -k` changes; the first that fails ends the script
+/// with bash's own words.
+fn export_lines(variables: &[EnvVar]) -> Vec<u8> {
+    let mut script = Vec::new();
+    for EnvVar { name, value } in variables {
+        let name = name.as_str();
+        script.extend_from_slice(format!("builtin printf -v {name} %s ").as_bytes());
+        push_quoted(&mut script, value);
+        let export = format!(" && builtin export {name} || builtin return 1\n");
+        script.extend_from_slice(export.as_bytes());
+    }
+    script
+}
+
+/// The same for any other shell.
+fn plain_export_lines(variables: &[EnvVar]) -> Vec<u8> {
+    let mut lines = Vec::new();
+    for EnvVar { name, value } in variables {
+        lines.extend_from_slice(format!("export {}=", name.as_str()).as_bytes());
+        push_quoted(&mut lines, value);
+        lines.push(b'\n');
+    }
+    lines
+}
+
+fn push_quoted(script: &mut Vec<u8>, value: &[u8]) {
+    script.push(b'\'');
+    for (i, part) in value.split(|byte| *byte == b'\'').enumerate() {
+        if i > 0 {
+            script.extend_from_slice(br"'\''");
+        }
+        script.extend_from_slice(part);
+    }
+    script.push(b'\'');
+}
+
+/// Writes a file that only the agent's user can read, and never through what a job has put in its place.
+fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
+    if let Err(error) = fs::remove_file(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        return Err(error);
+    }
+    let mut options = File::options();
+    let mut file = options.write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(content)
+}
+
+/// The same, in the job's scratch directory. If the job has damaged that, this fails, but it is made anew: what has to run
+/// in any case needs it.
+fn write_mending(path: &Path, content: &[u8]) -> io::Result<()> {
+    write_private(path, content).inspect_err(|_| {
+        if let Some(scratch) = path.parent() {
+            for directory in [scratch.parent(), Some(scratch)].into_iter().flatten() {
+                // What is in the way is none of the agent's.
+                let _ = fs::remove_file(directory);
+                let _ = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+                let _ = fs::set_permissions(directory, fs::Permissions::from_mode(0o700));
+            }
+        }
+        // A directory may have its name.
+        let _ = fs::remove_dir_all(path);
+    })
+}
+
+/// The session of a shell job: its scripts travel as files.
+struct LocalSession {
+    session: Session<Pty>,
+    script: PathBuf,
+    /// How many processes the kernel had killed for want of memory when that was last looked at, which is after each
+    /// failure: looking takes a tenth of a short command's time.
+    kills_before: u64,
+    /// The end of the script, behind a line that was added to its output.
+    end: Option<SessionEvent>,
+}
+
+impl LocalSession {
+    /// The output's last line if the kernel has killed a process while the script that failed ran.
+    fn reason_of(&mut self, end: &SessionEvent) -> Option<SessionEvent> {
+        let has_failed = match end {
+            SessionEvent::Output(_) => false,
+            SessionEvent::ScriptEnded(end) => end.exit_code != 0,
+            SessionEvent::ShellEnded(_) => true,
+        };
+        let line = "The machine's memory ran out meanwhile, and the kernel killed a process: probably one of this job.\n";
+        if !has_failed {
+            return None;
+        }
+        let kills = memory_kills();
+        (kills > std::mem::replace(&mut self.kills_before, kills))
+            .then(|| SessionEvent::Output(Bytes::from_static(line.as_bytes())))
+    }
+}
+
+/// How many processes the kernel has killed for want of memory, here or in a control group.
+fn memory_kills() -> u64 {
+    let counters = fs::read_to_string("/proc/vmstat").unwrap_or_default();
+    let count = counters.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    count.and_then(|count| count.parse().ok()).unwrap_or(0)
+}
+
+impl ShellSession for LocalSession {
+    fn start<'a>(&'a mut self, script: &'a Script) -> LocalBoxFuture<'a, io::Result<()>> {
+        async {
+            let file = self.session.next_file(script)?;
+            write_mending(&self.script, file.as_bytes())?;
+            self.session.start_script(&self.script)
+        }
+        .boxed_local()
+    }
+
+    fn next_event(&mut self) -> LocalBoxFuture<'_, SessionEvent> {
+        async {
+            if let Some(end) = self.end.take() {
+                return end;
+            }
+            let event = self.session.next_event().await;
+            match self.reason_of(&event) {
+                Some(reason) => {
+                    self.end = Some(event);
+                    reason
+                }
+                None => event,
+            }
+        }
+        .boxed_local()
+    }
+}

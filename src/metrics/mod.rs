@@ -1,0 +1,3 @@
+//! Where the agent's metrics go.
+
+pub mod statsd;

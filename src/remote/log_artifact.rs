@@ -1,0 +1,166 @@
+//! Keeps a job's whole log as an artifact, with the `artifact` program of this machine
+//! (PROTOCOL: "Job logs as an artifact").
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, BufRead as _, BufReader, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use crate::os::programs::run_for;
+use crate::state::StateDir;
+use actors::job::Job;
+use actors::log::buffer::LogRange;
+use actors::log::event::LogEvent;
+use actors::ports::LogUploads;
+use clap::ValueEnum;
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
+use serde::{Deserialize, Serialize};
+
+/// How long an upload may take.
+const PATIENCE: Duration = Duration::from_mins(30);
+
+/// From how many bytes on logs are compressed, and what may be chosen instead.
+const COMPRESSION: &str = "SEMAPHORE_AGENT_LOGS_COMPRESSION_SIZE";
+const DEFAULT_COMPRESSION_SIZE: u64 = 100 << 20;
+const COMPRESSION_SIZES: std::ops::RangeInclusive<u64> = 1 << 20..=1 << 30;
+
+/// When a job's log is uploaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum UploadCondition {
+    /// It is not.
+    #[default]
+    Never,
+    /// Whatever the platform has.
+    Always,
+    /// If the platform has not kept all of it.
+    WhenTrimmed,
+}
+
+impl UploadCondition {
+    fn of(job: &Job) -> Result<Self, String> {
+        match job.variable("SEMAPHORE_AGENT_UPLOAD_JOB_LOGS") {
+            None | Some("" | "never") => Ok(Self::Never),
+            Some("always") => Ok(Self::Always),
+            Some("when-trimmed") => Ok(Self::WhenTrimmed),
+            Some(_) => {
+                let known = "never, always, when-trimmed";
+                Err(format!("SEMAPHORE_AGENT_UPLOAD_JOB_LOGS is none of: {known}"))
+            }
+        }
+    }
+}
+
+/// Uploads logs with a program found in the agent's PATH.
+#[derive(Clone, Debug)]
+pub struct ArtifactUploads {
+    /// What the program gets besides the job's token; without the agent's secrets.
+    pub environment: Vec<(OsString, OsString)>,
+    /// Where the text of a log is put while it is uploaded.
+    pub state: StateDir,
+    /// From how many bytes on a log is compressed.
+    pub compression_size: u64,
+    /// The same for all jobs; nothing if each job says it.
+    pub condition: Option<UploadCondition>,
+}
+
+impl ArtifactUploads {
+    /// What `SEMAPHORE_AGENT_LOGS_COMPRESSION_SIZE` in the agent's environment says, in bytes.
+    pub fn compression_size_from_env() -> Result<u64, String> {
+        let Some(size) = std::env::var_os(COMPRESSION) else {
+            return Ok(DEFAULT_COMPRESSION_SIZE);
+        };
+        let size = size.to_string_lossy();
+        let in_range = size.parse().ok().filter(|size| COMPRESSION_SIZES.contains(size));
+        in_range.ok_or_else(|| {
+            let (least, most) = (COMPRESSION_SIZES.start(), COMPRESSION_SIZES.end());
+            format!("{COMPRESSION}: `{size}` is not a number of bytes from {least} to {most}")
+        })
+    }
+
+    async fn push(&self, job: &Job, log: &LogRange) -> Result<(), String> {
+        let range = log.clone();
+        let directory = self.state.make_job_dir().map_err(|error| error.to_string())?;
+        let path = directory.scratch();
+        let compression_size = self.compression_size;
+        let written =
+            actix_rt::task::spawn_blocking(move || write_text(&range, &path, compression_size));
+        let written = written.await.map_err(|error| error.to_string())?;
+        let file = written.map_err(|error| format!("its text can't be written: {error}"))?;
+
+        let mut command = Command::new("artifact");
+        let compressed = file.extension().is_some_and(|extension| extension == "gz");
+        command.args(["push", "job"]).arg(&file).arg("-d").arg(if compressed {
+            "agent/job_logs.txt.gz"
+        } else {
+            "agent/job_logs.txt"
+        });
+        command.env_clear().envs(self.environment.iter().cloned());
+        for name in ["SEMAPHORE_ARTIFACT_TOKEN", "SEMAPHORE_ORGANIZATION_URL"] {
+            command.env(name, job.variable(name).unwrap_or_default());
+        }
+        command.env("SEMAPHORE_JOB_ID", job.id.as_str());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        match run_for(command, PATIENCE).await {
+            Ok(Some(status)) if status.success() => Ok(()),
+            Ok(Some(status)) => Err(format!("`artifact push` ended with {status}")),
+            Ok(None) => Err(format!("`artifact push` took longer than {} s", PATIENCE.as_secs())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err("there is no `artifact` program in the agent's PATH".to_owned())
+            }
+            Err(error) => Err(format!("`artifact push`: {error}")),
+        }
+    }
+}
+
+impl LogUploads for ArtifactUploads {
+    fn upload<'a>(
+        &'a self,
+        job: &'a Job,
+        log: &'a LogRange,
+        trimmed: bool,
+    ) -> LocalBoxFuture<'a, Result<(), String>> {
+        async move {
+            let wanted = match self.condition.map_or_else(|| UploadCondition::of(job), Ok)? {
+                UploadCondition::Never => false,
+                UploadCondition::Always => true,
+                UploadCondition::WhenTrimmed => trimmed,
+            };
+            if !wanted {
+                return Ok(());
+            }
+            self.push(job, log).await?;
+            log::info!(job:% = job.id; "the job's log is an artifact");
+            Ok(())
+        }
+        .boxed_local()
+    }
+}
+
+/// Writes directives and outputs, compressed if the text is as long as that.
+fn write_text(log: &LogRange, directory: &Path, compression_size: u64) -> io::Result<PathBuf> {
+    let plain = directory.join("job_logs.txt");
+    let mut text = BufWriter::new(File::create_new(&plain)?);
+    for line in BufReader::new(log.reader()).split(b'\n') {
+        match LogEvent::decode(&line?) {
+            Ok(LogEvent::CmdStarted { directive, .. }) => writeln!(text, "{directive}")?,
+            Ok(LogEvent::CmdOutput { output, .. }) => text.write_all(output.as_bytes())?,
+            // A job can write to its own log; what is no event is not the agent's.
+            Ok(_) | Err(_) => {}
+        }
+    }
+    let size = text.into_inner()?.metadata()?.len();
+    if size < compression_size {
+        return Ok(plain);
+    }
+    let compressed = directory.join("job_logs.txt.gz");
+    let mut encoder = GzEncoder::new(File::create_new(&compressed)?, Compression::default());
+    io::copy(&mut File::open(&plain)?, &mut encoder)?;
+    encoder.finish()?;
+    Ok(compressed)
+}

@@ -1,0 +1,545 @@
+//! The files that let people log in to where a job runs: keys, the script that they start, and a line
+//! in the login profile that shows them the job's environment.
+//!
+//! What is added to files of the user is marked line by line with the job's directory, so that
+//! exactly that goes away again: at the job's teardown, by the job's first process if the agent is
+//! killed, or at the agent's next start if both are. Nothing here follows a symbolic link.
+
+mod user_file;
+
+use std::fs::{self, DirBuilder, File, Permissions, TryLockError};
+use std::io::{self, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use actors::ports::JumpPointFiles;
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+use self::user_file::{MARK, UserFile, is_not_ours, split};
+use crate::executors::job_mark::{kill_those_with, those_with};
+use crate::executors::session::quoted;
+use crate::os::processes::{descendants, signal_all, start_of};
+use crate::state;
+
+/// Where people and tools expect the script (PROTOCOL: "SSH jump point").
+pub const DEFAULT_SCRIPT: &str = "/tmp/ssh_jump_point";
+
+/// The script while no job can be reached through it.
+const NO_JOB: &str = "#!/usr/bin/env bash\necho 'No job runs here now.' >&2\nexit 1\n";
+
+/// Set for everything that runs in an SSH session of the job.
+const SESSION_VARIABLE: &str = "SEMAPHORE_AGENT_SSH_SESSION";
+
+/// How often, and how far apart, to ask for the lock before going on without it: whoever holds it for
+/// so long is no agent, and must not keep a key where it is.
+const LOCK_TRIES: u32 = 100;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
+
+/// How often to look for sessions, as each of their processes may just make another.
+const SESSION_SWEEPS: u32 = 100;
+
+/// The way in to one job.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct SshAccess {
+    /// Of the user who runs the agent.
+    pub home: PathBuf,
+    /// Where the script is put.
+    pub script: PathBuf,
+    /// The job's own directory; absolute, and unique to the job.
+    pub job_directory: PathBuf,
+    /// The script is there even if the job brings no keys.
+    pub without_keys: bool,
+    /// Where it leads.
+    pub leads_to: LeadsTo,
+}
+
+/// Where people get to.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub enum LeadsTo {
+    /// A shell of this machine.
+    Shell {
+        /// The job's environment, once it is there; nothing if who logs in is not to see it.
+        environment: Option<PathBuf>,
+    },
+    /// The main container, in whose own login profile the job's environment is.
+    Container {
+        /// Its name.
+        name: String,
+        /// The variables that tell where the engine is.
+        engine: Vec<(String, String)>,
+    },
+}
+
+/// What leads into a container: waits until it runs, and says so. The name is in `$container`.
+const INTO_CONTAINER: &str = r#"
+command -v docker >/dev/null || { echo 'There is no `docker` on this machine, which this needs.' >&2; exit 127; }
+told=
+while :; do
+  state=$(docker inspect -f '{{.State.Status}}' "$container" 2>&1 | tail -n 1)
+  case $state in
+    running) break ;;
+    created|restarting|*[Nn]'o such object'*) ;;
+    exited|dead|removing|paused) echo "The job's container is gone ($state)." >&2; exit 1 ;;
+    *) printf '%s\n' "$state" >&2; exit 1 ;;
+  esac
+  [ -e "$job" ] || { echo 'The job is over.' >&2; exit 1; }
+  [ -n "$told" ] || printf "Waiting for the job's container " >&2
+  told=1
+  printf . >&2
+  sleep 0.5
+done
+[ -z "$told" ] || echo >&2
+if [ $# -eq 0 ]; then
+  set -- bash --login
+fi
+if [ -t 0 ] && [ -t 1 ]; then
+  exec docker exec -it "$container" "$@"
+fi
+exec docker exec -i "$container" "$@"
+"#;
+
+/// The script's place is this agent's, until this value goes.
+#[derive(Debug)]
+pub struct ClaimedScript(PathBuf);
+
+impl Drop for ClaimedScript {
+    fn drop(&mut self) {
+        let removed = split(&self.0).and_then(|(directory, name)| {
+            UserFile::at(directory, name)?.remove_if(|content| content == NO_JOB.as_bytes())
+        });
+        if let Err(error) = removed {
+            log::warn!(path:% = self.0.display(), error:%; "the script for SSH access can't be removed");
+        }
+    }
+}
+
+impl SshAccess {
+    /// Takes back what jobs added whose agents died with all that could have cleaned up, and puts a script in the
+    /// script's place that leads nowhere, so that nobody else can put theirs there.
+    pub fn claim(home: &Path, script: &Path) -> io::Result<ClaimedScript> {
+        remove_marked(home, script, &|job_directory| !job_directory.exists())?;
+        let (directory, name) = split(script)?;
+        let path = UserFile::at(directory, name)?;
+        if !path.is_ours()? {
+            path.replace(NO_JOB.as_bytes(), 0o600)?;
+        }
+        Ok(ClaimedScript(script.to_owned()))
+    }
+
+    /// Sourced by everything that logs in.
+    fn session_file(&self) -> PathBuf {
+        self.job_directory.join("ssh-session")
+    }
+
+    /// There as soon as somebody has logged in.
+    fn used_file(&self) -> PathBuf {
+        self.job_directory.join("ssh-used")
+    }
+
+    fn add_keys(&self, keys: &[Bytes]) -> io::Result<()> {
+        let lines: Vec<&[u8]> = keys
+            .iter()
+            .flat_map(|key| key.split(|byte| matches!(byte, b'\n' | b'\r')))
+            .filter(|line| !line.trim_ascii().is_empty())
+            .collect();
+        if lines.is_empty() {
+            return Ok(());
+        }
+        let ssh = self.home.join(".ssh");
+        match DirBuilder::new().mode(0o700).create(&ssh) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        let keys = UserFile::of_keys(&self.home)?;
+        keys.directory.set_permissions(Permissions::from_mode(0o700))?;
+        keys.add(&lines, " ", &self.job_directory, 0o600)
+    }
+
+    /// Without keys of the job, who logs in has come on their own, and stays.
+    fn show_environment(&self, with_keys: bool) -> io::Result<()> {
+        let mark = if with_keys {
+            format!(
+                "[ -z \"${{SSH_CONNECTION-}}\" ] || {{ export {SESSION_VARIABLE}={job}; \
+                 read -r -d '' {SESSION_VARIABLE}_STAT < /proc/$$/stat || :; \
+                 {SESSION_VARIABLE}_STAT=(${{{SESSION_VARIABLE}_STAT##*) }}); \
+                 printf '%s %s %s\\n' $$ \"${{{SESSION_VARIABLE}_STAT[19]}}\" \"$SSH_CONNECTION\" >> {used}; \
+                 unset {SESSION_VARIABLE}_STAT; }}\n",
+                job = quoted(&self.job_directory),
+                used = quoted(&self.used_file()),
+            )
+        } else {
+            String::new()
+        };
+        let environment = self.environment();
+        let shown = environment.map_or_else(String::new, |environment| {
+            let environment = quoted(environment);
+            format!("[ ! -r {environment} ] || . {environment}\n")
+        });
+        let session = mark + &shown;
+        let mut options = File::options();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        options.open(self.session_file())?.write_all(session.as_bytes())?;
+        if environment.is_none() {
+            return Ok(());
+        }
+        let profile = UserFile::at(&self.home, ".bash_profile")?;
+        // As soon as there is this file, a login shell no longer looks for these.
+        let others = "if [ -r ~/.bash_login ]; then . ~/.bash_login; \
+                      elif [ -r ~/.profile ]; then . ~/.profile; fi";
+        let ours = format!("[ ! -r {0} ] || . {0}", quoted(&self.session_file()));
+        let lines = [others.as_bytes(), ours.as_bytes()];
+        let lines = if profile.exists()? { &lines[1..] } else { &lines[..] };
+        profile.add(lines, " # ", &self.job_directory, 0o644)
+    }
+
+    fn write_script(&self) -> io::Result<()> {
+        let leads_to = match &self.leads_to {
+            LeadsTo::Shell { .. } => {
+                "if [ $# -eq 0 ]; then\n  exec bash --login\nfi\nexec \"$@\"\n".to_owned()
+            }
+            LeadsTo::Container { name, engine } => {
+                let engine: String = engine
+                    .iter()
+                    .map(|(name, value)| format!("export {name}={}\n", quoted(Path::new(value))))
+                    .collect();
+                let name = quoted(Path::new(name));
+                // Gone with the job's containers; the rest stays as long as the log.
+                let job = quoted(&state::scratch_of(&self.job_directory));
+                format!("{engine}container={name}\njob={job}{INTO_CONTAINER}")
+            }
+        };
+        let script = format!(
+            "#!/usr/bin/env bash\n# {MARK}{job}\n\
+             [ ! -r {session} ] || . {session}\n{leads_to}",
+            job = self.job_directory.display(),
+            session = quoted(&self.session_file()),
+        );
+        let (directory, name) = split(&self.script)?;
+        UserFile::at(directory, name)?.replace(script.as_bytes(), 0o600)
+    }
+
+    fn environment(&self) -> Option<&Path> {
+        match &self.leads_to {
+            LeadsTo::Shell { environment } => environment.as_deref(),
+            LeadsTo::Container { .. } => None,
+        }
+    }
+
+    /// Ends what people who logged in still run.
+    fn end_sessions(&self) -> io::Result<()> {
+        let logins = Logins::read(self)?;
+        for _ in 0..SESSION_SWEEPS {
+            if logins.kill()? == 0 {
+                break;
+            }
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    fn open_now(&self, keys: &[Bytes]) -> io::Result<()> {
+        if keys.is_empty() && !self.without_keys {
+            return Ok(());
+        }
+        let _others_wait = lock(&self.home)?;
+        // First: without a script of its own, who is let in by a key of the job would run somebody else's.
+        self.write_script().map_err(|error| {
+            io::Error::new(error.kind(), format!("{}: {error}", self.script.display()))
+        })?;
+        // What can be offered is, whatever can't.
+        let added = [
+            ("the keys", self.add_keys(keys)),
+            ("the login profile", self.show_environment(!keys.is_empty())),
+        ];
+        first_error(added)
+    }
+
+    /// What [`JumpPointFiles::close`] does, for a process whose agent is dead: the script's place is nobody's then.
+    pub fn close_for_good(&self) -> io::Result<()> {
+        let claimed = ClaimedScript(self.script.clone());
+        let closed = self.close_now();
+        drop(claimed);
+        closed
+    }
+
+    fn close_now(&self) -> io::Result<()> {
+        let removed =
+            remove_marked(&self.home, &self.script, &|job| job == self.job_directory.as_path());
+        first_error([("the files", removed), ("sessions", self.end_sessions())])
+    }
+}
+
+impl JumpPointFiles for SshAccess {
+    fn open(&self, keys: Vec<Bytes>) -> LocalBoxFuture<'static, io::Result<()>> {
+        let access = self.clone();
+        on_a_thread(move || access.open_now(&keys))
+    }
+
+    fn close(&self) -> LocalBoxFuture<'static, io::Result<()>> {
+        let access = self.clone();
+        on_a_thread(move || access.close_now())
+    }
+
+    fn close_if_unused(&self) -> LocalBoxFuture<'static, io::Result<bool>> {
+        let access = self.clone();
+        on_a_thread(move || {
+            if Logins::read(&access)?.is_anybody_there()? {
+                return Ok(false);
+            }
+            access.close_now().map(|()| true)
+        })
+    }
+}
+
+/// Who has logged in to a job.
+struct Logins {
+    /// The number of each login shell, and when it began.
+    shells: Vec<(Pid, String)>,
+    /// What is in the environment of everything that they run, unless they remove it.
+    markers: Vec<Vec<u8>>,
+}
+
+impl Logins {
+    /// What the login shells have told.
+    fn read(access: &SshAccess) -> io::Result<Self> {
+        let told = match fs::read_to_string(access.used_file()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Self { shells: Vec::new(), markers: Vec::new() });
+            }
+            told => told?,
+        };
+        let job = access.job_directory.as_os_str().as_bytes();
+        let mut markers = vec![[SESSION_VARIABLE.as_bytes(), b"=", job, b"\0"].concat()];
+        let mut shells = Vec::new();
+        for line in told.lines() {
+            let mut words = line.splitn(3, ' ');
+            let (Some(pid), Some(start)) = (words.next(), words.next()) else {
+                continue;
+            };
+            shells.extend(pid.parse().ok().map(|pid| (Pid::from_raw(pid), start.to_owned())));
+            if let Some(connection) = words.next().filter(|connection| !connection.is_empty()) {
+                markers.push(format!("SSH_CONNECTION={connection}\0").into_bytes());
+            }
+        }
+        Ok(Self { shells, markers })
+    }
+
+    fn living_shells(&self) -> impl Iterator<Item = Pid> {
+        let lives = |(pid, start): &&(Pid, String)| start_of(*pid).as_ref() == Some(start);
+        self.shells.iter().filter(lives).map(|(pid, _)| *pid)
+    }
+
+    fn is_anybody_there(&self) -> io::Result<bool> {
+        if self.living_shells().next().is_some() {
+            return Ok(true);
+        }
+        for marker in &self.markers {
+            if !those_with(marker)?.is_empty() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Kills all that they run. How much there was.
+    fn kill(&self) -> io::Result<usize> {
+        let mut killed = 0;
+        for shell in self.living_shells() {
+            let below = descendants(shell).unwrap_or_default();
+            signal_all(&below, Signal::SIGKILL);
+            killed += below.len() + usize::from(kill(shell, Signal::SIGKILL).is_ok());
+        }
+        for marker in &self.markers {
+            killed += kill_those_with(marker)?;
+        }
+        Ok(killed)
+    }
+}
+
+/// Files of the user may be far away, and somebody may hold their lock.
+fn on_a_thread<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> LocalBoxFuture<'static, io::Result<T>> {
+    let done = actix_rt::task::spawn_blocking(work);
+    async { done.await.map_err(io::Error::other)? }.boxed_local()
+}
+
+fn first_error<const N: usize>(results: [(&str, io::Result<()>); N]) -> io::Result<()> {
+    for (what, result) in results {
+        result.map_err(|error| io::Error::new(error.kind(), format!("{what}: {error}")))?;
+    }
+    Ok(())
+}
+
+/// Keeps other agents of the same user from changing the same files meanwhile.
+fn lock(home: &Path) -> io::Result<File> {
+    let directory = File::open(home)?;
+    for _ in 0..LOCK_TRIES {
+        match directory.try_lock() {
+            Ok(()) => return Ok(directory),
+            Err(TryLockError::WouldBlock) => pause(),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
+    log::warn!(home:?; "somebody holds a lock on the home directory; going on without it");
+    Ok(directory)
+}
+
+#[expect(clippy::disallowed_methods, reason = "on a thread that has nothing else to do")]
+fn pause() {
+    std::thread::sleep(LOCK_PAUSE);
+}
+
+/// Removes all lines of the jobs for which `gone` holds, and the script if it is one of theirs.
+fn remove_marked(home: &Path, script: &Path, gone: &dyn Fn(&Path) -> bool) -> io::Result<()> {
+    let _others_wait = lock(home)?;
+    let keys = match UserFile::of_keys(home) {
+        Err(error) if is_not_ours(&error) => Ok(()),
+        keys => keys.and_then(|keys| keys.remove(gone)),
+    };
+    let profile = UserFile::at(home, ".bash_profile").and_then(|profile| profile.remove(gone));
+    let (directory, name) = split(script)?;
+    let script = UserFile::at(directory, name)
+        .and_then(|script| script.replace_if_marked(gone, NO_JOB.as_bytes()));
+    first_error([("the keys", keys), ("the login profile", profile), ("the script", script)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Place {
+        directory: tempfile::TempDir,
+    }
+
+    impl Place {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            fs::create_dir(directory.path().join("job-1")).unwrap();
+            fs::create_dir(directory.path().join("job-2")).unwrap();
+            Self { directory }
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.directory.path().join(name)
+        }
+
+        fn access(&self, job: &str) -> SshAccess {
+            SshAccess {
+                home: self.directory.path().to_owned(),
+                script: self.path("jump"),
+                job_directory: self.path(job),
+                without_keys: true,
+                leads_to: LeadsTo::Shell { environment: Some(self.path(job).join("environment")) },
+            }
+        }
+
+        fn read(&self, name: &str) -> Option<String> {
+            fs::read_to_string(self.path(name)).ok()
+        }
+    }
+
+    const KEY: Bytes = Bytes::from_static(b"ssh-ed25519 AAAA me@home\n");
+
+    #[test]
+    fn a_key_goes_away_whatever_bytes_it_has() {
+        let place = Place::new();
+        let access = place.access("job-1");
+        access.open_now(&[Bytes::from_static(b"ssh-ed25519 AAAA J\xfcrgen\n")]).unwrap();
+        assert!(fs::read(place.path(".ssh/authorized_keys")).unwrap().contains(&0xfc));
+        access.close_now().unwrap();
+        assert_eq!(place.read(".ssh/authorized_keys"), None);
+    }
+
+    #[test]
+    fn who_holds_the_lock_does_not_keep_a_key_where_it_is() {
+        let place = Place::new();
+        let access = place.access("job-1");
+        access.open_now(&[KEY]).unwrap();
+        let home = File::open(place.path("")).unwrap();
+        home.lock().unwrap();
+        access.close_now().unwrap();
+        assert_eq!(place.read(".ssh/authorized_keys"), None);
+    }
+
+    #[test]
+    fn a_huge_file_is_not_read() {
+        let place = Place::new();
+        let huge = File::create(place.path("jump")).unwrap();
+        huge.set_len(1 << 40).unwrap();
+        let access = place.access("job-1");
+        assert!(access.close_now().unwrap_err().to_string().contains("too large"));
+        access.open_now(&[KEY]).unwrap();
+        access.close_now().unwrap();
+        assert_eq!(place.read("jump").as_deref(), Some(NO_JOB));
+    }
+
+    #[test]
+    fn exactly_what_was_added_goes_away() {
+        for before in [None, Some(""), Some("ssh-rsa BBBB"), Some("ssh-rsa BBBB\n# x\n")] {
+            let place = Place::new();
+            if let Some(before) = before {
+                fs::create_dir(place.path(".ssh")).unwrap();
+                fs::write(place.path(".ssh/authorized_keys"), before).unwrap();
+                fs::write(place.path(".bash_profile"), before).unwrap();
+            }
+            let [one, two] = ["job-1", "job-2"].map(|job| place.access(job));
+            one.open_now(&[KEY]).unwrap();
+            two.open_now(&[KEY]).unwrap();
+            let keys = place.read(".ssh/authorized_keys").unwrap();
+            assert_eq!(keys.matches("ssh-ed25519 AAAA me@home semaphore-agent:/").count(), 2);
+            one.close_now().unwrap();
+            assert!(place.read("jump").unwrap().contains("job-2"), "the other job's script stays");
+            two.close_now().unwrap();
+            two.close_now().unwrap();
+            assert_eq!(place.read(".ssh/authorized_keys").as_deref(), before);
+            assert_eq!(place.read(".bash_profile").as_deref(), before);
+            assert_eq!(place.read("jump").as_deref(), Some(NO_JOB));
+        }
+    }
+
+    #[test]
+    fn links_are_not_followed() {
+        let place = Place::new();
+        fs::write(place.path("victim"), "mine").unwrap();
+        fs::create_dir(place.path(".ssh")).unwrap();
+        for link in [".ssh/authorized_keys", ".bash_profile", "jump"] {
+            std::os::unix::fs::symlink(place.path("victim"), place.path(link)).unwrap();
+        }
+        let access = place.access("job-1");
+        assert!(access.open_now(&[KEY]).unwrap_err().to_string().starts_with("the keys: "));
+        assert!(place.read("jump").unwrap().contains("exec"), "the link was replaced");
+        // The other links are still there, and still not followed.
+        access.close_now().unwrap();
+        assert_eq!(place.read("jump").as_deref(), Some(NO_JOB));
+        assert_eq!(place.read("victim").as_deref(), Some("mine"));
+    }
+
+    #[test]
+    fn a_linked_directory_of_keys_is_not_entered() {
+        let place = Place::new();
+        fs::create_dir(place.path("elsewhere")).unwrap();
+        std::os::unix::fs::symlink(place.path("elsewhere"), place.path(".ssh")).unwrap();
+        assert!(place.access("job-1").open_now(&[KEY]).is_err());
+        assert_eq!(fs::read_dir(place.path("elsewhere")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_dead_jobs_left_is_removed() {
+        let place = Place::new();
+        let [dead, alive] = ["job-1", "job-2"].map(|job| place.access(job));
+        dead.open_now(&[KEY]).unwrap();
+        alive.open_now(&[KEY]).unwrap();
+        fs::remove_dir_all(place.path("job-1")).unwrap();
+        SshAccess::claim(&dead.home, &dead.script).unwrap();
+        let keys = place.read(".ssh/authorized_keys").unwrap();
+        assert!(keys.contains("job-2") && !keys.contains("job-1"), "{keys}");
+    }
+}
