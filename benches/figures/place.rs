@@ -15,11 +15,11 @@ use actors::ports::DiscardMetrics;
 use actors::request::FileRequest;
 use actors::supervisor::finished_once::FinishedOnce;
 use actors::supervisor::{Config, GetLog, JobSupervisor, StartJob};
-use semaphore_agent::commands::wiring::Jobs;
+use semaphore_agent::commands::wiring::{Jobs, open_state};
 use semaphore_agent::config::FileMount;
-use semaphore_agent::executors::docker::DockerConfig;
-use semaphore_agent::executors::shell::ShellConfig;
-use semaphore_agent::state::StateDir;
+use semaphore_agent::executors::Executors;
+use semaphore_agent::executors::docker::{DockerConfig, DockerExecutor};
+use semaphore_agent::executors::shell::{ShellConfig, ShellExecutor};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::time::Instant;
@@ -81,17 +81,16 @@ impl Place {
     pub(crate) async fn run_request(&self, request: Value) -> Result<JobLog> {
         let job = serde_json::from_value::<FileRequest>(request)?.decode()?;
         let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
-        let jobs = Jobs {
-            state: StateDir::open(&self.state())?,
-            shell: self.shell.clone(),
-            docker: DockerConfig {
-                files: vec![FileMount { host: self.lines.clone(), container: "/lines".into() }],
-                ..DockerConfig::of(&self.shell)
-            },
-            metrics: metrics.clone(),
-            copies_environment: false,
-            jump_point: None,
+        let docker = DockerConfig {
+            files: vec![FileMount { host: self.lines.clone(), container: "/lines".into() }],
+            ..DockerConfig::of(&self.shell)
         };
+        let executors = Executors {
+            shell: ShellExecutor { config: self.shell.clone(), copies_environment: false },
+            docker: DockerExecutor { config: docker, metrics: metrics.clone() },
+        };
+        let (state, home) = (open_state(&self.state())?, self.shell.home.clone());
+        let jobs = Jobs { state, executors, home, login: None };
         let supervisor = JobSupervisor::new(Box::new(jobs), metrics, Config::default()).start();
         let (finished, end) = FinishedOnce::ask();
         let arrived = Instant::now();

@@ -19,10 +19,11 @@ use crate::commands::cli::{Output, RunArgs};
 use crate::commands::exit::Exit;
 use crate::commands::renderer::{Renderer, Style};
 use crate::commands::system;
-use crate::commands::wiring::Jobs;
+use crate::commands::wiring::{Jobs, open_state};
 use crate::config::DEFAULT_GRACE;
-use crate::executors::docker::DockerConfig;
-use crate::executors::shell::ShellConfig;
+use crate::executors::Executors;
+use crate::executors::docker::{DockerConfig, DockerExecutor};
+use crate::executors::shell::{ShellConfig, ShellExecutor};
 use crate::job_file::{self, Source, UnknownFields};
 use crate::service::signals::Signals;
 use crate::state::StateDir;
@@ -74,7 +75,7 @@ pub(crate) fn tell(line: &str) {
 fn start(args: &RunArgs, job: Job) -> io::Result<Outcome> {
     let shell = ShellConfig::from_env()?;
     let path = args.state_dir.clone().unwrap_or_else(|| StateDir::default_path(&shell.home));
-    let state = StateDir::open(&path).map_err(io::Error::other)?;
+    let state = open_state(&path).map_err(io::Error::other)?;
     system()?.block_on(supervise(job, state, shell, args))
 }
 
@@ -102,14 +103,12 @@ async fn supervise(
     let config = Config { grace, ..Config::default() };
     let socket = args.docker_socket.unwrap_or_default();
     let docker = DockerConfig { socket, ..DockerConfig::of(&shell) };
-    let jobs = Jobs {
-        state,
-        shell,
-        docker,
-        metrics: metrics.clone(),
-        copies_environment: false,
-        jump_point: None,
+    let home = shell.home.clone();
+    let executors = Executors {
+        shell: ShellExecutor { config: shell, copies_environment: false },
+        docker: DockerExecutor { config: docker, metrics: metrics.clone() },
     };
+    let jobs = Jobs { state, executors, home, login: None };
     let supervisor = JobSupervisor::new(Box::new(jobs), metrics, config).start();
     let (finished, outcome) = FinishedOnce::ask();
     supervisor

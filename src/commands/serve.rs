@@ -26,11 +26,12 @@ use crate::api::tls::{PairSource, Tls};
 use crate::api::{Api, Refusals, serve as serve_api};
 use crate::commands::exit::Exit;
 use crate::commands::run::{refuse, tell};
-use crate::commands::wiring::{Jobs, JumpPointConfig};
+use crate::commands::wiring::{Jobs, Login, open_state};
 use crate::commands::{check_clock, system};
 use crate::config::serve::{ServeConfig, ServeOptions};
-use crate::executors::docker::DockerConfig;
-use crate::executors::shell::{ShellConfig, wipe_secrets};
+use crate::executors::Executors;
+use crate::executors::docker::{DockerConfig, DockerExecutor};
+use crate::executors::shell::{ShellConfig, ShellExecutor, wipe_secrets};
 use crate::metrics::statsd::StatsdSink;
 use crate::os::open_files;
 use crate::remote::callbacks::HttpCallbacks;
@@ -66,7 +67,7 @@ pub fn serve(options: ServeOptions, hidden: nix::Result<()>) -> Exit {
     if let Err(error) = check_clock() {
         return fail(&error);
     }
-    let state = match StateDir::open(&config.state_dir) {
+    let state = match open_state(&config.state_dir) {
         Ok(state) => state,
         Err(error) => return refuse(error),
     };
@@ -199,20 +200,19 @@ impl Agent {
             delivery: Delivery::Pull(Rc::new(delivery)),
         };
         let metrics = Metrics::new(sink).start();
-        let jump_point = JumpPointConfig { script: config.jump_point.clone(), for_every_job: true };
-        let jobs = Jobs {
-            state,
-            docker: DockerConfig {
-                files: config.files.clone(),
-                expose_kvm: config.expose_kvm,
-                socket: config.docker_socket,
-                ..DockerConfig::of(&shell)
-            },
-            shell,
-            metrics: metrics.clone(),
-            copies_environment: false,
-            jump_point: Some(jump_point),
+        let login = Some(Login { script: config.jump_point.clone(), for_every_job: true });
+        let docker = DockerConfig {
+            files: config.files.clone(),
+            expose_kvm: config.expose_kvm,
+            socket: config.docker_socket,
+            ..DockerConfig::of(&shell)
         };
+        let home = shell.home.clone();
+        let executors = Executors {
+            shell: ShellExecutor { config: shell, copies_environment: false },
+            docker: DockerExecutor { config: docker, metrics: metrics.clone() },
+        };
+        let jobs = Jobs { state, executors, home, login };
         let supervisor = JobSupervisor::new(Box::new(jobs), metrics, job_config).start();
         let intake = HttpIntake::new(supervisor.clone(), config.single_job).start();
         let api = Api {

@@ -22,11 +22,12 @@ use tokio::time::{Instant, sleep, timeout_at};
 use crate::commands::exit::Exit;
 use crate::commands::run::{refuse, tell};
 use crate::commands::serve::{claim_script, fail, leave_at_once};
-use crate::commands::wiring::{Jobs, JumpPointConfig};
+use crate::commands::wiring::{Jobs, Login, open_state};
 use crate::commands::{check_clock, system};
 use crate::config::start::{StartConfig, StartOptions, is_url};
-use crate::executors::docker::DockerConfig;
-use crate::executors::shell::{ShellConfig, wipe_secrets};
+use crate::executors::Executors;
+use crate::executors::docker::{DockerConfig, DockerExecutor};
+use crate::executors::shell::{ShellConfig, ShellExecutor, wipe_secrets};
 use crate::os::programs::run_for;
 use crate::remote::http_client::HttpClients;
 use crate::remote::hub::{Hub, PATIENCE, Registration};
@@ -70,7 +71,7 @@ pub fn start(options: StartOptions, hidden: nix::Result<()>) -> Exit {
     if let Err(error) = check_clock() {
         return fail(&error);
     }
-    let state = match StateDir::open(&needs.config.state_dir) {
+    let state = match open_state(&needs.config.state_dir) {
         Ok(state) => state,
         Err(error) => return refuse(error),
     };
@@ -180,8 +181,7 @@ impl Agent {
             hooks: config.hooks.clone(),
             delivery: Delivery::Push(Rc::new(delivery)),
         };
-        let jump_point =
-            JumpPointConfig { script: config.jump_point.clone(), for_every_job: false };
+        let login = Some(Login { script: config.jump_point.clone(), for_every_job: false });
         let mut shell = shell;
         if is_url(&config.name) {
             // It is a secret then, and not for jobs.
@@ -189,19 +189,18 @@ impl Agent {
         }
         let environment = shell.environment.clone();
         let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
-        let jobs = Jobs {
-            state,
-            docker: DockerConfig {
-                files: config.files.clone(),
-                fail_on_missing_files: config.fail_on_missing_files,
-                socket: config.docker_socket,
-                ..DockerConfig::of(&shell)
-            },
-            shell,
-            metrics: metrics.clone(),
-            copies_environment: true,
-            jump_point: Some(jump_point),
+        let docker = DockerConfig {
+            files: config.files.clone(),
+            fail_on_missing_files: config.fail_on_missing_files,
+            socket: config.docker_socket,
+            ..DockerConfig::of(&shell)
         };
+        let home = shell.home.clone();
+        let executors = Executors {
+            shell: ShellExecutor { config: shell, copies_environment: true },
+            docker: DockerExecutor { config: docker, metrics: metrics.clone() },
+        };
+        let jobs = Jobs { state, executors, home, login };
         let supervisor = JobSupervisor::new(Box::new(jobs), metrics, job_config).start();
         log::info!(endpoint = config.endpoint.as_str(), version = env!("CARGO_PKG_VERSION"); "starting");
         let poller = SyncPoller::new(Rc::new(hub), supervisor.clone(), config.variables, urgency);

@@ -9,23 +9,17 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use memchr::memmem;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, getpid};
+use nix::unistd::Pid;
 
 use crate::os::cgroup::{JobCgroup, PREFIX};
-use crate::os::processes::{all_processes, descendants, signal_all};
+use crate::os::processes::{descendants, kill_those_with, other_processes, signal_all};
 
 /// The variable, whose value is the mark.
 pub const VARIABLE: &str = "SEMAPHORE_JOB_MARK";
 
 /// How often to look, as each process that is found may just make another.
 const SWEEPS: u32 = 100;
-
-/// The mark of the job whose directory in the state directory `state` is called `name`.
-pub fn mark_of(name: &str, state: &Path) -> String {
-    format!("{name}@{}", state.display())
-}
 
 /// The variable of the job with this mark.
 pub fn variable(mark: &str) -> (OsString, OsString) {
@@ -70,23 +64,6 @@ pub fn kill_all_and_guards(mark: &str) -> bool {
     kill_all(mark)
 }
 
-/// Kills the processes that [`those_with`] finds. How many there were.
-pub fn kill_those_with(marker: &[u8]) -> io::Result<usize> {
-    let found = those_with(marker)?;
-    Ok(found.into_iter().filter(|pid| kill(*pid, Signal::SIGKILL).is_ok()).count())
-}
-
-/// The processes that began with `marker`, NAME=VALUE and a zero byte, in their environment.
-pub fn those_with(marker: &[u8]) -> io::Result<Vec<Pid>> {
-    let in_between = [b"\0", marker].concat();
-    let has_marker = |pid: &Pid| {
-        // Processes of others, and those that have just ended, can't be read.
-        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        environment.starts_with(marker) || memmem::find(&environment, &in_between).is_some()
-    };
-    Ok(other_processes()?.into_iter().filter(has_marker).collect())
-}
-
 /// Kills what carries the mark of a job in the state directory `state` for which `exists` does not hold: a job can remove
 /// its own directory.
 pub fn kill_strays(state: &Path, exists: impl Fn(&str) -> bool) {
@@ -128,10 +105,4 @@ fn guarded_by(arguments: &[u8]) -> Option<&[u8]> {
     let is_guard = arguments.next() == Some(b"agent")
         && matches!(arguments.next(), Some(b"job-init" | b"docker-watch"));
     arguments.next().filter(|_| is_guard)
-}
-
-fn other_processes() -> io::Result<Vec<Pid>> {
-    let mut found = all_processes()?;
-    found.retain(|pid| *pid != getpid());
-    Ok(found)
 }

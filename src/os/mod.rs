@@ -5,4 +5,6 @@ pub mod open_files;
 pub mod processes;
 pub mod programs;
 pub mod pty;
+pub mod random;
+pub mod shell_words;
 pub(crate) mod sys;

@@ -7,9 +7,10 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 
+use memchr::memmem;
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getpid};
 
 /// A process below the one that was asked about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +32,30 @@ pub fn all_processes() -> io::Result<Vec<Pid>> {
         let name = entry?.file_name();
         found.extend(name.to_str().and_then(|name| name.parse().ok()).map(Pid::from_raw));
     }
+    Ok(found)
+}
+
+/// Kills the processes that [`those_with`] finds. How many there were.
+pub fn kill_those_with(marker: &[u8]) -> io::Result<usize> {
+    let found = those_with(marker)?;
+    Ok(found.into_iter().filter(|pid| kill(*pid, Signal::SIGKILL).is_ok()).count())
+}
+
+/// The processes that began with `marker`, NAME=VALUE and a zero byte, in their environment.
+pub fn those_with(marker: &[u8]) -> io::Result<Vec<Pid>> {
+    let in_between = [b"\0", marker].concat();
+    let has_marker = |pid: &Pid| {
+        // Processes of others, and those that have just ended, can't be read.
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.starts_with(marker) || memmem::find(&environment, &in_between).is_some()
+    };
+    Ok(other_processes()?.into_iter().filter(has_marker).collect())
+}
+
+/// All processes but this one, in no order.
+pub fn other_processes() -> io::Result<Vec<Pid>> {
+    let mut found = all_processes()?;
+    found.retain(|pid| *pid != getpid());
     Ok(found)
 }
 

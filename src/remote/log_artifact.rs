@@ -85,7 +85,7 @@ impl ArtifactUploads {
 
     async fn push(&self, job: &Job, log: &LogRange) -> Result<(), String> {
         let range = log.clone();
-        let directory = self.state.make_job_dir().map_err(|error| error.to_string())?;
+        let directory = self.state.make_job_dir(None).map_err(|error| error.to_string())?;
         let path = directory.scratch();
         let compression_size = self.compression_size;
         let written =

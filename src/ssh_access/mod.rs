@@ -23,9 +23,8 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use self::user_file::{MARK, UserFile, is_not_ours, split};
-use crate::executors::job_mark::{kill_those_with, those_with};
-use crate::executors::session::quoted;
-use crate::os::processes::{descendants, signal_all, start_of};
+use crate::os::processes::{descendants, kill_those_with, signal_all, start_of, those_with};
+use crate::os::shell_words::quoted;
 use crate::state;
 
 /// Where people and tools expect the script (PROTOCOL: "SSH jump point").
@@ -172,7 +171,7 @@ impl SshAccess {
                  printf '%s %s %s\\n' $$ \"${{{SESSION_VARIABLE}_STAT[19]}}\" \"$SSH_CONNECTION\" >> {used}; \
                  unset {SESSION_VARIABLE}_STAT; }}\n",
                 job = quoted(&self.job_directory),
-                used = quoted(&self.used_file()),
+                used = quoted(self.used_file()),
             )
         } else {
             String::new()
@@ -193,7 +192,7 @@ impl SshAccess {
         // As soon as there is this file, a login shell no longer looks for these.
         let others = "if [ -r ~/.bash_login ]; then . ~/.bash_login; \
                       elif [ -r ~/.profile ]; then . ~/.profile; fi";
-        let ours = format!("[ ! -r {0} ] || . {0}", quoted(&self.session_file()));
+        let ours = format!("[ ! -r {0} ] || . {0}", quoted(self.session_file()));
         let lines = [others.as_bytes(), ours.as_bytes()];
         let lines = if profile.exists()? { &lines[1..] } else { &lines[..] };
         profile.add(lines, " # ", &self.job_directory, 0o644)
@@ -207,11 +206,11 @@ impl SshAccess {
             LeadsTo::Container { name, engine } => {
                 let engine: String = engine
                     .iter()
-                    .map(|(name, value)| format!("export {name}={}\n", quoted(Path::new(value))))
+                    .map(|(name, value)| format!("export {name}={}\n", quoted(value)))
                     .collect();
-                let name = quoted(Path::new(name));
+                let name = quoted(name);
                 // Gone with the job's containers; the rest stays as long as the log.
-                let job = quoted(&state::scratch_of(&self.job_directory));
+                let job = quoted(state::scratch_of(&self.job_directory));
                 format!("{engine}container={name}\njob={job}{INTO_CONTAINER}")
             }
         };
@@ -219,7 +218,7 @@ impl SshAccess {
             "#!/usr/bin/env bash\n# {MARK}{job}\n\
              [ ! -r {session} ] || . {session}\n{leads_to}",
             job = self.job_directory.display(),
-            session = quoted(&self.session_file()),
+            session = quoted(self.session_file()),
         );
         let (directory, name) = split(&self.script)?;
         UserFile::at(directory, name)?.replace(script.as_bytes(), 0o600)

@@ -14,7 +14,7 @@ use memchr::memmem;
 use nix::libc::{ELOOP, O_DIRECTORY, O_NOFOLLOW, O_NONBLOCK};
 use nix::unistd::geteuid;
 
-use crate::executors::session::Mark;
+use crate::os::random::random_word;
 
 /// What every line ends with that the agent adds to a file of the user; the job's directory follows.
 pub(super) const MARK: &str = "semaphore-agent:";
@@ -99,8 +99,8 @@ impl UserFile {
     /// Puts another file in its place as a whole; what was there, even a link, is not touched.
     pub(super) fn replace(&self, content: &[u8], mode: u32) -> io::Result<()> {
         let name = self.path.file_name().unwrap_or_default().to_string_lossy();
-        let random = Mark::random().map_err(io::Error::other)?;
-        let new = self.path.with_file_name(format!(".{name}.{}", &random.as_str()[..12]));
+        let random = random_word()?;
+        let new = self.path.with_file_name(format!(".{name}.{}", &random[..12]));
         let written = File::options()
             .write(true)
             .create_new(true)

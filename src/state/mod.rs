@@ -2,20 +2,23 @@
 
 pub mod log_file;
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use nix::unistd::geteuid;
+use serde::{Deserialize, Serialize};
 
-use crate::executors::docker::watch;
-use crate::executors::job_mark;
-use crate::executors::session::Mark;
+use crate::os::random::random_word;
 
-/// What the names of directories begin with whose jobs are dead, but perhaps not all they have elsewhere.
+/// Prefix of directories whose job is dead but may still own containers.
 const DEAD: &str = "dead-";
+
+/// A file that is in the directory of a job that may own something outside of this machine.
+const ELSEWHERE: &str = "on-engine";
 
 /// The beginning of the name of a copy of a job's variables, for people on the machine (PROTOCOL: "`agent start`: the
 /// self-hosted API").
@@ -39,8 +42,9 @@ pub struct StateDirError {
 }
 
 impl StateDir {
-    /// Makes `path`, or checks that nobody else has a hand in it.
-    pub fn open(path: &Path) -> Result<Self, StateDirError> {
+    /// Makes `path`, or checks that nobody else has a hand in it. Also returns the jobs there whose agents died with
+    /// everything that could clean up, as in a power cut: they must be ended and deleted.
+    pub fn open(path: &Path) -> Result<(Self, DeadJobs), StateDirError> {
         let refuse = |why: String| StateDirError { path: path.to_owned(), why };
         let mut builder = DirBuilder::new();
         builder.recursive(true).mode(0o700);
@@ -56,43 +60,28 @@ impl StateDir {
             return Err(refuse("others may look into it; `chmod 700` it, or name another".into()));
         }
         let state = Self { path: path.to_owned() };
-        state.remove_dead_jobs().map_err(|error| refuse(error.to_string()))?;
-        Ok(state)
+        let dead = state.dead_jobs().map_err(|error| refuse(error.to_string()))?;
+        Ok((state, dead))
     }
 
-    /// Removes what jobs left whose agents died with all that could clean up, as in a power cut.
-    fn remove_dead_jobs(&self) -> io::Result<()> {
-        let _others_wait = self.lock()?;
+    fn dead_jobs(&self) -> io::Result<DeadJobs> {
+        let others_wait = self.lock()?;
         let state = fs::canonicalize(&self.path)?;
-        for entry in fs::read_dir(&self.path)? {
-            let path = entry?.path();
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            let place = name.strip_prefix(DEAD).unwrap_or(name);
-            let is_job = place.starts_with("job-");
-            let is_dead = || File::open(&path).is_ok_and(|directory| directory.try_lock().is_ok());
-            if !is_job || !is_dead() {
-                continue;
+        let mut jobs = Vec::new();
+        for entry in fs::read_dir(&state)? {
+            let directory = entry?.path();
+            let files = JobFiles { environment_copy: noted_copy(&directory), directory };
+            let is_dead = || File::open(&files.directory).is_ok_and(|lock| lock.try_lock().is_ok());
+            if files.name().starts_with("job-") && is_dead() {
+                jobs.push(files);
             }
-            if !job_mark::kill_all_and_guards(&job_mark::mark_of(place, &state)) {
-                log::warn!(job = place; "processes of a dead job can't be killed");
-            }
-            if let Some(copy) = noted_copy(&path) {
-                remove_environment_copy(&copy);
-            }
-            if !watch::may_be_on_engine(&path) {
-                remove(&path);
-                continue;
-            }
-            // Under another name: what is marked with the old one belongs to no living job.
-            let dead = path.with_file_name(format!("{DEAD}{place}"));
-            fs::rename(&path, &dead)?;
-            remove(&scratch_of(&dead));
-            watch::end_dead(place, &dead);
         }
-        job_mark::kill_strays(&state, |name| {
-            [name.to_owned(), format!("{DEAD}{name}")].iter().any(|name| state.join(name).exists())
-        });
-        Ok(())
+        Ok(DeadJobs { jobs, state, _others_wait: others_wait })
+    }
+
+    /// Returns the error that this directory can't be used.
+    pub fn unusable(&self, why: &io::Error) -> StateDirError {
+        StateDirError { path: self.path.clone(), why: why.to_string() }
     }
 
     /// Keeps other agents from making or removing jobs' directories while the result lives.
@@ -119,108 +108,192 @@ impl StateDir {
         Ok(())
     }
 
-    /// Makes a fresh directory for a job.
-    pub fn make_job_dir(&self) -> io::Result<JobDir> {
-        let name = Mark::random().map_err(io::Error::other)?;
-        let name = format!("job-{}", &name.as_str()[..12]);
+    /// Makes a fresh directory for a job. `environment_copy` is where people on the machine are to find the job's
+    /// variables as well; its name begins with [`ENVIRONMENT_COPY`].
+    pub fn make_job_dir(&self, environment_copy: Option<PathBuf>) -> io::Result<JobDir> {
         self.mend()?;
-        let path = fs::canonicalize(&self.path)?.join(&name);
+        let name = format!("job-{}", &random_word()?[..12]);
+        let directory = fs::canonicalize(&self.path)?.join(name);
         let _others_wait = self.lock()?;
-        DirBuilder::new().mode(0o700).create(&path)?;
-        let lock = File::open(&path)?;
+        DirBuilder::new().mode(0o700).create(&directory)?;
+        let lock = File::open(&directory)?;
         lock.lock()?;
-        let environment_copy = RefCell::default();
-        let directory =
-            JobDir { path, name, stays: Cell::new(false), environment_copy, _lock: lock };
-        DirBuilder::new().mode(0o700).create(directory.scratch())?;
-        Ok(directory)
+        let files = JobFiles { directory, environment_copy };
+        let made = JobDir { files, stays: Cell::new(false), _lock: lock };
+        DirBuilder::new().mode(0o700).create(made.scratch())?;
+        if let Some(copy) = made.environment_copy() {
+            symlink(copy, made.path().join(COPY_NOTE))?;
+        }
+        Ok(made)
     }
 }
 
-/// A job's directory: gone with this value.
+/// The jobs of agents that are dead. No other agent makes or deletes a job's directory while this value lives.
+#[derive(Debug)]
+pub struct DeadJobs {
+    /// What they have in files.
+    pub jobs: Vec<JobFiles>,
+    /// The state directory, without symbolic links.
+    state: PathBuf,
+    _others_wait: File,
+}
+
+impl DeadJobs {
+    /// Returns the state directory, as it stands in the marks of its jobs' processes.
+    pub fn state(&self) -> &Path {
+        &self.state
+    }
+
+    /// Returns whether a job of this name has a directory, whether it is alive or dead.
+    pub fn is_known(&self, name: &str) -> bool {
+        [name.to_owned(), format!("{DEAD}{name}")].iter().any(|name| self.state.join(name).exists())
+    }
+}
+
+/// What a job has in files. All that deletes them is here.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct JobFiles {
+    /// The job's directory.
+    directory: PathBuf,
+    /// Where people on the machine find the job's variables, if they do.
+    environment_copy: Option<PathBuf>,
+}
+
+impl JobFiles {
+    /// Returns the job's directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Returns a name that no other job of this agent has, and hardly one of any other.
+    pub fn name(&self) -> &str {
+        let name = self.directory.file_name().and_then(OsStr::to_str).unwrap_or_default();
+        name.strip_prefix(DEAD).unwrap_or(name)
+    }
+
+    /// Returns what the job's processes are marked with.
+    pub fn mark(&self) -> String {
+        let state = self.directory.parent().unwrap_or(Path::new("/"));
+        format!("{}@{}", self.name(), state.display())
+    }
+
+    /// Returns the directory of scripts and variables, which is there while the job runs.
+    pub fn scratch(&self) -> PathBuf {
+        scratch_of(&self.directory)
+    }
+
+    /// Notes that the job may own something outside of this machine.
+    pub fn note_elsewhere(&self) -> io::Result<()> {
+        File::create(self.directory.join(ELSEWHERE)).map(drop)
+    }
+
+    /// Returns whether the job may own something outside of this machine.
+    pub fn may_be_elsewhere(&self) -> bool {
+        self.directory.join(ELSEWHERE).exists()
+    }
+
+    /// Renames the directory of a dead job: what is marked with the old name belongs to no living job.
+    pub fn declare_dead(&mut self) -> io::Result<()> {
+        let dead = self.directory.with_file_name(format!("{DEAD}{}", self.name()));
+        fs::rename(&self.directory, &dead)?;
+        self.directory = dead;
+        Ok(())
+    }
+
+    /// Deletes the job's scripts, variables and credentials.
+    pub fn delete_secrets(&self) {
+        delete(&self.scratch());
+        // A link there is not followed.
+        if let Some(copy) = &self.environment_copy
+            && let Err(error) = fs::remove_file(copy)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            log::warn!(path:? = copy, error:%; "a copy of a job's variables can't be removed");
+        }
+    }
+
+    /// Deletes everything.
+    pub fn delete(&self) {
+        self.delete_secrets();
+        delete(&self.directory);
+    }
+}
+
+/// A job's directory. Everything in it is deleted with this value.
 #[derive(Debug)]
 pub struct JobDir {
-    path: PathBuf,
-    name: String,
-    /// Stays, with no more in it than that the job may have something elsewhere.
+    files: JobFiles,
+    /// The directory stays, with nothing in it but the note that the job may own something elsewhere.
     stays: Cell<bool>,
-    /// Where people on the machine find the job's variables, if they do.
-    environment_copy: RefCell<Option<PathBuf>>,
     /// Held as long as the job's agent lives.
     _lock: File,
 }
 
 impl JobDir {
-    /// The whole of it.
+    /// Returns what the job has in files.
+    pub fn files(&self) -> &JobFiles {
+        &self.files
+    }
+
+    /// Returns the directory's path.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.files.directory
     }
 
-    /// A name that no other job of this agent has, and hardly one of any other.
+    /// See [`JobFiles::name`].
     pub fn name(&self) -> &str {
-        &self.name
+        self.files.name()
     }
 
-    /// What its processes are marked with.
+    /// See [`JobFiles::mark`].
     pub fn mark(&self) -> String {
-        job_mark::mark_of(&self.name, self.path.parent().unwrap_or(Path::new("/")))
+        self.files.mark()
     }
 
-    /// Where scripts and variables are while the job runs.
+    /// See [`JobFiles::scratch`].
     pub fn scratch(&self) -> PathBuf {
-        scratch_of(&self.path)
+        self.files.scratch()
     }
 
-    /// The job's variables, as a script, once they are exported.
+    /// Returns the path of the job's variables, a script that is there once they are exported.
     pub fn environment(&self) -> PathBuf {
         self.scratch().join("environment-1")
     }
 
-    /// A spool for the job's log.
+    /// Returns the path of the job's log.
     pub fn log(&self) -> PathBuf {
-        self.path.join("log.jsonl")
+        self.path().join("log.jsonl")
     }
 
-    /// Leaves the directory there, for who is to end what the job has elsewhere.
+    /// Returns where people on the machine find the job's variables until its processes are gone, if they do.
+    pub fn environment_copy(&self) -> Option<&Path> {
+        self.files.environment_copy.as_deref()
+    }
+
+    /// Lets the directory stay for the guard, which has to end what the job owns elsewhere.
     pub fn let_stay(&self) {
         self.stays.set(true);
     }
 
-    /// Removes the job's secrets.
-    pub fn remove_scratch(&self) {
-        remove(&self.scratch());
-        if let Some(copy) = self.environment_copy.take() {
-            remove_environment_copy(&copy);
-        }
-    }
-
-    /// Has the job's variables be found at `path` as well, a name that begins with [`ENVIRONMENT_COPY`], until
-    /// its processes are gone.
-    pub fn note_environment_copy(&self, path: PathBuf) -> io::Result<()> {
-        symlink(&path, self.path.join(COPY_NOTE))?;
-        self.environment_copy.replace(Some(path));
-        Ok(())
-    }
-
-    /// See [`Self::note_environment_copy`].
-    pub fn environment_copy(&self) -> Option<PathBuf> {
-        self.environment_copy.borrow().clone()
+    /// See [`JobFiles::delete_secrets`].
+    pub fn delete_secrets(&self) {
+        self.files.delete_secrets();
     }
 }
 
-/// What [`JobDir::scratch`] is, for who knows the directory's path only.
+/// Returns the path of [`JobFiles::scratch`] in a job's directory.
 pub(crate) fn scratch_of(job_directory: &Path) -> PathBuf {
     job_directory.join("scratch")
 }
 
 impl Drop for JobDir {
     fn drop(&mut self) {
-        self.remove_scratch();
+        self.delete_secrets();
         if self.stays.get() {
-            // Gone with all the rest if it can't be removed now.
+            // Deleted with all the rest if that fails now.
             let _ = fs::remove_file(self.log());
         } else {
-            remove(&self.path);
+            self.files.delete();
         }
     }
 }
@@ -232,17 +305,8 @@ fn noted_copy(job_directory: &Path) -> Option<PathBuf> {
     copy.file_name()?.to_str()?.starts_with(ENVIRONMENT_COPY).then_some(copy)
 }
 
-/// Removes a copy of a job's variables. A link there is not followed.
-pub(crate) fn remove_environment_copy(path: &Path) {
-    if let Err(error) = fs::remove_file(path)
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        log::warn!(path:?, error:%; "a copy of a job's variables can't be removed");
-    }
-}
-
-/// Removes a directory that is the agent's own, if it is there.
-pub(crate) fn remove(directory: &Path) {
+/// Deletes a directory that is the agent's own, if it is there.
+fn delete(directory: &Path) {
     if let Err(error) = fs::remove_dir_all(directory)
         && error.kind() != io::ErrorKind::NotFound
     {

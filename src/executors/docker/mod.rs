@@ -11,6 +11,7 @@ pub mod hijack;
 pub(crate) mod mode;
 pub mod place;
 pub mod pull;
+mod removal;
 pub(crate) mod shell;
 pub mod side_containers;
 mod tls_relay;
@@ -19,9 +20,74 @@ pub mod watch;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::rc::Rc;
 
+use actix::Addr;
+use actors::job::Job;
+use actors::job::containers::Compose;
+use actors::metrics::Metrics;
+
+use self::backend::DockerBackend;
+use self::bodies::main_container_name;
+use self::place::Place as ContainerPlace;
 use crate::config::{DockerSocket, FileMount};
 use crate::executors::shell::ShellConfig;
+use crate::executors::{Executor, Place, job_mark};
+use crate::ssh_access::{LeadsTo, SshAccess};
+use crate::state::JobDir;
+
+/// Runs jobs in containers.
+#[derive(Clone)]
+pub struct DockerExecutor {
+    /// What every job's containers have.
+    pub config: DockerConfig,
+    /// Where measurements go.
+    pub metrics: Addr<Metrics>,
+}
+
+impl DockerExecutor {
+    /// Returns the executor of a job with these containers.
+    pub fn with<'a>(&'a self, compose: &'a Compose) -> impl Executor + 'a {
+        InContainers { executor: self, compose }
+    }
+}
+
+/// See [`DockerExecutor::with`].
+struct InContainers<'a> {
+    executor: &'a DockerExecutor,
+    compose: &'a Compose,
+}
+
+impl InContainers<'_> {
+    fn backend(&self, job: &Job, place: &ContainerPlace) -> DockerBackend {
+        let DockerExecutor { mut config, metrics } = self.executor.clone();
+        config.environment.push(job_mark::variable(&place.mark()));
+        DockerBackend::new(config, &job.id, self.compose.clone(), place.clone(), metrics)
+    }
+}
+
+impl Executor for InContainers<'_> {
+    fn login_target(&self, _: &Job, directory: &JobDir, _: bool) -> LeadsTo {
+        LeadsTo::Container {
+            name: main_container_name(directory.name(), self.compose),
+            engine: self.executor.config.engine(),
+        }
+    }
+
+    fn place(&self, job: &Job, directory: Rc<JobDir>, access: Option<SshAccess>) -> Place {
+        let place = ContainerPlace::new(directory, access);
+        Place { backend: Box::new(self.backend(job, &place)), containment: Box::new(place) }
+    }
+
+    fn spare_place(&self, job: &Job, directory: Rc<JobDir>) -> Place {
+        let place = ContainerPlace::new(directory, None);
+        Place { backend: Box::new(self.backend(job, &place).spare()), containment: Box::new(place) }
+    }
+
+    fn environment_copy(&self, _: &Job) -> Option<PathBuf> {
+        None
+    }
+}
 
 /// What an agent gives to all containers.
 #[derive(Clone, Debug, Default)]

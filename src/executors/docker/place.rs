@@ -1,7 +1,6 @@
 //! Everything that a job has on an engine, and its end.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
 use std::ffi::OsString;
 use std::future::Future;
 use std::io;
@@ -10,11 +9,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use actors::ports::{Containment, LeftBehind};
-use bollard::errors::Error;
-use bollard::models::NetworkDisconnectRequest;
-use bollard::query_parameters::{
-    KillContainerOptions, ListContainersOptions, ListNetworksOptions, RemoveContainerOptions,
-};
+use bollard::query_parameters::KillContainerOptions;
 use futures_util::FutureExt as _;
 use futures_util::future::{LocalBoxFuture, join_all};
 use nix::unistd::Pid;
@@ -22,17 +17,15 @@ use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe::Receiver;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{sleep, timeout};
 
-use super::bodies::PLACE_LABEL;
 use super::engine::Engine;
-use super::watch::{Watch, WatchSpec};
+use super::removal::{PATIENCE, remove_all};
+use super::watch::Watch;
+use crate::executors::estate::Estate;
 use crate::executors::job_mark;
 use crate::ssh_access::SshAccess;
 use crate::state::JobDir;
-
-/// How long removing everything may take before what is left is reported.
-const PATIENCE: Duration = Duration::from_mins(1);
 
 /// How often who watches is replaced.
 const MOST_WATCHES: u32 = 1000;
@@ -112,13 +105,9 @@ impl Place {
 
     /// Starts who watches. The result is readable at its end.
     fn start_watch(&self, environment: &[(OsString, OsString)]) -> io::Result<Receiver> {
-        let directory = &self.shared.directory;
-        let spec = WatchSpec {
-            place: directory.name().to_owned(),
-            job_directory: directory.path().to_owned(),
-            access: self.shared.access.clone(),
-        };
-        let mut watch = Watch::start(&spec, environment)?;
+        let files = self.shared.directory.files().clone();
+        let estate = Estate { files, access: self.shared.access.clone() };
+        let mut watch = Watch::start(estate, environment)?;
         if self.shared.engine.borrow().is_some() {
             watch.on_engine()?;
         }
@@ -193,68 +182,6 @@ impl Place {
     }
 }
 
-fn filters(id: &str) -> HashMap<String, Vec<String>> {
-    HashMap::from([("label".to_owned(), vec![format!("{PLACE_LABEL}={id}")])])
-}
-
-/// Removes all that the place called `id` has on `engine`, and what appears there meanwhile.
-pub(super) async fn remove_all(engine: &Engine, id: &str) -> Result<(), LeftBehind> {
-    let give_up = Instant::now() + PATIENCE;
-    let mut first = true;
-    loop {
-        let why = match timeout_at(give_up, remove_what_is_there(engine, id)).await {
-            Ok(Ok(true)) => return Ok(()),
-            // Once more, for what was made meanwhile.
-            Ok(Ok(false)) if first => {
-                first = false;
-                continue;
-            }
-            Ok(Ok(false)) => "somebody else is removing them".to_owned(),
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => "the engine takes too long".to_owned(),
-        };
-        if Instant::now() >= give_up {
-            return Err(LeftBehind { what: format!("containers of {id}: {why}") });
-        }
-        sleep(LOOK_AGAIN).await;
-    }
-}
-
-/// Whether nothing was there.
-async fn remove_what_is_there(engine: &Engine, id: &str) -> Result<bool, Error> {
-    let api = &engine.api;
-    let all = ListContainersOptions { all: true, filters: Some(filters(id)), ..Default::default() };
-    let containers = api.list_containers(Some(all)).await?;
-    let removed = containers.iter().filter_map(|container| container.id.as_deref()).map(|id| {
-        let options = RemoveContainerOptions { force: true, v: true, ..Default::default() };
-        api.remove_container(id, Some(options))
-    });
-    let failure = first_failure(join_all(removed).await);
-    let networks =
-        api.list_networks(Some(ListNetworksOptions { filters: Some(filters(id)) })).await?;
-    let ids = || networks.iter().filter_map(|network| network.id.as_deref());
-    for network in ids() {
-        disconnect_strangers(engine, network).await;
-    }
-    let failure = failure.or(first_failure(join_all(ids().map(|id| api.remove_network(id))).await));
-    match failure {
-        Some(error) => Err(error),
-        None => Ok(containers.is_empty() && networks.is_empty()),
-    }
-}
-
-/// Containers that the job has made itself may be in its network, and stay.
-async fn disconnect_strangers(engine: &Engine, network: &str) {
-    let Ok(found) = engine.api.inspect_network(network, None).await else {
-        return;
-    };
-    for container in found.containers.unwrap_or_default().into_keys() {
-        let request = NetworkDisconnectRequest { container, force: Some(true) };
-        // One that has just gone is no failure.
-        let _ = engine.api.disconnect_network(network, request).await;
-    }
-}
-
 impl Shared {
     fn note(&self, task: JoinHandle<()>) {
         let mut asked = self.asked.borrow_mut();
@@ -279,19 +206,12 @@ impl Shared {
                 return removed;
             }
         }
-        self.directory.remove_scratch();
+        self.directory.delete_secrets();
         if let Some(watch) = self.watch.take() {
             watch.call_off();
         }
         Ok(())
     }
-}
-
-/// What is gone already, or is being removed, is no failure.
-fn first_failure(results: Vec<Result<(), Error>>) -> Option<Error> {
-    results.into_iter().filter_map(Result::err).find(|error| {
-        !matches!(error, Error::DockerResponseServerError { status_code: 404 | 409, .. })
-    })
 }
 
 impl Containment for Place {

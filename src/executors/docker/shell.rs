@@ -1,7 +1,6 @@
 //! The job's shell in its container: runs the job's scripts, and between them what the agent itself has to do
 //! there.
 
-use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -18,7 +17,8 @@ use super::engine::Engine;
 use super::hijack::ContainerTerminal;
 use super::pull::words_of;
 use super::side_containers::PortProbe;
-use crate::executors::session::{Session, quoted};
+use crate::executors::session::Session;
+use crate::os::shell_words::quoted;
 
 /// How much of what the agent's own work prints is kept, in bytes.
 const KEPT: usize = 64 << 10;
@@ -71,9 +71,9 @@ impl Inside {
     /// Puts a file where it belongs, as the container's user.
     pub(crate) async fn inject(&mut self, file: &InjectedFile) -> Result<(), StepError> {
         let path = match file.path.strip_prefix("~/") {
-            Some(below) => format!("\"$__agent_home\"/{}", quoted(Path::new(below))),
-            None if file.path.starts_with('/') => quoted(Path::new(&file.path)),
-            None => format!("\"$__agent_home\"/{}", quoted(Path::new(&file.path))),
+            Some(below) => format!("\"$__agent_home\"/{}", quoted(below)),
+            None if file.path.starts_with('/') => quoted(&file.path),
+            None => format!("\"$__agent_home\"/{}", quoted(&file.path)),
         };
         let parent = "${__agent_path%/*}";
         let text = format!(
@@ -84,7 +84,7 @@ impl Inside {
         if exit_code != 0 {
             return Err(StepError(format!("{}: {printed}", file.path)));
         }
-        let mode = quoted(Path::new(&file.mode));
+        let mode = quoted(&file.mode);
         let text = format!("__agent_program chmod -- {mode} \"$__agent_path\"");
         if self.run(&text, None).await?.0 != 0 {
             // Existing clients expect just this.

@@ -1,17 +1,16 @@
 //! A process beside the agent that ends what a job in containers has if the agent dies. It is this program
 //! again, as `agent docker-watch`.
 //!
-//! Its standard input is a pipe from the agent: first a [`WatchSpec`] in JSON, a line; then `group NUMBER` for
+//! Its standard input is a pipe from the agent: first a [`Estate`] in JSON, a line; then `group NUMBER` for
 //! a process group of this machine that is the job's (0 for none), `engine` as soon as there may be
 //! something on the engine, and `done`. If it ends without that, the agent has. Its standard output is a pipe to the
 //! agent, which ends with it: the job may have killed it, and gets another one.
 
 use std::ffi::OsString;
-use std::fs::File;
 use std::io::{self, BufRead as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
@@ -19,16 +18,15 @@ use actix::System;
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, setsid};
-use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 
 use super::engine::Engine;
-use super::place::remove_all;
+use super::removal::remove_all;
+use crate::executors::estate::Estate;
 use crate::executors::job_mark;
 use crate::executors::shell::agent_environment;
 use crate::os::sys;
-use crate::ssh_access::SshAccess;
-use crate::state;
+use crate::state::JobFiles;
 
 /// How long what the agent asked of the engine in its last moment may take to appear.
 const LAST_REQUESTS: Duration = Duration::from_secs(3);
@@ -37,46 +35,22 @@ const LAST_REQUESTS: Duration = Duration::from_secs(3);
 const PATIENCE: Duration = Duration::from_hours(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
-/// Is in the directory of a job that may have something on an engine.
-const MARK: &str = "on-engine";
-
-/// Whether the job of this directory may have something on an engine.
-pub fn may_be_on_engine(job_directory: &Path) -> bool {
-    job_directory.join(MARK).exists()
-}
-
-/// Ends what the job called `place` has on an engine, whose agent died with all that could do that. The
-/// directory goes with it.
-pub fn end_dead(place: &str, job_directory: &Path) {
-    let place = place.to_owned();
-    let spec = WatchSpec { place, job_directory: job_directory.to_owned(), access: None };
-    let watched = Watch::start(&spec, &agent_environment()).and_then(|mut watch| watch.on_engine());
+/// Ends what a dead job may own on an engine, and deletes its files then.
+pub fn end_dead(mut files: JobFiles) -> io::Result<()> {
+    files.declare_dead()?;
+    let place = files.name().to_owned();
+    let estate = Estate { files, access: None };
+    let watched =
+        Watch::start(estate, &agent_environment()).and_then(|mut watch| watch.on_engine());
     if let Err(error) = watched {
-        log::warn!(place = spec.place, error:%; "a dead job's containers may still be there");
+        log::warn!(place, error:%; "a dead job's containers may still be there");
     }
-}
-
-/// What to end.
-#[derive(Debug, Deserialize, Serialize)]
-pub struct WatchSpec {
-    /// What it is marked with.
-    pub place: String,
-    /// Removed with all that is in it.
-    pub job_directory: PathBuf,
-    /// Taken back.
-    pub access: Option<SshAccess>,
-}
-
-impl WatchSpec {
-    /// What the job's processes on this machine are marked with.
-    fn mark(&self) -> String {
-        job_mark::mark_of(&self.place, self.job_directory.parent().unwrap_or(Path::new("/")))
-    }
+    Ok(())
 }
 
 /// The agent's hand on that process. Without a word more, the end of this value is that of the job.
 pub struct Watch {
-    job_directory: PathBuf,
+    files: JobFiles,
     pipe: Option<ChildStdin>,
     process: Option<Child>,
     end: Option<ChildStdout>,
@@ -84,19 +58,19 @@ pub struct Watch {
 
 impl Watch {
     /// Starts it, with nothing but `environment`, which tells where the engine is.
-    pub fn start(spec: &WatchSpec, environment: &[(OsString, OsString)]) -> io::Result<Self> {
+    pub fn start(estate: Estate, environment: &[(OsString, OsString)]) -> io::Result<Self> {
         let mut command = Command::new("/proc/self/exe");
-        command.arg0("agent").args(["docker-watch", &spec.mark()]).env_clear();
+        command.arg0("agent").args(["docker-watch", &estate.files.mark()]).env_clear();
         // It must not be found among what is the job's.
         let is_mark = |(name, _): &&(OsString, OsString)| name.as_os_str() == job_mark::VARIABLE;
         command.envs(environment.iter().filter(|each| !is_mark(each)).cloned());
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         sys::start_clean(&mut command);
         let mut process = command.spawn()?;
-        let job_directory = spec.job_directory.clone();
         let (pipe, end) = (process.stdin.take(), process.stdout.take());
-        let mut watch = Self { job_directory, pipe, process: Some(process), end };
-        watch.tell(&serde_json::to_string(spec)?)?;
+        let spec = serde_json::to_string(&estate)?;
+        let mut watch = Self { files: estate.files, pipe, process: Some(process), end };
+        watch.tell(&spec)?;
         Ok(watch)
     }
 
@@ -107,7 +81,7 @@ impl Watch {
 
     /// From now on there may be something on the engine.
     pub fn on_engine(&mut self) -> io::Result<()> {
-        File::create(self.job_directory.join(MARK))?;
+        self.files.note_elsewhere()?;
         self.tell("engine")
     }
 
@@ -146,8 +120,8 @@ pub fn run() -> io::Result<()> {
     // Out of the reach of the terminal that the agent may run on. Fails for a leader only.
     let _ = setsid();
     let mut lines = io::stdin().lock().lines();
-    let spec = lines.next().ok_or(io::ErrorKind::UnexpectedEof)??;
-    let spec: WatchSpec = serde_json::from_str(&spec)?;
+    let estate = lines.next().ok_or(io::ErrorKind::UnexpectedEof)??;
+    let estate: Estate = serde_json::from_str(&estate)?;
     let (mut on_engine, mut group) = (false, 0);
     for line in lines.map_while(Result::ok) {
         match line.split_once(' ') {
@@ -160,17 +134,17 @@ pub fn run() -> io::Result<()> {
         // It may have ended by itself.
         let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
     }
-    job_mark::kill_all(&spec.mark());
-    let closed = spec.access.as_ref().map_or(Ok(()), SshAccess::close_for_good);
-    let scratch = state::scratch_of(&spec.job_directory);
-    state::remove(&scratch);
+    let files = &estate.files;
+    job_mark::kill_all(&files.mark());
+    let closed = estate.close_access();
+    files.delete_secrets();
     let removed = if on_engine {
-        System::new().block_on(remove_patiently(&spec.place, &scratch))
+        System::new().block_on(remove_patiently(files.name(), &files.scratch()))
     } else {
         Ok(())
     };
     if removed.is_ok() {
-        state::remove(&spec.job_directory);
+        files.delete();
     }
     // Where it fails, the next agent tries again.
     removed.and(closed)

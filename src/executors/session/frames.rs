@@ -17,7 +17,10 @@
 //! the script's: the shell gets ASK in the typed line, which nothing that it runs can look up, and MARK only when it
 //! asks. Everything else is output, byte for byte, but for an echo of MARK.
 
+use std::io;
 use std::ops::Range;
+
+use crate::os::random::random_word;
 
 /// The byte around frames.
 const EDGE: u8 = 1;
@@ -34,19 +37,14 @@ const LINE_ENDS: [&[u8]; 3] = [b"\r\n", b"\n", b"^J"];
 pub struct Mark([u8; 32]);
 
 impl Mark {
-    /// A fresh one.
-    pub fn random() -> Result<Self, getrandom::Error> {
-        let mut random = [0; 16];
-        getrandom::fill(&mut random)?;
+    /// Returns a fresh mark.
+    pub fn random() -> io::Result<Self> {
         let mut digits = [0; 32];
-        for (pair, byte) in digits.chunks_exact_mut(2).zip(random) {
-            pair[0] = b"0123456789abcdef"[usize::from(byte >> 4)];
-            pair[1] = b"0123456789abcdef"[usize::from(byte & 15)];
-        }
+        digits.copy_from_slice(random_word()?.as_bytes());
         Ok(Self(digits))
     }
 
-    /// Its digits.
+    /// Returns the mark's digits.
     pub fn as_str(&self) -> &str {
         // Hexadecimal digits are ASCII.
         std::str::from_utf8(&self.0).unwrap_or_default()
@@ -106,7 +104,7 @@ pub(super) struct ScriptWords {
 }
 
 impl ScriptWords {
-    pub(super) fn random() -> Result<Self, getrandom::Error> {
+    pub(super) fn random() -> Result<Self, io::Error> {
         let [begin, prompt] = [Mark::random()?, Mark::random()?];
         let [ask, mark] = [Mark::random()?, Mark::random()?];
         Ok(Self { begin, prompt, ask, mark, is_asked: false, first_words: Vec::new() })
@@ -136,7 +134,7 @@ pub(super) struct Frames {
 
 impl Frames {
     /// Frames whose words are random but for the last.
-    pub(super) fn new(gone: Mark) -> Result<Self, getrandom::Error> {
+    pub(super) fn new(gone: Mark) -> Result<Self, io::Error> {
         let [ready, take, prompt] = [Mark::random()?, Mark::random()?, Mark::random()?];
         Ok(Self { ready, take, prompt, gone, script: None, after_mark: Vec::new() })
     }

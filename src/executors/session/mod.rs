@@ -39,6 +39,7 @@ use tokio::time::{Instant, timeout_at};
 pub use self::frames::Mark;
 use self::frames::{Frames, Piece, ScriptWords};
 use self::typed::{Typed, parts_of};
+use crate::os::shell_words::quoted;
 
 /// How much is read at once, in bytes: eight times what a terminal gives, so that no read is cut
 /// short, and not more than fits one log event.
@@ -173,7 +174,7 @@ impl<T: Terminal> Session<T> {
         without_comments(include_str!("bootstrap.bash"))
             .replace("@MARK@\n", &without_comments(mark))
             .replace("@TELL@\n", &without_comments(tell))
-            .replace("@TAIL@", &quoted(Path::new(typed::TAIL)))
+            .replace("@TAIL@", &quoted(typed::TAIL))
             .replace("@PROMPT@", self.frames.prompt.as_str())
     }
 
@@ -561,9 +562,4 @@ const RESTORE: &str = "[[ :$__agent_options: != *:posix:* ]] || builtin set -o p
 fn without_comments(script: &str) -> String {
     let lines = script.lines().filter(|line| !line.trim_start().starts_with('#'));
     lines.map(|line| format!("{}\n", line.trim_start())).collect()
-}
-
-/// `path` as one word of the shell.
-pub fn quoted(path: &Path) -> String {
-    format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
 }

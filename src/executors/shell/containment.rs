@@ -114,7 +114,7 @@ impl ShellContainment {
         // A task of its own, as this one may be given up at any moment. If it dies, `ended` closes.
         actix::spawn(async move {
             let result = watch_over(child, answers, started, &overdue, &shared).await;
-            shared.directory.remove_scratch();
+            shared.directory.delete_secrets();
             ended.send_replace(Some(result));
         });
         let answer = answer.await.unwrap_or_default();
@@ -145,7 +145,7 @@ impl ShellContainment {
         let shared = Rc::clone(&self.shared);
         let first = shared.first.borrow();
         let Some(first) = first.as_ref() else {
-            shared.directory.remove_scratch();
+            shared.directory.delete_secrets();
             return std::future::ready(Ok(())).boxed_local();
         };
         let (mut ended, overdue) = (first.ended.clone(), Rc::clone(&first.overdue));

@@ -42,6 +42,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, getpid, setsid};
 use serde::{Deserialize, Serialize};
 
+use crate::executors::estate::Estate;
 use crate::executors::job_mark;
 use crate::os::cgroup::JobCgroup;
 use crate::os::open_files;
@@ -49,8 +50,6 @@ use crate::os::processes::{
     Descendant, descendants, foreground_beside, ignores, names_of, signal_all,
 };
 use crate::os::sys;
-use crate::ssh_access::SshAccess;
-use crate::state;
 
 /// What to run and how to announce its end.
 #[derive(Debug, Deserialize, Serialize)]
@@ -61,16 +60,10 @@ pub struct Spec {
     pub home: PathBuf,
     /// Printed on the terminal when the shell has ended: between two bytes 1, with words that say how behind it.
     pub gone: String,
-    /// The name of the job's directory.
-    pub job: String,
-    /// Removed with all that is in it if the agent dies.
-    pub job_directory: PathBuf,
-    /// Removed if the agent dies.
-    pub environment_copy: Option<PathBuf>,
+    /// What is deleted and taken back if the agent dies.
+    pub estate: Estate,
     /// How many files its processes may have open, if not as many as the agent.
     pub open_files: Option<u64>,
-    /// Taken back if the agent dies.
-    pub access: Option<SshAccess>,
 }
 
 /// How long killing may take before what is left is reported.
@@ -108,9 +101,7 @@ struct JobInit {
     shell: Option<Pid>,
     terminal: PathBuf,
     gone: String,
-    job_directory: PathBuf,
-    environment_copy: Option<PathBuf>,
-    access: Option<SshAccess>,
+    estate: Estate,
     group: Option<JobCgroup>,
     children: SignalFd,
     ending: Option<Ending>,
@@ -200,7 +191,7 @@ impl JobInit {
         let Some((program, arguments)) = spec.shell.split_first() else {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "no shell is named"));
         };
-        let group = JobCgroup::create(&job_mark::group_name(&spec.job));
+        let group = JobCgroup::create(&job_mark::group_name(spec.estate.files.name()));
         let mut command = Command::new(program);
         command.args(arguments).current_dir(&spec.home);
         command.stdin(end()?).stdout(end()?).stderr(end()?);
@@ -220,9 +211,7 @@ impl JobInit {
             shell: Some(shell),
             terminal,
             gone: spec.gone,
-            job_directory: spec.job_directory,
-            environment_copy: spec.environment_copy,
-            access: spec.access,
+            estate: spec.estate,
             group,
             children,
             ending: None,
@@ -476,11 +465,8 @@ impl JobInit {
         if agent_lives && writeln!(control, "{report}").is_ok() {
             return Ok(());
         }
-        let closed = self.access.map_or(Ok(()), |access| access.close_for_good());
-        if let Some(copy) = &self.environment_copy {
-            state::remove_environment_copy(copy);
-        }
-        state::remove(&self.job_directory);
+        let closed = self.estate.close_access();
+        self.estate.files.delete();
         closed
     }
 }

@@ -12,7 +12,7 @@ use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use actors::job::{EnvVar, InjectedFile};
+use actors::job::{EnvVar, InjectedFile, Job};
 use actors::ports::{
     ExecutorBackend, PreparationError, PreparationStep, Script, SessionEvent, ShellSession,
     StepError, StepLog,
@@ -23,15 +23,18 @@ use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 use tokio::time::{Instant, sleep_until};
 
-use crate::executors::session::{Mark, Session, quoted};
+use crate::executors::estate::Estate;
+use crate::executors::session::{Mark, Session};
 use crate::executors::shell::containment::ShellContainment;
 use crate::executors::shell::injection::inject;
 use crate::executors::shell::job_init::Spec;
+use crate::executors::{Executor, Place, job_mark};
 use crate::os::open_files;
 use crate::os::pty::{self, Pty};
+use crate::os::shell_words::{push_quoted, quoted};
 use crate::os::sys;
-use crate::ssh_access::SshAccess;
-use crate::state::JobDir;
+use crate::ssh_access::{LeadsTo, SshAccess};
+use crate::state::{ENVIRONMENT_COPY, JobDir};
 
 /// How long the user's profile scripts may take before what they print is shown.
 const SLOW_PROFILE: Duration = Duration::from_secs(1);
@@ -83,7 +86,50 @@ impl ShellConfig {
     }
 }
 
-/// See the module.
+/// Runs jobs in a login shell of this machine.
+pub struct ShellExecutor {
+    /// What every shell has.
+    pub config: ShellConfig,
+    /// The variables of jobs are also in a file in the directory for temporary files.
+    pub copies_environment: bool,
+}
+
+impl ShellExecutor {
+    fn backend(
+        &self,
+        directory: Rc<JobDir>,
+        containment: &ShellContainment,
+        access: Option<SshAccess>,
+    ) -> ShellBackend {
+        let mut config = self.config.clone();
+        config.environment.push(job_mark::variable(&directory.mark()));
+        ShellBackend::new(config, directory, containment.clone(), access)
+    }
+}
+
+impl Executor for &ShellExecutor {
+    fn login_target(&self, _: &Job, directory: &JobDir, shows_environment: bool) -> LeadsTo {
+        LeadsTo::Shell { environment: shows_environment.then(|| directory.environment()) }
+    }
+
+    fn place(&self, _: &Job, directory: Rc<JobDir>, access: Option<SshAccess>) -> Place {
+        let containment = ShellContainment::new(Rc::clone(&directory));
+        let backend = Box::new(self.backend(directory, &containment, access));
+        Place { backend, containment: Box::new(containment) }
+    }
+
+    fn spare_place(&self, job: &Job, directory: Rc<JobDir>) -> Place {
+        self.place(job, directory, None)
+    }
+
+    fn environment_copy(&self, job: &Job) -> Option<PathBuf> {
+        let name = format!("{ENVIRONMENT_COPY}{}", job.id.as_str());
+        // An id that can't be a file's name has no copy.
+        (self.copies_environment && !name.contains('/')).then(|| std::env::temp_dir().join(name))
+    }
+}
+
+/// Prepares the shell of one job, and does there what is not a command of the job.
 pub struct ShellBackend {
     config: ShellConfig,
     directory: Rc<JobDir>,
@@ -111,11 +157,8 @@ impl ShellBackend {
             shell: ["bash", "--login", "--noediting"].map(str::to_owned).into(),
             home: self.config.home.clone(),
             gone: gone.as_str().to_owned(),
-            job: self.directory.name().to_owned(),
-            job_directory: self.directory.path().to_owned(),
-            environment_copy: self.directory.environment_copy(),
+            estate: Estate { files: self.directory.files().clone(), access: self.access.clone() },
             open_files: open_files::before(),
-            access: self.access.clone(),
         };
         self.containment.start(&spec, shell_end, self.config.environment.clone()).await?;
         let mut session = Session::new(pty, gone)?;
@@ -242,7 +285,7 @@ impl ExecutorBackend for ShellBackend {
         // Of the job's own variables, which come first.
         if self.staged == 1
             && let Some(copy) = self.directory.environment_copy()
-            && let Err(error) = write_private(&copy, &plain_export_lines(variables))
+            && let Err(error) = write_private(copy, &plain_export_lines(variables))
         {
             log::warn!(path:% = copy.display(), error:%; "the job's variables can't be copied to where people look for them");
         }
@@ -296,17 +339,6 @@ fn plain_export_lines(variables: &[EnvVar]) -> Vec<u8> {
         lines.push(b'\n');
     }
     lines
-}
-
-fn push_quoted(script: &mut Vec<u8>, value: &[u8]) {
-    script.push(b'\'');
-    for (i, part) in value.split(|byte| *byte == b'\'').enumerate() {
-        if i > 0 {
-            script.extend_from_slice(br"'\''");
-        }
-        script.extend_from_slice(part);
-    }
-    script.push(b'\'');
 }
 
 /// Writes a file that only the agent's user can read, and never through what a job has put in its place.
