@@ -13,7 +13,7 @@ use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::http::{Method, StatusCode, header};
 use actix_web::middleware::{Next, from_fn};
 use actix_web::web::{self, Bytes, BytesMut, Data, Payload};
-use actix_web::{App, Error, HttpRequest, HttpResponse};
+use actix_web::{App, Error, HttpRequest, HttpResponse, Route};
 use actors::intake::http::{
     GetState, ReadJobLog, ReadRefused, RequestStop, Status, Submission, SubmitJob, SubmitRefused,
 };
@@ -31,16 +31,40 @@ use crate::serde_words::{naming_unknown, without_value};
 use crate::service::own_log::open_to_read;
 use crate::state::log_file::OpenFile;
 
-/// Every request that has an answer: its method and its path.
-pub const ROUTES: [(&str, &str); 7] = [
-    ("get", "/is_alive"),
-    ("get", "/status"),
-    ("post", "/jobs"),
-    ("get", "/jobs/{id}/log"),
-    ("post", "/stop"),
-    ("post", "/jobs/terminate"),
-    ("get", "/agent_logs"),
+/// A request that has an answer.
+struct Handled {
+    /// In small letters.
+    method: &'static str,
+    path: &'static str,
+    by: fn(Route) -> Route,
+}
+
+const HANDLED: [Handled; 7] = [
+    Handled { method: "get", path: "/is_alive", by: |route| route.to(is_alive) },
+    Handled { method: "get", path: "/status", by: |route| route.to(status) },
+    Handled { method: "post", path: "/jobs", by: |route| route.to(submit) },
+    Handled { method: "get", path: "/jobs/{id}/log", by: |route| route.to(log) },
+    Handled { method: "post", path: "/stop", by: |route| route.to(stop) },
+    Handled { method: "post", path: "/jobs/terminate", by: |route| route.to(stop) },
+    Handled { method: "get", path: "/agent_logs", by: |route| route.to(agent_logs) },
 ];
+
+impl Handled {
+    fn method(&self) -> Method {
+        if self.method == "get" { Method::GET } else { Method::POST }
+    }
+}
+
+/// Every request that has an answer: its method and its path.
+pub const ROUTES: [(&str, &str); HANDLED.len()] = {
+    let mut routes = [("", ""); HANDLED.len()];
+    let mut index = 0;
+    while index < routes.len() {
+        routes[index] = (HANDLED[index].method, HANDLED[index].path);
+        index += 1;
+    }
+    routes
+};
 
 /// How long a client may send nothing of a body, and how long the whole of it may take.
 const BODY_IDLE: Duration = Duration::from_secs(20);
@@ -63,18 +87,10 @@ pub(super) fn app(
     >,
 > {
     let mut app = App::new().app_data(api).app_data(ending).wrap(from_fn(guarded));
-    for (method, path) in ROUTES {
-        let route = web::method(if method == "get" { Method::GET } else { Method::POST });
-        let route = match path {
-            "/is_alive" => route.to(is_alive),
-            "/status" => route.to(status),
-            "/jobs" => route.to(submit),
-            "/jobs/{id}/log" => route.to(log),
-            "/agent_logs" => route.to(agent_logs),
-            _ => route.to(stop),
-        };
-        let with_slash = format!("{path}/");
-        let resource = web::resource([path, with_slash.as_str()]).route(route);
+    for handled in HANDLED {
+        let with_slash = format!("{}/", handled.path);
+        let route = (handled.by)(web::method(handled.method()));
+        let resource = web::resource([handled.path, with_slash.as_str()]).route(route);
         app = app.service(resource.default_service(web::to(method_not_allowed)));
     }
     app.default_service(web::to(not_found))
@@ -179,21 +195,18 @@ async fn not_found() -> HttpResponse {
 }
 
 async fn method_not_allowed(request: HttpRequest) -> HttpResponse {
-    let found = ROUTES.iter().find(|(_, path)| Some(*path) == pattern(&request));
-    let allowed = found.map_or("GET", |(method, _)| if *method == "get" { "GET" } else { "POST" });
+    let pattern = request.match_pattern().unwrap_or_default();
+    let path = pattern.strip_suffix('/').unwrap_or(&pattern);
+    let allowed = HANDLED.iter().find(|handled| handled.path == path).map(Handled::method);
+    let allowed = allowed.unwrap_or(Method::GET);
     let mut answer = message(
         StatusCode::METHOD_NOT_ALLOWED,
         format_args!("{} is not possible here; {allowed} is", request.method()),
     );
-    answer.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static(allowed));
+    if let Ok(allowed) = header::HeaderValue::from_str(allowed.as_str()) {
+        answer.headers_mut().insert(header::ALLOW, allowed);
+    }
     answer
-}
-
-/// The path that the request's route has in [`ROUTES`].
-fn pattern(request: &HttpRequest) -> Option<&'static str> {
-    let pattern = request.match_pattern()?;
-    let pattern = pattern.strip_suffix('/').unwrap_or(&pattern);
-    ROUTES.iter().map(|(_, path)| *path).find(|path| *path == pattern)
 }
 
 /// The intake is gone: the agent is about to end.

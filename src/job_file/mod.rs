@@ -287,8 +287,12 @@ impl Format {
             Self::Yaml => noting_unknown(serde_yaml::Deserializer::from_str(text), unknown)
                 .map_err(|error| {
                     let what = without_value(&error.to_string());
-                    // Left out by the parser for the very first character.
-                    if what.contains("line ") { what } else { format!("{what} at line 1") }
+                    // The parser leaves out the place of the very first character.
+                    if error.location().is_some_and(|at| at.index() > 0) {
+                        what
+                    } else {
+                        format!("{what} at line 1")
+                    }
                 }),
         }
     }

@@ -89,14 +89,7 @@ pub fn words_of_send_error(error: &SendRequestError) -> String {
         | SendRequestError::Response(_)
         | SendRequestError::Send(_) => "the connection was closed before an answer came".into(),
         SendRequestError::Connect(error) => format!("it can't be reached: {error}"),
-        error => {
-            let words = error.to_string();
-            if words.contains("disconnected") {
-                "the connection was closed before an answer came".into()
-            } else {
-                words
-            }
-        }
+        error => error.to_string(),
     }
 }
 

@@ -177,7 +177,7 @@ fn job_directories(world: &World) -> Vec<String> {
 }
 
 /// All at once.
-const KILL_BOTH: &str = "kill -9 $PPID $agent";
+const KILL_BOTH: &str = "kill -STOP $agent; kill -9 $PPID $agent";
 
 /// The one who would clean up can't.
 const STOP_ONE_AND_KILL_THE_OTHER: &str = "kill -STOP $PPID; kill -9 $agent";
