@@ -3,12 +3,12 @@
 pub mod api;
 pub mod commands;
 pub mod config;
+mod decode;
 pub mod executors;
 pub mod job_file;
 pub mod metrics;
 pub mod os;
 pub mod remote;
-mod serde_words;
 pub mod service;
 pub mod ssh_access;
 pub mod state;

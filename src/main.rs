@@ -11,9 +11,11 @@ use semaphore_agent::commands::exit::Exit;
 use semaphore_agent::executors::docker::watch;
 use semaphore_agent::executors::shell::job_init;
 use semaphore_agent::os::open_files;
+use semaphore_agent::service::environment::Environment;
 use semaphore_agent::service::signals;
 
 fn main() -> ExitCode {
+    let environment = Environment::of_process();
     let cli = Cli::parse();
     // It works without, too.
     let _ = signals::survive_file_size_limits();
@@ -27,9 +29,9 @@ fn main() -> ExitCode {
         _ => prctl::set_dumpable(false),
     };
     let exit = match cli.command {
-        Command::Run(args) => commands::run::run(&args),
-        Command::Serve(options) => commands::serve::serve(*options, hidden),
-        Command::Start(options) => commands::start::start(*options, hidden),
+        Command::Run(args) => commands::run::run(&args, &environment),
+        Command::Serve(options) => commands::serve::serve(&options, &environment, hidden),
+        Command::Start(options) => commands::start::start(&options, &environment, hidden),
         Command::Version => commands::version::version(),
         Command::JobInit { .. } => beside_the_agent(job_init::run()),
         Command::DockerWatch { .. } => beside_the_agent(watch::run()),

@@ -20,6 +20,7 @@ use semaphore_agent::config::FileMount;
 use semaphore_agent::executors::Executors;
 use semaphore_agent::executors::docker::{DockerConfig, DockerExecutor};
 use semaphore_agent::executors::shell::{ShellConfig, ShellExecutor};
+use semaphore_agent::service::environment::Environment;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::time::Instant;
@@ -89,7 +90,8 @@ impl Place {
             shell: ShellExecutor { config: self.shell.clone(), copies_environment: false },
             docker: DockerExecutor { config: docker, metrics: metrics.clone() },
         };
-        let (state, home) = (open_state(&self.state())?, self.shell.home.clone());
+        let (state, home) =
+            (open_state(&self.state(), &Environment::of_process())?, self.shell.home.clone());
         let jobs = Jobs { state, executors, home, login: None };
         let supervisor = JobSupervisor::new(Box::new(jobs), metrics, Config::default()).start();
         let (finished, end) = FinishedOnce::ask();

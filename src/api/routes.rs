@@ -27,7 +27,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use crate::api::Api;
 use crate::api::connection::Handover;
 use crate::api::transfer::{AnswerBody, FileBody, TransferReport};
-use crate::serde_words::{naming_unknown, without_value};
+use crate::decode::{decode_json, naming_unknown};
 use crate::service::own_log::open_to_read;
 use crate::state::log_file::OpenFile;
 
@@ -331,14 +331,8 @@ async fn read_whole_body(
 
 /// Reads a job request; says what is wrong and where, but no value: it may be a secret.
 fn parse(body: &[u8]) -> Result<Job, String> {
-    let mut json = serde_json::Deserializer::from_slice(body);
-    let mut track = serde_path_to_error::Track::new();
-    let tracked = serde_path_to_error::Deserializer::new(&mut json, &mut track);
-    let OnlyMap(request): OnlyMap<WireRequest> = naming_unknown(tracked).map_err(|error| {
-        let (path, what) = (track.path().to_string(), without_value(&error.to_string()));
-        if path == "." { what } else { format!("{path}: {what}") }
-    })?;
-    json.end().map_err(|error| error.to_string())?;
+    let OnlyMap(request): OnlyMap<WireRequest> =
+        decode_json(body, |tracked| naming_unknown(tracked)).map_err(|error| error.to_string())?;
     request.decode().map_err(|error| error.to_string())
 }
 

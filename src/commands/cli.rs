@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
-use crate::config::DockerSocket;
-use crate::config::serve::ServeOptions;
-use crate::config::start::StartOptions;
+use crate::config::Flags;
+use crate::config::run::Run;
+use crate::config::serve::Serve;
+use crate::config::start::Start;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -17,7 +18,8 @@ Exit codes:
 
 const SERVE_HELP: &str = "\
 Each option can also be given as environment variable SEMAPHORE_AGENT_ and its name, and as a key in
-the configuration file; a flag wins over the environment, and that over the file.
+the configuration file; a flag wins over the environment, and that over the file. Several values are
+separated by commas in a flag, by white space in a variable, and are a list in the file.
 
 SEMAPHORE_AGENT_LOG_LEVEL, SEMAPHORE_AGENT_LOG_FILE_PATH and SEMAPHORE_AGENT_LOG_MAX_SIZE (in bytes)
 are for the agent's own log: by default info, agent_log in the directory for temporary files, 10 MiB.
@@ -58,10 +60,10 @@ pub enum Command {
     Run(RunArgs),
     /// Serves jobs to a platform over HTTPS
     #[command(after_help = SERVE_HELP)]
-    Serve(Box<ServeOptions>),
+    Serve(Box<Flags<Serve>>),
     /// Asks a control plane for jobs, and sends it their logs
     #[command(after_help = START_HELP)]
-    Start(Box<StartOptions>),
+    Start(Box<Flags<Start>>),
     /// Prints the agent's version
     Version,
     /// The first process of a shell job; only the agent itself can start it
@@ -92,19 +94,9 @@ pub struct RunArgs {
     #[arg(long)]
     pub lenient: bool,
 
-    /// Whether a job in containers gets the socket of the Docker Engine, which makes it root on its machine
-    /// [default: always]
-    #[arg(long, env = "SEMAPHORE_AGENT_DOCKER_SOCKET", value_name = "WHEN", value_enum)]
-    pub docker_socket: Option<DockerSocket>,
-
-    /// How long what the job leaves running has to end when it is asked to, in seconds [default: 2]
-    #[arg(long, env = "SEMAPHORE_AGENT_GRACE_PERIOD", value_name = "SECONDS")]
-    pub grace_period: Option<u32>,
-
-    /// A private directory for what the agent keeps while jobs run [default: below the user's state
-    /// directory, usually ~/.local/state/semaphore-agent]
-    #[arg(long, env = "SEMAPHORE_AGENT_STATE_DIR", value_name = "DIR")]
-    pub state_dir: Option<PathBuf>,
+    /// What other commands have, too.
+    #[command(flatten)]
+    pub options: Flags<Run>,
 }
 
 /// How a log is shown.

@@ -20,11 +20,12 @@ use crate::commands::exit::Exit;
 use crate::commands::renderer::{Renderer, Style};
 use crate::commands::system;
 use crate::commands::wiring::{Jobs, open_state};
-use crate::config::DEFAULT_GRACE;
+use crate::config::run::RunConfig;
 use crate::executors::Executors;
 use crate::executors::docker::{DockerConfig, DockerExecutor};
 use crate::executors::shell::{ShellConfig, ShellExecutor};
 use crate::job_file::{self, Source, UnknownFields};
+use crate::service::environment::Environment;
 use crate::service::signals::Signals;
 use crate::state::StateDir;
 
@@ -33,7 +34,11 @@ use crate::state::StateDir;
 const RANGES_AHEAD: usize = 4096;
 
 /// Runs the job; its exit code is the job's result.
-pub fn run(args: &RunArgs) -> Exit {
+pub fn run(args: &RunArgs, environment: &Environment) -> Exit {
+    let config = match RunConfig::load(&args.options, environment) {
+        Ok(config) => config,
+        Err(error) => return refuse(error),
+    };
     let level = env_logger::Env::new().filter_or("SEMAPHORE_AGENT_LOG_LEVEL", "warn");
     // What these have to say in detail may hold variables.
     let mut log = env_logger::Builder::from_env(level);
@@ -50,7 +55,7 @@ pub fn run(args: &RunArgs) -> Exit {
     for warning in &file.warnings {
         tell(&format!("warning: {warning}"));
     }
-    match start(args, file.job) {
+    match start(args, &config, environment, file.job) {
         Ok(outcome) => outcome.into(),
         Err(error) => {
             tell(&format!("error: {error}"));
@@ -72,16 +77,21 @@ pub(crate) fn tell(line: &str) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
-fn start(args: &RunArgs, job: Job) -> io::Result<Outcome> {
-    let shell = ShellConfig::from_env()?;
-    let path = args.state_dir.clone().unwrap_or_else(|| StateDir::default_path(&shell.home));
-    let state = open_state(&path).map_err(io::Error::other)?;
-    system()?.block_on(supervise(job, state, shell, args))
+fn start(
+    args: &RunArgs,
+    config: &RunConfig,
+    environment: &Environment,
+    job: Job,
+) -> io::Result<Outcome> {
+    let shell = ShellConfig::of_agent(environment)?;
+    let state = open_state(&config.state_dir, environment).map_err(io::Error::other)?;
+    let style = style(args.output, environment);
+    system()?.block_on(supervise(job, state, shell, config, style))
 }
 
-fn style(asked: Option<Output>) -> Style {
+fn style(asked: Option<Output>, environment: &Environment) -> Style {
     let terminal = io::stdout().is_terminal();
-    let no_colour = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let no_colour = environment.get("NO_COLOR").is_some();
     match asked {
         Some(Output::Json) => Style::Json,
         Some(Output::Pretty) | None if terminal => Style::Pretty { colour: !no_colour },
@@ -93,16 +103,14 @@ async fn supervise(
     job: Job,
     state: StateDir,
     shell: ShellConfig,
-    args: &RunArgs,
+    config: &RunConfig,
+    style: Style,
 ) -> io::Result<Outcome> {
     let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
     let stops = Signals::heeded(&kinds)?;
     let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
-    let grace =
-        args.grace_period.map_or(DEFAULT_GRACE, |seconds| Duration::from_secs(seconds.into()));
-    let config = Config { grace, ..Config::default() };
-    let socket = args.docker_socket.unwrap_or_default();
-    let docker = DockerConfig { socket, ..DockerConfig::of(&shell) };
+    let docker = DockerConfig { socket: config.docker_socket, ..DockerConfig::of(&shell) };
+    let config = Config { grace: config.grace, ..Config::default() };
     let home = shell.home.clone();
     let executors = Executors {
         shell: ShellExecutor { config: shell, copies_environment: false },
@@ -118,7 +126,7 @@ async fn supervise(
         .map_err(io::Error::other)?;
 
     let stopping = actix::spawn(pass_on(stops, supervisor.clone()));
-    let shown = show_log(&supervisor, style(args.output)).await;
+    let shown = show_log(&supervisor, style).await;
     let outcome = outcome.await.map(|finished| finished.outcome).map_err(io::Error::other);
     stopping.abort();
     shown?;

@@ -27,8 +27,9 @@ use crate::api::{Api, Refusals, serve as serve_api};
 use crate::commands::exit::Exit;
 use crate::commands::run::{refuse, tell};
 use crate::commands::wiring::{Jobs, Login, open_state};
-use crate::commands::{check_clock, system};
-use crate::config::serve::{ServeConfig, ServeOptions};
+use crate::commands::{check_clock, print_config, system};
+use crate::config::Flags;
+use crate::config::serve::{Serve, ServeConfig};
 use crate::executors::Executors;
 use crate::executors::docker::{DockerConfig, DockerExecutor};
 use crate::executors::shell::{ShellConfig, ShellExecutor, wipe_secrets};
@@ -36,6 +37,7 @@ use crate::metrics::statsd::StatsdSink;
 use crate::os::open_files;
 use crate::remote::callbacks::HttpCallbacks;
 use crate::remote::log_artifact::ArtifactUploads;
+use crate::service::environment::Environment;
 use crate::service::own_log::AgentLogConfig;
 use crate::service::signals::Signals;
 use crate::ssh_access::{ClaimedScript, SshAccess};
@@ -54,20 +56,24 @@ const LAST_JOB: Duration = Duration::from_mins(2);
 const LAST_MOMENTS: Duration = Duration::from_secs(1);
 
 /// Serves jobs until it is asked to end.
-pub fn serve(options: ServeOptions, hidden: nix::Result<()>) -> Exit {
-    let prepared =
-        ServeConfig::load(options).map_err(|error| error.to_string()).and_then(|config| {
-            Ok((config, AgentLogConfig::from_env()?, ArtifactUploads::compression_size_from_env()?))
-        });
+pub fn serve(flags: &Flags<Serve>, environment: &Environment, hidden: nix::Result<()>) -> Exit {
+    let prepared = ServeConfig::load(flags, environment).map_err(|error| error.to_string());
+    let prepared = prepared.and_then(|config| {
+        let log = AgentLogConfig::from_env(environment)?;
+        Ok((config, log, ArtifactUploads::compression_size(environment)?))
+    });
     let (config, log, compression_size) = match prepared {
         Ok(prepared) => prepared,
         Err(error) => return refuse(error),
     };
+    if flags.print_config {
+        return print_config(&config.warnings, &config.printed);
+    }
     wipe_secrets();
     if let Err(error) = check_clock() {
         return fail(&error);
     }
-    let state = match open_state(&config.state_dir) {
+    let state = match open_state(&config.state_dir, environment) {
         Ok(state) => state,
         Err(error) => return refuse(error),
     };
@@ -76,7 +82,7 @@ pub fn serve(options: ServeOptions, hidden: nix::Result<()>) -> Exit {
         Err(error) => return refuse(error),
     };
     let Some(auth) = Auth::new(config.secret.reveal().as_bytes()) else {
-        return refuse("auth-token-secret is empty");
+        return refuse("the secret that tokens are signed with is empty");
     };
     let logging = match log.start() {
         Ok(logging) => logging,
@@ -93,7 +99,7 @@ pub fn serve(options: ServeOptions, hidden: nix::Result<()>) -> Exit {
         log::warn!("{warning}");
     }
     let tls = Arc::new(tls);
-    let served = prepare(state, &config, compression_size).and_then(|surroundings| {
+    let served = prepare(state, &config, environment, compression_size).and_then(|surroundings| {
         let listener = TcpListener::bind((config.host.as_str(), config.port));
         let listener = listener.map_err(|error| {
             io::Error::other(format!("can't listen on {}:{}: {error}", config.host, config.port))
@@ -133,9 +139,10 @@ struct Surroundings {
 fn prepare(
     state: StateDir,
     config: &ServeConfig,
+    environment: &Environment,
     compression_size: u64,
 ) -> io::Result<Surroundings> {
-    let shell = ShellConfig::from_env()?;
+    let shell = ShellConfig::of_agent(environment)?;
     let claimed = claim_script(&shell, &config.jump_point);
     Ok(Surroundings { state, shell, compression_size, claimed })
 }

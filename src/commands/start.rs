@@ -1,6 +1,6 @@
 //! `agent start`: asks a control plane for jobs, and sends it their logs.
 
-use std::io::{self, Write as _};
+use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::rc::Rc;
@@ -20,11 +20,12 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::commands::exit::Exit;
-use crate::commands::run::{refuse, tell};
+use crate::commands::run::refuse;
 use crate::commands::serve::{claim_script, fail, leave_at_once};
 use crate::commands::wiring::{Jobs, Login, open_state};
-use crate::commands::{check_clock, system};
-use crate::config::start::{StartConfig, StartOptions, is_url};
+use crate::commands::{check_clock, print_config, system};
+use crate::config::Flags;
+use crate::config::start::{Start, StartConfig, is_url};
 use crate::executors::Executors;
 use crate::executors::docker::{DockerConfig, DockerExecutor};
 use crate::executors::shell::{ShellConfig, ShellExecutor, wipe_secrets};
@@ -33,6 +34,7 @@ use crate::remote::http_client::HttpClients;
 use crate::remote::hub::{Hub, PATIENCE, Registration};
 use crate::remote::log_artifact::ArtifactUploads;
 use crate::remote::log_server::HttpLogUplink;
+use crate::service::environment::Environment;
 use crate::service::own_log::AgentLogConfig;
 use crate::service::signals::Signals;
 use crate::state::StateDir;
@@ -50,28 +52,23 @@ const LEAST_FOR_HOOK: Duration = Duration::from_secs(4);
 const LAST_KILL: Duration = Duration::from_secs(15);
 
 /// Runs jobs until the control plane, or this machine, wants no more.
-pub fn start(options: StartOptions, hidden: nix::Result<()>) -> Exit {
-    let print = options.print_config;
-    let prepared = StartConfig::load(options)
-        .map_err(|error| error.to_string())
-        .and_then(|config| Ok((AgentLogConfig::from_env()?, Needs::from_config(config)?)));
+pub fn start(flags: &Flags<Start>, environment: &Environment, hidden: nix::Result<()>) -> Exit {
+    let prepared = StartConfig::load(flags, environment).map_err(|error| error.to_string());
+    let prepared = prepared.and_then(|config| {
+        Ok((AgentLogConfig::from_env(environment)?, Needs::from_config(config, environment)?))
+    });
     let (log, needs) = match prepared {
         Ok(prepared) => prepared,
         Err(error) => return refuse(error),
     };
-    if print {
-        for warning in &needs.config.warnings {
-            tell(&format!("warning: {warning}"));
-        }
-        // Nobody is left to be told if that fails.
-        let _ = io::stdout().write_all(needs.config.printed.as_bytes());
-        return Exit::Success;
+    if flags.print_config {
+        return print_config(&needs.config.warnings, &needs.config.printed);
     }
     wipe_secrets();
     if let Err(error) = check_clock() {
         return fail(&error);
     }
-    let state = match open_state(&needs.config.state_dir) {
+    let state = match open_state(&needs.config.state_dir, environment) {
         Ok(state) => state,
         Err(error) => return refuse(error),
     };
@@ -85,7 +82,7 @@ pub fn start(options: StartOptions, hidden: nix::Result<()>) -> Exit {
     for warning in &needs.config.warnings {
         log::warn!("{warning}");
     }
-    let exit = match ShellConfig::from_env()
+    let exit = match ShellConfig::of_agent(environment)
         .and_then(|shell| system()?.block_on(Agent { needs, state, shell }.run()))
     {
         Ok(exit) => exit,
@@ -107,7 +104,7 @@ struct Needs {
 }
 
 impl Needs {
-    fn from_config(config: StartConfig) -> Result<Self, String> {
+    fn from_config(config: StartConfig, environment: &Environment) -> Result<Self, String> {
         let mut clients = HttpClients::new(PATIENCE);
         clients.ca_file.clone_from(&config.ca_file);
         clients.proxy = config.proxy.clone().map(Rc::new);
@@ -120,7 +117,7 @@ impl Needs {
             registration(&config),
         )
         .map_err(|why| format!("endpoint: `{}`: {why}", config.endpoint))?;
-        let compression_size = ArtifactUploads::compression_size_from_env()?;
+        let compression_size = ArtifactUploads::compression_size(environment)?;
         Ok(Self { config, clients, hub, compression_size })
     }
 }

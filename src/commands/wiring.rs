@@ -9,14 +9,15 @@ use actors::job::Job;
 use actors::ports::{JobParts, JobPartsFactory, JumpPointFiles, SparePlace};
 
 use crate::executors::{Executors, dead_jobs};
+use crate::service::environment::Environment;
 use crate::ssh_access::SshAccess;
 use crate::state::log_file::FileSpool;
 use crate::state::{JobDir, StateDir, StateDirError};
 
 /// Opens the state directory, and ends what is left of dead agents' jobs.
-pub fn open_state(path: &Path) -> Result<StateDir, StateDirError> {
+pub fn open_state(path: &Path, environment: &Environment) -> Result<StateDir, StateDirError> {
     let (state, dead) = StateDir::open(path)?;
-    dead_jobs::end(dead).map_err(|error| state.unusable(&error))?;
+    dead_jobs::end(dead, environment).map_err(|error| state.unusable(&error))?;
     Ok(state)
 }
 

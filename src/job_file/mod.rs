@@ -1,9 +1,7 @@
 //! Reads a job from a file, in YAML or JSON, and finds the lines of what is wrong with it.
 
 mod bounds;
-mod place;
 
-use std::cell::Cell;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -11,11 +9,11 @@ use std::path::{Path, PathBuf};
 
 use actors::job::Job;
 use actors::request::{FileRequest, OnlyMap, known_fields};
-use serde::de::{DeserializeSeed as _, Deserializer, IgnoredAny};
+use serde::de::{Deserializer, IgnoredAny};
 
 use self::bounds::{MAX_EXPANDED, MAX_NESTING, deepest_nesting, stands_for_too_much};
-use self::place::{Seek, Segment, line_setting};
-use crate::serde_words::without_value;
+use crate::decode::place::{Segment, line_in_json, line_in_yaml, may_merge};
+use crate::decode::{decode, decode_json, without_value};
 
 /// The largest job file, in bytes.
 pub const MAX_SIZE: u64 = 32 * 1024 * 1024;
@@ -262,30 +260,18 @@ impl Format {
 
     fn request(self, text: &str, unknown: &mut Vec<Vec<Segment>>) -> Result<FileRequest, String> {
         match self {
-            Self::Json => {
-                let mut json = serde_json::Deserializer::from_str(text);
-                let mut track = serde_path_to_error::Track::new();
-                let request = {
-                    let tracked = serde_path_to_error::Deserializer::new(&mut json, &mut track);
-                    noting_unknown(tracked, unknown)
-                };
-                let request = request.map_err(|error| {
-                    let path = track.path().to_string();
-                    let error = without_value(&error.to_string());
-                    if path == "." { error } else { format!("{path}: {error}") }
-                })?;
-                json.end().map_err(|error| error.to_string())?;
-                Ok(request)
-            }
+            Self::Json => decode_json(text.as_bytes(), |tracked| noting_unknown(tracked, unknown))
+                .map_err(|error| error.to_string()),
             Self::Yaml if deepest_nesting(text) > MAX_NESTING => {
                 Err(format!("is nested more than {MAX_NESTING} levels deep"))
             }
             Self::Yaml if stands_for_too_much(text) => {
                 Err(format!("its aliases stand for more than {} MiB", MAX_EXPANDED >> 20))
             }
-            Self::Yaml if has_merge_key(text) => merged_request(text, unknown),
-            Self::Yaml => noting_unknown(serde_yaml::Deserializer::from_str(text), unknown)
-                .map_err(|error| {
+            Self::Yaml if may_merge(text) => merged_request(text, unknown),
+            Self::Yaml => {
+                let input = serde_yaml::Deserializer::from_str(text);
+                noting_unknown(input, unknown).map_err(|error| {
                     let what = without_value(&error.to_string());
                     // The parser leaves out the place of the very first character.
                     if error.location().is_some_and(|at| at.index() > 0) {
@@ -293,37 +279,18 @@ impl Format {
                     } else {
                         format!("{what} at line 1")
                     }
-                }),
+                })
+            }
         }
     }
 
-    /// The line of the last key in `path`, 1 based.
+    /// Returns the line of the last key in `path`, 1 based.
     fn locate(self, text: &str, path: &[Segment]) -> Option<usize> {
-        let found = Cell::new(false);
-        let seek = Seek { path, found: &found };
         match self {
-            Self::Json => {
-                let error =
-                    seek.deserialize(&mut serde_json::Deserializer::from_str(text)).err()?;
-                Some(error.line())
-            }
-            Self::Yaml => {
-                let error = seek.deserialize(serde_yaml::Deserializer::from_str(text)).err()?;
-                match path.last() {
-                    // The key comes from a mapping that is merged into this one.
-                    Some(Segment::Key(key)) if !found.get() && has_merge_key(text) => {
-                        line_setting(text, key)
-                    }
-                    _ => error.location().map(|location| location.line()),
-                }
-            }
+            Self::Json => line_in_json(text, path),
+            Self::Yaml => line_in_yaml(text, path),
         }
     }
-}
-
-/// Whether a line may have a merge key, which has the parts of other mappings stand in its own.
-fn has_merge_key(text: &str) -> bool {
-    text.contains("<<")
 }
 
 /// Whether there is a merge key anywhere in `value`.
@@ -356,12 +323,7 @@ fn merged_request(text: &str, unknown: &mut Vec<Vec<Segment>>) -> Result<FileReq
         }
         merged.apply_merge().map_err(bad_merge)?;
     }
-    let mut track = serde_path_to_error::Track::new();
-    let tracked = serde_path_to_error::Deserializer::new(merged, &mut track);
-    noting_unknown(tracked, unknown).map_err(|error| {
-        let (path, error) = (track.path().to_string(), without_value(&error.to_string()));
-        if path == "." { error } else { format!("{path}: {error}") }
-    })
+    decode(merged, |tracked| noting_unknown(tracked, unknown)).map_err(|error| error.to_string())
 }
 
 fn noting_unknown<'de, D>(

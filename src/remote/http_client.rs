@@ -23,6 +23,8 @@ use openssl::ssl::{SslConnector, SslFiletype, SslMethod};
 use openssl::x509::store::X509Lookup;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
+use crate::service::environment::Environment;
+
 /// What a proxy may answer before the connection is through, in bytes.
 const LONGEST_PROXY_ANSWER: usize = 8 << 10;
 
@@ -138,11 +140,9 @@ impl fmt::Debug for Proxy {
 
 impl Proxy {
     /// What `HTTPS_PROXY` and `NO_PROXY` say, in capitals or not.
-    pub fn from_env() -> Result<Option<Self>, String> {
-        let variable = |name: &str| {
-            let names = [name.to_owned(), name.to_lowercase()];
-            names.iter().find_map(|name| std::env::var(name).ok().filter(|text| !text.is_empty()))
-        };
+    pub fn from_env(environment: &Environment) -> Result<Option<Self>, String> {
+        let variable =
+            |name: &str| environment.text(name).or_else(|| environment.text(&name.to_lowercase()));
         let direct = variable("NO_PROXY").unwrap_or_default();
         let Some(proxy) = variable("HTTPS_PROXY") else {
             return Ok(None);

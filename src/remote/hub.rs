@@ -20,8 +20,8 @@ use serde_json::Value;
 
 use crate::config::Secret;
 use crate::config::start::is_url;
+use crate::decode::{TrackedJson, decode_json, naming_unknown};
 use crate::remote::http_client::{HttpClients, parse_url, words_of_send_error};
-use crate::serde_words::{naming_unknown, without_value};
 
 /// How long the control plane may take to answer one request.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -209,23 +209,13 @@ fn decode_or<'de, T: Deserialize<'de>>(
 fn decode_with<'de, T>(
     unfit: fn(String) -> HubError,
     body: &'de [u8],
-    read: impl FnOnce(Tracked<'_, '_, 'de>) -> serde_json::Result<T>,
+    read: impl FnOnce(TrackedJson<'_, '_, '_, 'de>) -> serde_json::Result<T>,
 ) -> Result<T, HubError> {
-    let mut json = serde_json::Deserializer::from_slice(body);
-    let mut track = serde_path_to_error::Track::new();
-    read(serde_path_to_error::Deserializer::new(&mut json, &mut track)).map_err(|error| {
-        let (path, what) = (track.path().to_string(), without_value(&error.to_string()));
-        let why = format!("the answer is not understood: {path}: {what}");
+    decode_json(body, read).map_err(|error| {
+        let why = format!("the answer is not understood: {error}");
         if error.is_data() { unfit(why) } else { HubError::Failed(why) }
     })
 }
-
-/// JSON that is read while the way to where one is in it is noted.
-type Tracked<'a, 'b, 'de> = serde_path_to_error::Deserializer<
-    'a,
-    'b,
-    &'a mut serde_json::Deserializer<serde_json::de::SliceRead<'de>>,
->;
 
 /// Why a `200` is not taken for the platform's.
 pub const SOMEBODY_ELSES: &str =

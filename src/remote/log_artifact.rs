@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::os::programs::run_for;
+use crate::service::environment::Environment;
 use crate::state::StateDir;
 use actors::job::Job;
 use actors::log::buffer::LogRange;
@@ -71,11 +72,10 @@ pub struct ArtifactUploads {
 
 impl ArtifactUploads {
     /// What `SEMAPHORE_AGENT_LOGS_COMPRESSION_SIZE` in the agent's environment says, in bytes.
-    pub fn compression_size_from_env() -> Result<u64, String> {
-        let Some(size) = std::env::var_os(COMPRESSION) else {
+    pub fn compression_size(environment: &Environment) -> Result<u64, String> {
+        let Some(size) = environment.text(COMPRESSION) else {
             return Ok(DEFAULT_COMPRESSION_SIZE);
         };
-        let size = size.to_string_lossy();
         let in_range = size.parse().ok().filter(|size| COMPRESSION_SIZES.contains(size));
         in_range.ok_or_else(|| {
             let (least, most) = (COMPRESSION_SIZES.start(), COMPRESSION_SIZES.end());

@@ -17,6 +17,8 @@ use log::{LevelFilter, Record};
 use nix::libc::{O_NOFOLLOW, O_NONBLOCK};
 use nix::unistd::geteuid;
 
+use crate::service::environment::Environment;
+
 const LEVEL: &str = "SEMAPHORE_AGENT_LOG_LEVEL";
 const PATH: &str = "SEMAPHORE_AGENT_LOG_FILE_PATH";
 const MAX_SIZE: &str = "SEMAPHORE_AGENT_LOG_MAX_SIZE";
@@ -42,20 +44,19 @@ pub struct AgentLogConfig {
 impl AgentLogConfig {
     /// What the environment says; otherwise `agent_log` in the directory for temporary files, and
     /// everything from information on.
-    pub fn from_env() -> Result<Self, String> {
-        let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-        let level = variable(LEVEL).map_or(Ok(LevelFilter::Info), |level| {
+    pub fn from_env(environment: &Environment) -> Result<Self, String> {
+        let level = environment.get(LEVEL).map_or(Ok(LevelFilter::Info), |level| {
             let level = level.to_string_lossy().into_owned();
             let known = "error, warn, info, debug, trace, off";
             level.parse().map_err(|_| format!("{LEVEL}: `{level}` is none of: {known}"))
         })?;
-        let max_size = variable(MAX_SIZE).map_or(Ok(DEFAULT_MAX_SIZE), |size| {
+        let max_size = environment.get(MAX_SIZE).map_or(Ok(DEFAULT_MAX_SIZE), |size| {
             let size = size.to_string_lossy().into_owned();
             let parsed = size.parse().ok().filter(|size| *size > 0);
             parsed.ok_or_else(|| format!("{MAX_SIZE}: `{size}` is not a number of bytes"))
         })?;
-        let path = variable(PATH).map(PathBuf::from);
-        let path = path.unwrap_or_else(|| std::env::temp_dir().join("agent_log"));
+        let path = environment.get(PATH).map(PathBuf::from);
+        let path = path.unwrap_or_else(|| environment.temporary_directory().join("agent_log"));
         Ok(Self { path, max_size, level })
     }
 

@@ -13,6 +13,7 @@ use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 
 use crate::os::random::random_word;
+use crate::service::environment::Environment;
 
 /// Prefix of directories whose job is dead but may still own containers.
 const DEAD: &str = "dead-";
@@ -91,11 +92,12 @@ impl StateDir {
         Ok(directory)
     }
 
-    /// Where it is by default: below the user's state directory.
-    pub fn default_path(home: &Path) -> PathBuf {
-        let base = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from);
+    /// Returns where the directory is by default: below the user's state directory.
+    pub fn default_path(environment: &Environment) -> PathBuf {
+        let base = environment.get("XDG_STATE_HOME").map(PathBuf::from);
         let base = base.filter(|path| path.is_absolute());
-        base.unwrap_or_else(|| home.join(".local/state")).join("semaphore-agent")
+        let usual = || environment.home().unwrap_or_default().join(".local/state");
+        base.unwrap_or_else(usual).join("semaphore-agent")
     }
 
     /// Makes the directory again, and usable, if a job has removed it or changed its mode.

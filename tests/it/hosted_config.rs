@@ -173,13 +173,16 @@ fn two_secrets_are_one_too_many() {
     let both = format!("auth-token-secret: canary\nauth-token-secret-file: {}", secret.display());
     let both = world.file("config.yaml", both);
     let by_variables = refusal(&world, |command| {
-        command.arg("--auth-token-secret-file").arg(&secret);
+        command.env("SEMAPHORE_AGENT_AUTH_TOKEN_SECRET_FILE", &secret);
     });
     let by_file = refusal(&world, |command| {
         with_config(&both)(command.env_remove(SECRET_VARIABLE));
     });
     for message in [by_variables, by_file] {
-        assert!(message.contains("both set") && !message.contains(SECRET), "{message}");
+        assert!(
+            message.contains("is set too; one of these is needed") && !message.contains(SECRET),
+            "{message}"
+        );
     }
     // But one may stand in for another that is further away.
     assert_open(&Hosted::start_with(&world, with_config(&both)));
@@ -193,7 +196,7 @@ fn an_unknown_variable_is_a_warning() {
     let own_log = agent.own_log();
     let warnings: Vec<_> = own_log.lines().filter(|line| line.contains(" WARN ")).collect();
     assert_eq!(warnings.len(), 1, "{own_log}");
-    assert!(warnings[0].contains("SEMAPHORE_AGENT_MAX_BODY_SIZES is no option"), "{own_log}");
+    assert!(warnings[0].contains("unknown variable SEMAPHORE_AGENT_MAX_BODY_SIZES"), "{own_log}");
     assert!(!own_log.contains("canary"), "{own_log}");
 }
 

@@ -152,7 +152,7 @@ kubernetes-executor: false # default
     assert_eq!(printed, expected);
     assert_eq!(
         told,
-        "warning: SEMAPHORE_AGENT_HOOK_TIMOUT is no option of this agent; the nearest is \
+        "warning: unknown variable SEMAPHORE_AGENT_HOOK_TIMOUT; the nearest is \
          SEMAPHORE_AGENT_HOOK_TIMEOUT\n"
     );
     // What is printed could be a file, and nothing was begun.
@@ -346,7 +346,8 @@ fn variables_for_jobs_come_as_they_were_given() {
     let agent = StartAgent::start(&world, &control_plane, |command| {
         command.arg("--config-file").arg(file).env("SEMAPHORE_AGENT_ENV_VAR", "canary");
     });
-    let warning = "SEMAPHORE_AGENT_ENV_VAR is no option of this agent; the nearest is SEMAPHORE_AGENT_ENV_VARS";
+    let warning =
+        "unknown variable SEMAPHORE_AGENT_ENV_VAR; the nearest is SEMAPHORE_AGENT_ENV_VARS";
     agent.wait_for_own_log(warning);
     let script =
         r#"printf '<%s>' "$EQUALS" "${EMPTY-unset}" "$SPACES" "$TWICE" "$LINES" "$ours" "$theirs""#;

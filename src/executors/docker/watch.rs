@@ -24,8 +24,8 @@ use super::engine::Engine;
 use super::removal::remove_all;
 use crate::executors::estate::Estate;
 use crate::executors::job_mark;
-use crate::executors::shell::agent_environment;
 use crate::os::sys;
+use crate::service::environment::Environment;
 use crate::state::JobFiles;
 
 /// How long what the agent asked of the engine in its last moment may take to appear.
@@ -36,12 +36,11 @@ const PATIENCE: Duration = Duration::from_hours(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// Ends what a dead job may own on an engine, and deletes its files then.
-pub fn end_dead(mut files: JobFiles) -> io::Result<()> {
+pub fn end_dead(mut files: JobFiles, environment: &[(OsString, OsString)]) -> io::Result<()> {
     files.declare_dead()?;
     let place = files.name().to_owned();
     let estate = Estate { files, access: None };
-    let watched =
-        Watch::start(estate, &agent_environment()).and_then(|mut watch| watch.on_engine());
+    let watched = Watch::start(estate, environment).and_then(|mut watch| watch.on_engine());
     if let Err(error) = watched {
         log::warn!(place, error:%; "a dead job's containers may still be there");
     }
@@ -151,7 +150,7 @@ pub fn run() -> io::Result<()> {
 }
 
 async fn remove_patiently(place: &str, scratch: &Path) -> io::Result<()> {
-    let environment: Vec<_> = std::env::vars_os().collect();
+    let environment = Environment::of_process().without_secrets();
     let give_up = Instant::now() + PATIENCE;
     let mut pause = Duration::from_secs(1);
     loop {

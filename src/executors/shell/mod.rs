@@ -33,6 +33,7 @@ use crate::os::open_files;
 use crate::os::pty::{self, Pty};
 use crate::os::shell_words::{push_quoted, quoted};
 use crate::os::sys;
+use crate::service::environment::{AGENT_SECRETS, Environment};
 use crate::ssh_access::{LeadsTo, SshAccess};
 use crate::state::{ENVIRONMENT_COPY, JobDir};
 
@@ -42,9 +43,6 @@ const SLOW_PROFILE: Duration = Duration::from_secs(1);
 /// How long the user's profile scripts may take.
 const PROFILE_PATIENCE: Duration = Duration::from_mins(2);
 
-/// Variables with the agent's own secrets, which no job may see.
-pub const AGENT_SECRETS: [&str; 2] = ["SEMAPHORE_AGENT_TOKEN", "SEMAPHORE_AGENT_AUTH_TOKEN_SECRET"];
-
 /// What a shell job needs to know of its surroundings.
 #[derive(Clone, Debug)]
 pub struct ShellConfig {
@@ -52,12 +50,8 @@ pub struct ShellConfig {
     pub home: PathBuf,
     /// The environment that the shell starts with.
     pub environment: Vec<(OsString, OsString)>,
-}
-
-/// The agent's own environment, less its secrets.
-pub fn agent_environment() -> Vec<(OsString, OsString)> {
-    let is_secret = |name: &OsString| AGENT_SECRETS.iter().any(|secret| name == secret);
-    std::env::vars_os().filter(|(name, _)| !is_secret(name)).collect()
+    /// Where people find copies of jobs' variables.
+    pub temporary_directory: PathBuf,
 }
 
 /// Overwrites the agent's secrets in the environment that it was started with, where root's jobs could read them. For a
@@ -67,22 +61,22 @@ pub(crate) fn wipe_secrets() {
 }
 
 impl ShellConfig {
-    /// The agent's own surroundings, less its secrets.
-    pub fn from_env() -> io::Result<Self> {
-        let mut environment = agent_environment();
-        let is_set = |name: &str| environment.iter().any(|(n, v)| n == name && !v.is_empty());
-        let (has_home, has_term) = (is_set("HOME"), is_set("TERM"));
-        let home = std::env::home_dir().filter(|home| home.is_absolute());
-        let home = home.ok_or_else(|| {
+    /// Returns the agent's own surroundings, less its secrets.
+    pub fn of_agent(environment: &Environment) -> io::Result<Self> {
+        let home = environment.home().ok_or_else(|| {
             io::Error::new(io::ErrorKind::NotFound, "HOME is not the path of a directory")
         })?;
+        let (has_home, has_term) =
+            (environment.get("HOME").is_some(), environment.get("TERM").is_some());
+        let temporary_directory = environment.temporary_directory();
+        let mut environment = environment.without_secrets();
         if !has_home {
             environment.push(("HOME".into(), home.clone().into()));
         }
         if !has_term {
             environment.push(("TERM".into(), "xterm".into()));
         }
-        Ok(Self { home, environment })
+        Ok(Self { home, environment, temporary_directory })
     }
 }
 
@@ -125,7 +119,8 @@ impl Executor for &ShellExecutor {
     fn environment_copy(&self, job: &Job) -> Option<PathBuf> {
         let name = format!("{ENVIRONMENT_COPY}{}", job.id.as_str());
         // An id that can't be a file's name has no copy.
-        (self.copies_environment && !name.contains('/')).then(|| std::env::temp_dir().join(name))
+        (self.copies_environment && !name.contains('/'))
+            .then(|| self.config.temporary_directory.join(name))
     }
 }
 

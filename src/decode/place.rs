@@ -1,4 +1,4 @@
-//! Finds the line of a value in a file: a path to it, and a walk along that path.
+//! Finds the line of a value in a file: a path to the value, and a walk along that path.
 
 use std::cell::Cell;
 use std::fmt;
@@ -13,17 +13,17 @@ const ALIASES: [(&str, &str); 3] =
 
 /// One step from a value into one of its parts.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Segment {
+pub(crate) enum Segment {
     Key(String),
     Index(usize),
 }
 
 impl Segment {
-    pub(super) fn key(name: &str) -> Self {
+    pub(crate) fn key(name: &str) -> Self {
         Self::Key(name.to_owned())
     }
 
-    pub(super) fn of(path: &serde_ignored::Path<'_>) -> Vec<Self> {
+    pub(crate) fn of(path: &serde_ignored::Path<'_>) -> Vec<Self> {
         use serde_ignored::Path;
         let (parent, own) = match path {
             Path::Root => return Vec::new(),
@@ -39,13 +39,13 @@ impl Segment {
     }
 
     /// Reads `env_vars[2].name`.
-    pub(super) fn parse(path: &str) -> Vec<Self> {
+    pub(crate) fn parse(path: &str) -> Vec<Self> {
         let parts = path.split(['.', '[']).map(|part| part.trim_end_matches(']'));
         parts.map(|part| part.parse().map_or_else(|_| Self::key(part), Self::Index)).collect()
     }
 
     /// Writes `env_vars[2].name`.
-    pub(super) fn join(path: &[Self]) -> String {
+    pub(crate) fn join(path: &[Self]) -> String {
         let mut joined = String::new();
         for segment in path {
             match segment {
@@ -58,8 +58,32 @@ impl Segment {
     }
 }
 
+/// Returns the line of the last key or index of `path` in JSON, 1 based.
+pub(crate) fn line_in_json(text: &str, path: &[Segment]) -> Option<usize> {
+    let seek = Seek { path, found: &Cell::new(false) };
+    let error = seek.deserialize(&mut serde_json::Deserializer::from_str(text)).err()?;
+    Some(error.line())
+}
+
+/// Returns the line of the last key or index of `path` in YAML, 1 based. A key that comes from a mapping that is merged
+/// has the line where that mapping sets it.
+pub(crate) fn line_in_yaml(text: &str, path: &[Segment]) -> Option<usize> {
+    let found = Cell::new(false);
+    let seek = Seek { path, found: &found };
+    let error = seek.deserialize(serde_yaml::Deserializer::from_str(text)).err()?;
+    match path.last() {
+        Some(Segment::Key(key)) if !found.get() && may_merge(text) => line_setting(text, key),
+        _ => error.location().map(|location| location.line()),
+    }
+}
+
+/// Whether YAML may have a merge key, which has the parts of other mappings stand in its own.
+pub(crate) fn may_merge(text: &str) -> bool {
+    text.contains("<<")
+}
+
 /// The first line of YAML, 1 based, that sets a key of this name.
-pub(super) fn line_setting(text: &str, key: &str) -> Option<usize> {
+fn line_setting(text: &str, key: &str) -> Option<usize> {
     let is_part_of_name = |c: char| c.is_alphanumeric() || "_-".contains(c);
     let sets = |line: &str| {
         line.match_indices(key).any(|(at, _)| {
@@ -74,10 +98,10 @@ pub(super) fn line_setting(text: &str, key: &str) -> Option<usize> {
 
 /// Walks down a path and fails at its last key: parsers give the place of an error.
 #[derive(Clone, Copy)]
-pub(super) struct Seek<'a> {
-    pub(super) path: &'a [Segment],
+struct Seek<'a> {
+    path: &'a [Segment],
     /// Set when the last key is there.
-    pub(super) found: &'a Cell<bool>,
+    found: &'a Cell<bool>,
 }
 
 impl<'de> DeserializeSeed<'de> for Seek<'_> {

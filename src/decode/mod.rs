@@ -1,6 +1,57 @@
-//! What serde says about wrong input, fit for people and logs.
+//! Decodes what comes from outside, with errors that name the place of what is wrong, and show no value.
+
+pub(crate) mod place;
 
 use serde::{Deserialize, Deserializer};
+
+/// A deserializer that notes where it is.
+pub(crate) type Tracked<'a, 'b, D> = serde_path_to_error::Deserializer<'a, 'b, D>;
+
+/// JSON whose deserializer notes where it is.
+pub(crate) type TrackedJson<'a, 'b, 'json, 'de> =
+    Tracked<'a, 'b, &'json mut serde_json::Deserializer<serde_json::de::SliceRead<'de>>>;
+
+/// Why input could not be decoded: the place in it, if it is known, and what is wrong there.
+#[derive(Debug, thiserror::Error)]
+#[error("{}{}", place.as_ref().map(|place| format!("{place}: ")).unwrap_or_default(), without_value(&source.to_string()))]
+pub(crate) struct DecodeError<E: std::error::Error + 'static> {
+    place: Option<String>,
+    source: E,
+}
+
+impl DecodeError<serde_json::Error> {
+    /// Returns whether the input is JSON, but not what is wanted.
+    pub(crate) fn is_data(&self) -> bool {
+        self.source.is_data()
+    }
+}
+
+/// Has `read` decode `input`.
+pub(crate) fn decode<'de, D, T>(
+    input: D,
+    read: impl FnOnce(Tracked<'_, '_, D>) -> Result<T, D::Error>,
+) -> Result<T, DecodeError<D::Error>>
+where
+    D: Deserializer<'de>,
+    D::Error: std::error::Error + 'static,
+{
+    let mut track = serde_path_to_error::Track::new();
+    read(Tracked::new(input, &mut track)).map_err(|source| {
+        let place = Some(track.path().to_string()).filter(|place| place != ".");
+        DecodeError { place, source }
+    })
+}
+
+/// Has `read` decode all of `json`.
+pub(crate) fn decode_json<'de, T>(
+    json: &'de [u8],
+    read: impl FnOnce(TrackedJson<'_, '_, '_, 'de>) -> Result<T, serde_json::Error>,
+) -> Result<T, DecodeError<serde_json::Error>> {
+    let mut input = serde_json::Deserializer::from_slice(json);
+    let decoded = decode(&mut input, read)?;
+    input.end().map_err(|source| DecodeError { place: None, source })?;
+    Ok(decoded)
+}
 
 /// How many fields are named that are not known.
 const MOST_NAMED: usize = 5;
