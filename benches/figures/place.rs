@@ -51,7 +51,11 @@ impl Place {
             ("HOME".into(), home.clone().into()),
             ("TERM".into(), "xterm".into()),
         ];
-        Ok(Self { directory, lines, shell: ShellConfig { home, environment } })
+        Ok(Self {
+            directory,
+            lines,
+            shell: ShellConfig { temporary_directory: std::env::temp_dir(), home, environment },
+        })
     }
 
     /// What the agent keeps.

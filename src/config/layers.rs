@@ -66,13 +66,13 @@ impl<S: OptionSet> FromArgMatches for Flags<S> {
             if matches.value_source(option.key) != Some(ValueSource::CommandLine) {
                 continue;
             }
-            let given = matches.get_many::<String>(option.key).into_iter().flatten().cloned();
+            let mut given = matches.get_many::<String>(option.key).into_iter().flatten().cloned();
             let value = if option.is_list() {
                 // An empty flag is one empty text.
                 let entries: Vec<String> = given.collect();
                 if entries == [""] { Value::Array(Vec::new()) } else { entries.into() }
             } else {
-                given.last().unwrap_or_default().into()
+                given.next_back().unwrap_or_default().into()
             };
             values.insert(option.key.to_owned(), value);
         }

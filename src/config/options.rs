@@ -129,48 +129,56 @@ impl<T: OptionValue> Opt<T> {
     }
 
     /// Sets the default, as it is written in a file.
+    #[must_use]
     pub const fn default(mut self, default: &'static str) -> Self {
         self.spec.default = Some(default);
         self
     }
 
     /// Sets what is said about a default that can't be written.
+    #[must_use]
     pub const fn default_in_words(mut self, words: &'static str) -> Self {
         self.spec.default_in_words = Some(words);
         self
     }
 
     /// Sets the value in the example file.
+    #[must_use]
     pub const fn example(mut self, value: &'static str) -> Self {
         self.spec.example = Some(value);
         self
     }
 
     /// Sets the value in the example file, which is in force there.
+    #[must_use]
     pub const fn set_in_example(mut self, value: &'static str) -> Self {
         self.spec.is_set_in_example = true;
         self.example(value)
     }
 
     /// Sets another name of the flag.
+    #[must_use]
     pub const fn alias(mut self, alias: &'static str) -> Self {
         self.spec.alias = Some(alias);
         self
     }
 
     /// Sets the group.
+    #[must_use]
     pub const fn group(mut self, group: &'static str) -> Self {
         self.spec.group = Some(group);
         self
     }
 
     /// Leaves the option out of help and examples.
+    #[must_use]
     pub const fn hidden(mut self) -> Self {
         self.spec.is_hidden = true;
         self
     }
 
     /// Sets what hides the secret parts of a value.
+    #[must_use]
     pub const fn masked(mut self, masked: fn(&Value) -> Value) -> Self {
         self.spec.masked = masked;
         self
