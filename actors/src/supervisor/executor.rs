@@ -45,8 +45,8 @@ pub struct OutputShape {
 }
 
 impl OutputShape {
-    /// For readers who come at any time: long enough for an event to be worth its overhead, short
-    /// enough for somebody who watches.
+    /// For a log that is pulled, perhaps by somebody who watches: a short delay, yet no event for
+    /// every few bytes.
     pub const PULLED: Self = Self {
         gather: Duration::from_millis(8),
         full: FULL_EVENT,

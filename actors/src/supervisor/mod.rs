@@ -94,7 +94,8 @@ pub struct GetWait;
 #[rtype(result = "Result<(), String>")]
 pub struct CheckReadiness;
 
-/// Returns the log of the running job, else that of the last one; `None` before the first job.
+/// Returns the log of the running job, else that of the last one; `None` before the first job, or
+/// if the last log was dropped to free the disk.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Option<JobLogAddress>")]
 pub struct GetLog;
