@@ -17,7 +17,7 @@ const TRY_AGAIN: Duration = Duration::from_secs(1);
 /// How long all attempts of one callback may take together (PROTOCOL: `agent serve`).
 const IN_ALL: Duration = Duration::from_mins(15);
 
-/// How long callbacks and archiving may take together, from the job's end on, when the agent was
+/// How long callbacks and archiving may take together once the job has ended and the agent was
 /// asked to end: service managers kill after 90 s.
 const WHEN_ENDING: Duration = Duration::from_mins(1);
 
@@ -131,7 +131,7 @@ impl PullDelivery {
         self.waits_for.set(None);
         if !archived {
             let seconds = since.elapsed().as_secs();
-            log::warn!(job:% = job.id, seconds; "no archivator has fetched the job's whole log; it is not waited for any more");
+            log::warn!(job:% = job.id, seconds; "gave up waiting for an archivator to fetch the job's whole log");
         }
         let Some(log) = log else {
             return;

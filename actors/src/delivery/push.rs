@@ -20,8 +20,8 @@ use crate::ports::{LogUplink, LogUploads};
 /// How long after the job's end delivery may go without any progress.
 const WITHOUT_PROGRESS: Duration = Duration::from_mins(2);
 
-/// How long after the job's end delivery may take when the agent was asked to end: service managers
-/// kill after 90 s.
+/// How long delivery may take once the job has ended and the agent was asked to end: service
+/// managers kill after 90 s.
 const INTERRUPTED: Duration = Duration::from_mins(1);
 
 /// How long before [`Urgency::leave_by`] delivery is given up: the agent then still has to end the
