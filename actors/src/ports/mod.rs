@@ -1,5 +1,5 @@
 //! What the actors need from the outside world: implemented by the binary, scripted in
-//! [`testing`](crate::testing).
+//! the `testing` module.
 //!
 //! Rules for all ports, unless a method says otherwise:
 //! - Calls come from the thread of the actor that owns the port. A method that returns no future
