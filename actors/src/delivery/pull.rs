@@ -12,20 +12,20 @@ use crate::log::buffer::LogRange;
 use crate::ports::{Callback, CallbackError, CallbackSender, LogUploads};
 
 /// The pause between two attempts of a callback.
-const TRY_AGAIN: Duration = Duration::from_secs(1);
+const CALLBACK_PAUSE: Duration = Duration::from_secs(1);
 
 /// How long all attempts of one callback may take together (PROTOCOL: `agent serve`).
-const IN_ALL: Duration = Duration::from_mins(15);
+const CALLBACK_PATIENCE: Duration = Duration::from_mins(15);
 
 /// How long callbacks and archiving may take together once the job has ended and the agent was
 /// asked to end: service managers kill after 90 s.
-const WHEN_ENDING: Duration = Duration::from_mins(1);
+const ENDING_PATIENCE: Duration = Duration::from_mins(1);
 
-/// How long a callback may take even if `WHEN_ENDING` is over.
-const AT_LEAST: Duration = Duration::from_secs(5);
+/// How long a callback may take even if `ENDING_PATIENCE` is over.
+const CALLBACK_AT_LEAST: Duration = Duration::from_secs(5);
 
 /// How long an archivator whose transfer broke is waited for.
-const COME_BACK: Duration = Duration::from_mins(10);
+const ARCHIVATOR_PATIENCE: Duration = Duration::from_mins(10);
 
 /// Delivers jobs whose logs are pulled.
 pub struct PullDelivery {
@@ -149,14 +149,14 @@ impl PullDelivery {
         let began = Instant::now();
         let job_ended = self.job_ended.get().unwrap_or(began);
         let at_least = match waits_for {
-            WaitsFor::Callback => AT_LEAST,
+            WaitsFor::Callback => CALLBACK_AT_LEAST,
             WaitsFor::Archivator => Duration::ZERO,
         };
         let mut asked_to_end = self.asked_to_end.clone();
         loop {
             let asked = *asked_to_end.borrow_and_update();
             let when_ending =
-                asked.map(|asked| (asked.max(job_ended) + WHEN_ENDING).max(began + at_least));
+                asked.map(|asked| (asked.max(job_ended) + ENDING_PATIENCE).max(began + at_least));
             let give_up = when_ending.map_or(at_most, |leave| leave.min(at_most));
             let left = give_up.saturating_duration_since(Instant::now());
             let seconds = left.as_millis().div_ceil(1000);
@@ -192,7 +192,7 @@ impl PullDelivery {
         let mut last_failure = None;
         let taken = tokio::select! {
             taken = self.send_until_taken(job, what, &callback, &mut last_failure) => taken,
-            () = self.time_is_up(job, Instant::now() + IN_ALL, WaitsFor::Callback) => Err("there was no answer in time".to_owned()),
+            () = self.time_is_up(job, Instant::now() + CALLBACK_PATIENCE, WaitsFor::Callback) => Err("there was no answer in time".to_owned()),
         };
         self.waits_for.set(None);
         if let Err(why) = taken {
@@ -227,20 +227,21 @@ impl PullDelivery {
                 }
                 Err(error) => return Err(error.to_string()),
             }
-            sleep(TRY_AGAIN).await;
+            sleep(CALLBACK_PAUSE).await;
         }
     }
 }
 
 /// Waits until an archivator has the whole log, and returns `true`. Returns `false` if a transfer
-/// broke and no other one began within [`COME_BACK`]; waits without end for the first one.
+/// broke and no other one began within [`ARCHIVATOR_PATIENCE`]; waits without end for the first
+/// one.
 async fn is_archived(mut archive: watch::Receiver<Archive>) -> bool {
     loop {
         let now = *archive.borrow_and_update();
         let changed = if now.archived {
             return true;
         } else if now.is_abandoned() {
-            let Ok(changed) = timeout(COME_BACK, archive.changed()).await else {
+            let Ok(changed) = timeout(ARCHIVATOR_PATIENCE, archive.changed()).await else {
                 return false;
             };
             changed

@@ -22,16 +22,16 @@ const WITHOUT_PROGRESS: Duration = Duration::from_mins(2);
 
 /// How long delivery may take once the job has ended and the agent was asked to end: service
 /// managers kill after 90 s.
-const INTERRUPTED: Duration = Duration::from_mins(1);
+const INTERRUPTED_PATIENCE: Duration = Duration::from_mins(1);
 
 /// How long before [`Urgency::leave_by`] delivery is given up: the agent then still has to end the
 /// job, report its outcome and disconnect.
-const LAST_WORDS: Duration = Duration::from_secs(15);
+const RESERVED_FOR_LEAVING: Duration = Duration::from_secs(15);
 
 /// How many logs may be pushed on in the background after their jobs' end.
 const MOST_IN_BACKGROUND: u32 = 20;
 /// How long a log is pushed on in the background.
-const IN_BACKGROUND: Duration = Duration::from_hours(24);
+const BACKGROUND_PATIENCE: Duration = Duration::from_hours(24);
 
 /// How often a job's log shipper may crash before it is not replaced any more.
 const MOST_CRASHES: u32 = 10;
@@ -188,8 +188,8 @@ impl PushDelivery {
         let mut urgency = self.urgency.clone();
         loop {
             let now = *urgency.borrow_and_update();
-            let interrupted = now.interrupted_at.map(|at| at.max(job_ended) + INTERRUPTED);
-            let leaving = now.leave_by.map(|by| by - LAST_WORDS);
+            let interrupted = now.interrupted_at.map(|at| at.max(job_ended) + INTERRUPTED_PATIENCE);
+            let leaving = now.leave_by.map(|by| by - RESERVED_FOR_LEAVING);
             let reasons = [interrupted, leaving];
             let in_all = job_ended + self.patience;
             let first = reasons.into_iter().flatten().min().map_or(in_all, |at| at.min(in_all));
@@ -211,7 +211,7 @@ impl PushDelivery {
         let (uplink, in_background) = (Rc::clone(&self.uplink), Rc::clone(&self.in_background));
         actix::spawn(async move {
             let mut shipped = shipping.shipped.clone();
-            let shipped = timeout(IN_BACKGROUND, shipped.wait_for(Option::is_some)).await;
+            let shipped = timeout(BACKGROUND_PATIENCE, shipped.wait_for(Option::is_some)).await;
             if shipped.is_ok_and(|shipped| shipped.is_ok()) {
                 log::info!(job:%; "the log that was not delivered in time is delivered now");
                 if let Err(error) = uplink.remove_kept(&kept) {

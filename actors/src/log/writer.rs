@@ -49,7 +49,7 @@ impl JobLog {
         let published = Published::default();
         // `Arbiter::new` panics if no thread can be had, which must end no more than this job.
         let thread = spool.may_block().then(|| catch_unwind(Arbiter::new)).transpose();
-        let thread = thread.map_err(|_| io::Error::other("no thread can be had for the log"))?;
+        let thread = thread.map_err(|_| io::Error::other("can't start the log's thread"))?;
         let arbiter = thread.as_ref().map_or_else(Arbiter::current, Arbiter::handle);
         let buffer = LogBuffer::new(spool, published.clone());
         let buffer = LogBuffer::start_in_arbiter(&arbiter, |_| buffer);

@@ -211,8 +211,8 @@ pub struct LeftBehind {
 /// [`Self::end_everything`] or [`Self::release`] is called for every job. From that call on, the
 /// place refuses to start anything new.
 pub trait Containment {
-    /// Keeps the session's shell from running any further command of the job. Its processes live
-    /// on, and the shell may still run its EXIT trap during [`Self::end_everything`].
+    /// Keeps the session's shell from running any further command of the job. Its processes may
+    /// live on, and the shell may still run its EXIT trap during [`Self::end_everything`].
     ///
     /// The first act of every stop: whatever ends the running command next must not let the shell
     /// go on to the one behind it.
@@ -269,10 +269,10 @@ pub enum ForeignChange {
     #[error("its file was removed or replaced")]
     Removed,
     /// The file was cut to this many bytes.
-    #[error("its file was cut")]
+    #[error("its file was truncated")]
     Cut(u64),
     /// Another process appended to the file.
-    #[error("somebody else wrote to its file")]
+    #[error("another process wrote to its file")]
     Grown,
     /// Bytes within the file differ from those that were written.
     #[error("its file was overwritten")]
