@@ -121,7 +121,7 @@ pub enum LogError {
     Spool(#[from] io::Error),
     /// Another process changed the log. Returned once for each change; the line that gets the
     /// error is not in the log, later ones are.
-    #[error("the job's log was changed by another process: {0}")]
+    #[error("the job's log was changed by somebody else: {0}")]
     Changed(#[from] ForeignChange),
     /// The log buffer has crashed.
     #[error("the log buffer has crashed")]
