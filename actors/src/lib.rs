@@ -1,12 +1,12 @@
-//! The job supervisor: messages, decisions, actors, and the ports they need.
+//! The job supervisor: its messages, decisions and actors, and the ports that these need.
 //!
 //! ```text
 //! HTTP routes ──▶ SubmitJob · ReadJobLog · RequestStop ──▶ HttpIntake ─┐
 //! signals ──▶ Interrupt · LeaveSoon ──▶ SyncPoller ◀── HubApi          │
 //!                                           └──────────────┬───────────┘
 //!                                                          ▼
-//! a job's source ──▶ StartJob · StopJob · GetStatus · GetLog · ReportTransfer ──▶ JobSupervisor
-//!        ▲                                                         │  spawns, afresh for every job:
+//! an intake ──▶ StartJob · StopJob · GetStatus · GetLog · ReportTransfer ──▶ JobSupervisor
+//!        ▲                                                         │  spawns anew for each job:
 //!        └── JobFinished{id, outcome} (a Recipient) ◀──────────────┤
 //!                                                                  │
 //!              Prepare · Export · Inject · RunCommand              │
@@ -18,9 +18,9 @@
 //!                     Count · Time (lossy) ──▶ Metrics ◀───────────┘
 //! ```
 //!
-//! This crate does no I/O of its own: its [`ports`] are implemented by the binary. Decisions
-//! ([`job::lifecycle`], [`intake::protocol`], [`log::index`], [`log::text`]) are plain synchronous
-//! types with property tests; actors perform the effects.
+//! This crate does no I/O: the binary implements its [`ports`]. Decisions ([`job::lifecycle`],
+//! [`intake::protocol`], [`log::index`], [`log::text`]) are plain synchronous types with property
+//! tests; the actors perform the effects.
 
 pub mod delivery;
 pub mod intake;

@@ -1,7 +1,7 @@
-//! Owns the sink that measurements go to.
+//! Owns the destination of metrics.
 //!
-//! Receives [`Count`] and [`Time`], sent without waiting: metrics are lossy, and neither a slow
-//! sink nor the death of this actor may cost a job anything.
+//! Receives [`Count`] and [`Time`], sent without waiting for a reply: metrics are lossy, and
+//! neither a slow sink nor a crash of this actor may slow or fail a job.
 
 use std::time::Duration;
 
@@ -13,9 +13,9 @@ use crate::ports::MetricsSink;
 #[derive(Clone, Debug, Message)]
 #[rtype(result = "()")]
 pub struct Count {
-    /// The counter, without the namespace.
+    /// The counter's name, without the namespace.
     pub name: &'static str,
-    /// One tag, `key:value`.
+    /// The measurement's one tag, `key:value`.
     pub tag: String,
 }
 
@@ -23,21 +23,21 @@ pub struct Count {
 #[derive(Clone, Debug, Message)]
 #[rtype(result = "()")]
 pub struct Time {
-    /// The timing, without the namespace.
+    /// The timing's name, without the namespace.
     pub name: &'static str,
-    /// How long it took.
+    /// The duration to record.
     pub duration: Duration,
-    /// One tag, `key:value`.
+    /// The measurement's one tag, `key:value`.
     pub tag: String,
 }
 
-/// See the module.
+/// Passes measurements to a sink.
 pub struct Metrics {
     sink: Box<dyn MetricsSink>,
 }
 
 impl Metrics {
-    /// Metrics that go to `sink`.
+    /// Creates the actor, which sends to `sink`.
     pub fn new(sink: Box<dyn MetricsSink>) -> Self {
         Self { sink }
     }

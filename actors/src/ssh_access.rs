@@ -1,7 +1,7 @@
-//! Owns the way in for people who log in to where a job runs.
+//! Owns SSH access to the place where a job runs.
 //!
-//! Receives [`OpenAccess`] at the job's start and [`CloseAccess`] when its teardown is over. A job
-//! without a way in still runs: what goes wrong here is in the agent's own log.
+//! Receives [`OpenAccess`] at the job's start and [`CloseAccess`] at the end of its teardown. A job
+//! runs without SSH access, too: an error here never fails it.
 
 use std::io;
 use std::rc::Rc;
@@ -11,26 +11,26 @@ use bytes::Bytes;
 
 use crate::ports::JumpPointFiles;
 
-/// Lets people in.
+/// Opens SSH access for the owners of the keys.
 #[derive(Clone, Message)]
 #[rtype(result = "io::Result<()>")]
 pub struct OpenAccess {
-    /// Lines of `authorized_keys`.
+    /// The keys, each one line of `authorized_keys`.
     pub keys: Vec<Bytes>,
 }
 
-/// Lets nobody in any more, and undoes all that was done for it.
+/// Closes SSH access, and removes everything that was added for it. Idempotent.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "io::Result<()>")]
 pub struct CloseAccess;
 
-/// See the module.
+/// Opens and closes SSH access to one job. See the [module](self).
 pub struct JumpPoint {
     files: Rc<dyn JumpPointFiles>,
 }
 
 impl JumpPoint {
-    /// A way in that is not open yet.
+    /// Creates the actor; access is not open yet.
     pub fn new(files: Rc<dyn JumpPointFiles>) -> Self {
         Self { files }
     }

@@ -1,4 +1,4 @@
-//! How the platform comes to know a job's log and its end.
+//! How a job's log and outcome get to the platform.
 
 pub mod pull;
 pub mod push;
@@ -13,19 +13,19 @@ use crate::delivery::push::{PushDelivery, Shipping};
 use crate::job::{Job, Outcome};
 use crate::log::writer::JobLog;
 
-/// The same for all jobs of an agent.
+/// How logs and outcomes get to the platform; the same for all jobs of an agent.
 #[derive(Clone, Default)]
 pub enum Delivery {
-    /// Who started the job reads its log, and hears of its end.
+    /// There is no platform: the sender of `StartJob` reads the log and receives `JobFinished`.
     #[default]
     None,
-    /// The platform reads the log, and is called back.
+    /// The platform reads the log from the agent, and callbacks tell it the outcome.
     Pull(Rc<PullDelivery>),
-    /// The log is sent to the platform.
+    /// The agent sends the log to the platform; the intake reports the outcome.
     Push(Rc<PushDelivery>),
 }
 
-/// What is on its way, or comes for the log, of one job.
+/// The delivery of one job. Clones share it.
 #[derive(Clone)]
 pub(crate) struct JobDelivery {
     delivery: Delivery,
@@ -34,7 +34,7 @@ pub(crate) struct JobDelivery {
 }
 
 impl Delivery {
-    /// Whose doing a job that is over waits for, in a word.
+    /// Returns what a job whose outcome is known still waits for, in the API's word.
     pub(crate) fn waits_for(&self) -> Option<&'static str> {
         match self {
             Self::Pull(delivery) => delivery.waits_for.get().map(WaitsFor::as_str),
@@ -42,7 +42,7 @@ impl Delivery {
         }
     }
 
-    /// The job begins.
+    /// Begins the delivery of a job that starts now.
     pub(crate) fn begin(
         &self,
         job: &Job,
@@ -58,20 +58,20 @@ impl Delivery {
 }
 
 impl JobDelivery {
-    /// What pushes the log, for tests that make it crash.
+    /// Returns the log shipper, for tests that make it crash.
     #[cfg(feature = "testing")]
     pub(crate) fn shipper(&self) -> Option<crate::delivery::push::CurrentShipper> {
         self.shipping.as_ref().map(|shipping| Rc::clone(&shipping.shipper))
     }
 
-    /// Tells the result before the log does.
+    /// Tells the platform the outcome, before `job_finished` is logged.
     pub(crate) async fn tell_outcome(&self, job: &Job, outcome: Outcome) {
         if let Delivery::Pull(delivery) = &self.delivery {
             delivery.tell_outcome(job, outcome).await;
         }
     }
 
-    /// Waits until the platform has the log, which is sealed.
+    /// Waits until the platform has the whole log, which must be sealed, or a deadline passes.
     pub(crate) async fn deliver(&self, job: &Job, log: &JobLog) {
         match &self.delivery {
             Delivery::None => {}
@@ -82,14 +82,15 @@ impl JobDelivery {
         }
     }
 
-    /// The same, if the log is on its way already: nothing else outlives a crash of the job's task.
+    /// Waits for a log that is pushed, as [`Self::deliver`] does. A pulled one is not waited for:
+    /// after a crash of the job's task nothing but the shipping goes on.
     pub(crate) async fn deliver_pushed(&self, job: &Job, log: &JobLog) {
         if let Delivery::Push(delivery) = &self.delivery {
             delivery.deliver(job, log, self.shipping.as_ref()).await;
         }
     }
 
-    /// Tells that nothing of the job is left.
+    /// Tells the platform that nothing of the job is left.
     pub(crate) async fn tell_torn_down(&self, job: &Job) {
         if let Delivery::Pull(delivery) = &self.delivery {
             delivery.tell_torn_down(job).await;

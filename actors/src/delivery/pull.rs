@@ -1,5 +1,5 @@
-//! What follows the end of a job whose log is pulled (PROTOCOL: "Teardown of a `pull` job"): tells the
-//! platform, and waits until its archivator has the whole log.
+//! The end of a job whose log is pulled (PROTOCOL: "Teardown of a `pull` job"): sends the
+//! callbacks, and waits until an archivator has fetched the whole log.
 
 use std::cell::Cell;
 use std::time::Duration;
@@ -11,50 +11,51 @@ use crate::job::{Job, Outcome};
 use crate::log::buffer::LogRange;
 use crate::ports::{Callback, CallbackError, CallbackSender, LogUploads};
 
-/// How long to wait between two tries of a callback.
-const TRY_AGAIN: Duration = Duration::from_secs(1);
+/// The pause between two attempts of a callback.
+const CALLBACK_PAUSE: Duration = Duration::from_secs(1);
 
-/// How long all tries of one callback may take together (PROTOCOL: `agent serve`).
-const IN_ALL: Duration = Duration::from_mins(15);
+/// How long all attempts of one callback may take together (PROTOCOL: `agent serve`).
+const CALLBACK_PATIENCE: Duration = Duration::from_mins(15);
 
-/// How long everything after a job's end may take together when the agent is to end: service managers kill after 90 s.
-const WHEN_ENDING: Duration = Duration::from_mins(1);
+/// How long callbacks and archiving may take together once the job has ended and the agent was
+/// asked to end: service managers kill after 90 s.
+const ENDING_PATIENCE: Duration = Duration::from_mins(1);
 
-/// How long a callback may take whatever the time.
-const AT_LEAST: Duration = Duration::from_secs(5);
+/// How long a callback may take even if `ENDING_PATIENCE` is over.
+const CALLBACK_AT_LEAST: Duration = Duration::from_secs(5);
 
-/// How long after the last broken transfer an archivator may come back.
-const COME_BACK: Duration = Duration::from_mins(10);
+/// How long an archivator whose transfer broke is waited for.
+const ARCHIVATOR_PATIENCE: Duration = Duration::from_mins(10);
 
-/// How jobs whose logs are pulled are brought to their end.
+/// Delivers jobs whose logs are pulled.
 pub struct PullDelivery {
     /// Sends callbacks.
     pub callbacks: Box<dyn CallbackSender>,
-    /// How often one is sent before it is given up; at least once.
+    /// The most attempts for one callback; 0 counts as 1.
     pub attempts: u32,
-    /// Keeps logs as artifacts.
+    /// Stores logs as artifacts.
     pub uploads: Box<dyn LogUploads>,
-    /// How long an archivator may take to come.
+    /// How long an archivator is waited for after the job's end.
     pub archive_timeout: Duration,
-    /// When the agent was asked to end, if it was.
+    /// The time when the agent was asked to end, if it was.
     pub asked_to_end: watch::Receiver<Option<Instant>>,
-    /// What the job that is over waits for.
+    /// What the job waits for, if anything. Set here; starts as `None`.
     pub waits_for: Cell<Option<WaitsFor>>,
-    /// When the outcome of the last job was known.
+    /// The time when the outcome of the last job was decided. Set here; starts as `None`.
     pub job_ended: Cell<Option<Instant>>,
 }
 
-/// Whose doing a job that is over may wait for.
+/// What a job whose outcome is known may wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WaitsFor {
-    /// The platform has not taken a callback yet.
+    /// The platform has not accepted a callback yet.
     Callback,
-    /// Nobody has fetched the log yet.
+    /// No archivator has fetched the whole log yet.
     Archivator,
 }
 
 impl WaitsFor {
-    /// The word that the API uses.
+    /// Returns the API's word.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Callback => "callback",
@@ -63,18 +64,18 @@ impl WaitsFor {
     }
 }
 
-/// What happens to an archivator's transfer of a log that is sealed.
+/// An event of an archivator's transfer of a sealed log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transfer {
-    /// It began.
+    /// The transfer began.
     Began,
     /// The last byte was handed to the connection.
     Completed,
-    /// The connection broke before that.
+    /// The connection broke before the last byte.
     Broken,
 }
 
-/// What archivators have done with a job's log so far. Pure.
+/// The state of all transfers of a job's log. Pure.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Archive {
     under_way: u32,
@@ -97,22 +98,22 @@ impl Archive {
         }
     }
 
-    /// Whether somebody tried, failed, and may not come back.
+    /// Whether a transfer broke, and none is under way.
     fn is_abandoned(self) -> bool {
         self.broken && self.under_way == 0
     }
 }
 
 impl PullDelivery {
-    /// Tells the platform the result.
+    /// Sends the `finished` callback.
     pub(crate) async fn tell_outcome(&self, job: &Job, outcome: Outcome) {
         self.job_ended.set(Some(Instant::now()));
         let body = format!(r#"{{"result":"{outcome}"}}"#);
         self.tell(job, "finished", job.callbacks.finished.as_ref(), body).await;
     }
 
-    /// Waits until an archivator has the whole log, then keeps it as an artifact if the job wants
-    /// that.
+    /// Waits until an archivator has the whole log, then uploads the log as an artifact if the job
+    /// asks for that. `log` is `None` if the log can't be read.
     pub(crate) async fn deliver(
         &self,
         job: &Job,
@@ -122,7 +123,7 @@ impl PullDelivery {
         let since = Instant::now();
         self.waits_for.set(Some(WaitsFor::Archivator));
         let archived = tokio::select! {
-            // One that has come already is not waited for.
+            // An archivator that is done already counts, however late it is.
             biased;
             archived = is_archived(archive) => archived,
             () = self.time_is_up(job, since + self.archive_timeout, WaitsFor::Archivator) => false,
@@ -130,7 +131,7 @@ impl PullDelivery {
         self.waits_for.set(None);
         if !archived {
             let seconds = since.elapsed().as_secs();
-            log::warn!(job:% = job.id, seconds; "no archivator has fetched the job's whole log; it is not waited for any more");
+            log::warn!(job:% = job.id, seconds; "gave up waiting for an archivator to fetch the job's whole log");
         }
         let Some(log) = log else {
             return;
@@ -142,19 +143,20 @@ impl PullDelivery {
         }
     }
 
-    /// Resolves at `at_most`, or sooner if the agent is asked to end; says in the agent's log how long that will be.
+    /// Resolves at `at_most`, or sooner if the agent is asked to end. Logs how long the wait may
+    /// take.
     async fn time_is_up(&self, job: &Job, at_most: Instant, waits_for: WaitsFor) {
         let began = Instant::now();
         let job_ended = self.job_ended.get().unwrap_or(began);
         let at_least = match waits_for {
-            WaitsFor::Callback => AT_LEAST,
+            WaitsFor::Callback => CALLBACK_AT_LEAST,
             WaitsFor::Archivator => Duration::ZERO,
         };
         let mut asked_to_end = self.asked_to_end.clone();
         loop {
             let asked = *asked_to_end.borrow_and_update();
             let when_ending =
-                asked.map(|asked| (asked.max(job_ended) + WHEN_ENDING).max(began + at_least));
+                asked.map(|asked| (asked.max(job_ended) + ENDING_PATIENCE).max(began + at_least));
             let give_up = when_ending.map_or(at_most, |leave| leave.min(at_most));
             let left = give_up.saturating_duration_since(Instant::now());
             let seconds = left.as_millis().div_ceil(1000);
@@ -162,7 +164,7 @@ impl PullDelivery {
                 WaitsFor::Archivator => {
                     log::info!(job:% = job.id, at_most_seconds:% = seconds; "waiting for an archivator to fetch the job's log");
                 }
-                // Most callbacks are taken at once.
+                // Most callbacks are accepted at once: not worth a line.
                 WaitsFor::Callback if asked.is_none() => {}
                 WaitsFor::Callback => {
                     log::info!(job:% = job.id, at_most_seconds:% = seconds; "waiting for the platform to take a callback");
@@ -175,7 +177,7 @@ impl PullDelivery {
         }
     }
 
-    /// Tells the platform that nothing of the job is left.
+    /// Sends the `teardown_finished` callback.
     pub(crate) async fn tell_torn_down(&self, job: &Job) {
         let url = job.callbacks.teardown_finished.as_ref();
         self.tell(job, "teardown_finished", url, "{}".to_owned()).await;
@@ -190,7 +192,7 @@ impl PullDelivery {
         let mut last_failure = None;
         let taken = tokio::select! {
             taken = self.send_until_taken(job, what, &callback, &mut last_failure) => taken,
-            () = self.time_is_up(job, Instant::now() + IN_ALL, WaitsFor::Callback) => Err("there was no answer in time".to_owned()),
+            () = self.time_is_up(job, Instant::now() + CALLBACK_PATIENCE, WaitsFor::Callback) => Err("there was no answer in time".to_owned()),
         };
         self.waits_for.set(None);
         if let Err(why) = taken {
@@ -199,7 +201,8 @@ impl PullDelivery {
         }
     }
 
-    /// Fails with the last reason when it was tried often enough; `last_failure` is the reason so far.
+    /// Sends `callback` until the platform accepts it. Fails with the last error after `attempts`
+    /// attempts; `last_failure` keeps the error so far, for a caller that gives up earlier.
     async fn send_until_taken(
         &self,
         job: &Job,
@@ -217,27 +220,28 @@ impl PullDelivery {
                     return Ok(());
                 }
                 Err(CallbackError::Failed(why)) if tries < self.attempts => {
-                    // A warning on the first failure only.
+                    // Warn on the first failure only.
                     let level = if tries == 1 { log::Level::Warn } else { log::Level::Debug };
                     log::log!(level, job:%, callback = what, why:%; "callback not taken, trying again");
                     *last_failure = Some(why);
                 }
                 Err(error) => return Err(error.to_string()),
             }
-            sleep(TRY_AGAIN).await;
+            sleep(CALLBACK_PAUSE).await;
         }
     }
 }
 
-/// Waits until the log is archived: without end while nobody has tried, but not for ever for an
-/// archivator that failed. False if that did not come back.
+/// Waits until an archivator has the whole log, and returns `true`. Returns `false` if a transfer
+/// broke and no other one began within [`ARCHIVATOR_PATIENCE`]; waits without end for the first
+/// one.
 async fn is_archived(mut archive: watch::Receiver<Archive>) -> bool {
     loop {
         let now = *archive.borrow_and_update();
         let changed = if now.archived {
             return true;
         } else if now.is_abandoned() {
-            let Ok(changed) = timeout(COME_BACK, archive.changed()).await else {
+            let Ok(changed) = timeout(ARCHIVATOR_PATIENCE, archive.changed()).await else {
                 return false;
             };
             changed
@@ -245,7 +249,7 @@ async fn is_archived(mut archive: watch::Receiver<Archive>) -> bool {
             archive.changed().await
         };
         if changed.is_err() {
-            // The supervisor is gone, and with it everybody who could report a transfer.
+            // The supervisor has crashed: nobody can report a transfer.
             return false;
         }
     }

@@ -1,6 +1,5 @@
-//! Brings a job whose log is pushed to its end (PROTOCOL: "Pushing logs"): the log is on its way from the
-//! job's first line on, and the job is not over before the platform has the last one, as long as there
-//! is progress.
+//! Delivery of a log that is pushed (PROTOCOL: "Pushing logs"): lines are sent from the job's start
+//! on, and the job is not over before the platform has the last one, as long as there is progress.
 
 use std::cell::Cell;
 use std::path::PathBuf;
@@ -21,61 +20,64 @@ use crate::ports::{LogUplink, LogUploads};
 /// How long after the job's end delivery may go without any progress.
 const WITHOUT_PROGRESS: Duration = Duration::from_mins(2);
 
-/// How long it may take when somebody waits for the agent's end: service managers kill after 90 s.
-const INTERRUPTED: Duration = Duration::from_mins(1);
+/// How long delivery may take once the job has ended and the agent was asked to end: service
+/// managers kill after 90 s.
+const INTERRUPTED_PATIENCE: Duration = Duration::from_mins(1);
 
-/// What an agent that leaves needs after the delivery, to end the job, tell its result and disconnect.
-const LAST_WORDS: Duration = Duration::from_secs(15);
+/// How long before [`Urgency::leave_by`] delivery is given up: the agent then still has to end the
+/// job, report its outcome and disconnect.
+const RESERVED_FOR_LEAVING: Duration = Duration::from_secs(15);
 
-/// How many logs of jobs that are over are tried again and again, and how long each.
+/// How many logs may be pushed on in the background after their jobs' end.
 const MOST_IN_BACKGROUND: u32 = 20;
-const IN_BACKGROUND: Duration = Duration::from_hours(24);
+/// How long a log is pushed on in the background.
+const BACKGROUND_PATIENCE: Duration = Duration::from_hours(24);
 
-/// A shipper that crashes so often is not started again.
+/// How often a job's log shipper may crash before it is not replaced any more.
 const MOST_CRASHES: u32 = 10;
 
-/// Between a crash of a shipper and its successor.
+/// The pause before a crashed log shipper is replaced.
 const AFTER_CRASH: Duration = Duration::from_secs(1);
 
-/// How jobs whose logs are pushed are brought to their end.
+/// Delivers jobs whose logs are pushed.
 pub struct PushDelivery {
-    /// Reads and sends.
+    /// Reads and sends log lines.
     pub uplink: Rc<dyn LogUplink>,
-    /// Keeps logs as artifacts.
+    /// Stores logs as artifacts.
     pub uploads: Box<dyn LogUploads>,
     /// How long after the job's end delivery may take in all.
     pub patience: Duration,
-    /// Who waits for the agent's end.
+    /// How soon the agent has to end.
     pub urgency: watch::Receiver<Urgency>,
-    /// How many logs of jobs that are over are still on their way.
+    /// How many logs are pushed on in the background. Counted here; starts as 0.
     pub in_background: Rc<Cell<u32>>,
 }
 
-/// How much somebody wants the agent to end.
+/// How soon the agent has to end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Urgency {
-    /// Its machine has asked it to.
+    /// The time of the first SIGTERM or SIGINT; the control plane decides when the agent ends.
     pub interrupted_at: Option<Instant>,
-    /// It leaves then, whatever is not done.
+    /// The time at which the agent ends, whatever is not done by then.
     pub leave_by: Option<Instant>,
 }
 
-/// A log on its way.
+/// The pushing of one log; ends when this value is dropped.
 pub(crate) struct Shipping {
     acknowledged: Acknowledged,
     shipped: watch::Receiver<Option<Shipped>>,
-    /// The one at work.
+    /// The current log shipper.
     #[cfg(feature = "testing")]
     pub(crate) shipper: CurrentShipper,
-    /// Ends it when nobody waits any more.
+    /// Ends the log shipper when dropped.
     _wanted: DropGuard,
 }
 
-/// The shipper that is at work, for tests that make it crash.
+/// The current log shipper of a job, for tests that make it crash.
 #[cfg(feature = "testing")]
 pub(crate) type CurrentShipper = Rc<std::cell::RefCell<Option<actix::Addr<LogShipper>>>>;
 
-/// Where a job's log is pushed, if it is.
+/// Returns where `job`'s log is pushed; `None` for a log that is pulled or not valid.
 pub(crate) fn target_of(job: &Job) -> Option<&PushTarget> {
     match &job.logger.as_ref().ok()?.method {
         LogMethod::Push(target) => Some(target),
@@ -84,7 +86,7 @@ pub(crate) fn target_of(job: &Job) -> Option<&PushTarget> {
 }
 
 impl PushDelivery {
-    /// Sends the log while it grows.
+    /// Begins to push the log while it grows; `None` if it is not to be pushed.
     pub(crate) fn begin(&self, job: &Job, log: &Rc<JobLog>) -> Option<Shipping> {
         let target = target_of(job)?.clone();
         let (log, uplink) = (Rc::clone(log), Rc::clone(&self.uplink));
@@ -127,7 +129,9 @@ impl PushDelivery {
         })
     }
 
-    /// Waits until the platform has the whole log, then keeps it as an artifact if that is wanted.
+    /// Waits until the platform has the whole log or a deadline passes, then uploads the log as an
+    /// artifact if that is asked for. A log that is not delivered is kept on disk, and pushed on in
+    /// the background.
     pub(crate) async fn deliver(&self, job: &Job, log: &JobLog, shipping: Option<&Rc<Shipping>>) {
         let job_ended = Instant::now();
         let mut trimmed = false;
@@ -152,7 +156,7 @@ impl PushDelivery {
             return;
         };
         let uploaded = tokio::select! {
-            // One that is not wanted is done at once, however late it is.
+            // An upload that is not asked for succeeds at once, even if time is up.
             biased;
             uploaded = self.uploads.upload(job, &whole, trimmed) => uploaded,
             () = self.time_is_up(job_ended) => Err("it took too long".to_owned()),
@@ -162,11 +166,11 @@ impl PushDelivery {
         }
     }
 
-    /// Resolves when the platform has not taken a line for too long.
+    /// Resolves when the platform has acknowledged no further line for too long.
     async fn no_progress(&self, acknowledged: &Acknowledged) {
         let mut progress = acknowledged.subscribe();
         let mut last = *progress.borrow_and_update();
-        // Starting again from line 0 after an outage is no progress.
+        // A restart from line 0 after an outage lowers the number, and is no progress.
         let mut grown = async || {
             while progress.changed().await.is_ok() {
                 let before = std::mem::replace(&mut last, *progress.borrow_and_update());
@@ -179,13 +183,13 @@ impl PushDelivery {
         while let Ok(true) = timeout(WITHOUT_PROGRESS, grown()).await {}
     }
 
-    /// Resolves when it is time to leave what is not done.
+    /// Resolves at the first deadline: that of the delivery, or of an agent that has to end.
     async fn time_is_up(&self, job_ended: Instant) {
         let mut urgency = self.urgency.clone();
         loop {
             let now = *urgency.borrow_and_update();
-            let interrupted = now.interrupted_at.map(|at| at.max(job_ended) + INTERRUPTED);
-            let leaving = now.leave_by.map(|by| by - LAST_WORDS);
+            let interrupted = now.interrupted_at.map(|at| at.max(job_ended) + INTERRUPTED_PATIENCE);
+            let leaving = now.leave_by.map(|by| by - RESERVED_FOR_LEAVING);
             let reasons = [interrupted, leaving];
             let in_all = job_ended + self.patience;
             let first = reasons.into_iter().flatten().min().map_or(in_all, |at| at.min(in_all));
@@ -196,7 +200,8 @@ impl PushDelivery {
         }
     }
 
-    /// Has the log's way go on in the background as long as the agent lives: the platform may be back later.
+    /// Lets the pushing go on in the background while the agent lives, and removes the kept log
+    /// once it is delivered.
     fn go_on_trying(&self, job: &Job, shipping: &Rc<Shipping>, kept: PathBuf) {
         if self.in_background.get() >= MOST_IN_BACKGROUND {
             return;
@@ -206,7 +211,7 @@ impl PushDelivery {
         let (uplink, in_background) = (Rc::clone(&self.uplink), Rc::clone(&self.in_background));
         actix::spawn(async move {
             let mut shipped = shipping.shipped.clone();
-            let shipped = timeout(IN_BACKGROUND, shipped.wait_for(Option::is_some)).await;
+            let shipped = timeout(BACKGROUND_PATIENCE, shipped.wait_for(Option::is_some)).await;
             if shipped.is_ok_and(|shipped| shipped.is_ok()) {
                 log::info!(job:%; "the log that was not delivered in time is delivered now");
                 if let Err(error) = uplink.remove_kept(&kept) {
@@ -217,7 +222,8 @@ impl PushDelivery {
         });
     }
 
-    /// Puts the log where it stays; answers where that is.
+    /// Keeps a log of which `acknowledged` lines were delivered. Returns its path, or `None` (with
+    /// a line in the agent's log) if that failed.
     async fn keep_undelivered(
         &self,
         job: &Job,

@@ -1,12 +1,10 @@
-//! Owns the way of one job's log to the platform: batch after batch, each sent again until it is
+//! Owns the delivery of one job's log to the platform: batch after batch, each sent until it is
 //! acknowledged.
 //!
-//! Receives [`AwaitShipped`], whose reply is the end of its work. Reads where new lines are from the
-//! job's log and has the uplink read and send them: the job never waits for it, however slow the
-//! platform is.
+//! Receives [`AwaitShipped`], whose reply is the end of its work. Follows the job's log for ranges
+//! of new lines, and has the uplink read and send them: the job never waits for the platform.
 //!
-//! A crash loses nothing: what was acknowledged is in [`Acknowledged`], and the next shipper goes on
-//! from there.
+//! A crash loses nothing: [`Acknowledged`] survives it, and the next shipper goes on from there.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -20,50 +18,52 @@ use crate::job::PushTarget;
 use crate::log::writer::JobLog;
 use crate::ports::{LogUplink, PushError};
 
-/// The platform takes no more lines at once.
+/// The most lines of one batch (PROTOCOL: "Pushing logs").
 const MOST_LINES: u64 = 2000;
 
-/// A body that takes longer than 5 s is refused by the platform; in bytes.
+/// The most bytes of one batch: the log server cuts off a request that takes longer than 5 s.
 const MOST_BYTES: u64 = 1 << 20;
 
-/// Requests that time out shrink to this and no further, in bytes.
+/// The fewest bytes that batches are halved to after timeouts; a single longer line is sent whole.
 const FEWEST_BYTES: u64 = 8 << 10;
 
-/// After so many batches in a row, larger ones are tried: each time one is too large for a slow line, it costs 5 s.
+/// How many successes in a row double the bytes of a batch: one that is too large costs 5 s.
 const SEVERAL_SUCCESSES: u32 = 4;
 
-/// After an outage that was longer, the platform may have lost what it had.
+/// The outage after which the log server may have lost lines that it had acknowledged.
 const OUTAGE: Duration = Duration::from_secs(1);
 
-/// After so many batches in a row, more lines are tried: each time it is too many costs a request.
+/// How many successes in a row double the lines of a batch: one that has too many costs a request.
 const MANY_SUCCESSES: u32 = 32;
 
-/// Between two batches while the job runs, and when a full one is waiting; in milliseconds.
+/// The pause between two batches while the job runs, in milliseconds.
 const USUAL_PAUSE: std::ops::Range<u64> = 1500..3000;
+/// The pause between two batches while lines are waiting, in milliseconds.
 const SHORT_PAUSE: std::ops::Range<u64> = 250..500;
 
-/// The pauses after failures double from the first to the second, in milliseconds.
+/// The longest pause after the first failure, in milliseconds. It doubles with each further one.
 const FIRST_BACK_OFF: u64 = 250;
+/// The longest pause after any failure, in milliseconds.
 const LONGEST_BACK_OFF: u64 = 8000;
 
-/// How many lines the platform has for good.
+/// How many lines the platform has acknowledged; back to 0 after an outage.
 pub(crate) type Acknowledged = Rc<watch::Sender<u64>>;
 
-/// How the way of a log ended.
+/// How the shipping of a log ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Shipped {
-    /// The platform has all of it.
+    /// The platform has the whole log.
     Whole,
-    /// The platform has as much as it wants.
+    /// The log server's space for this job is used up.
     Trimmed,
 }
 
-/// Waits until all that can be delivered is, or nobody wants it any more.
+/// Ships the log. Returns how that ended; `None` if the shipping was called off.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Option<Shipped>")]
 pub(crate) struct AwaitShipped;
 
-/// See the module.
+/// Ships one job's log. See the [module](self).
 #[derive(Clone)]
 pub(crate) struct LogShipper {
     pub(crate) log: Rc<JobLog>,
@@ -73,19 +73,19 @@ pub(crate) struct LogShipper {
     pub(crate) unwanted: CancellationToken,
 }
 
-/// How large the next batch may be. Pure.
+/// The limits of the next batch. Pure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Limits {
     lines: u64,
     bytes: u64,
-    /// How many batches in a row were taken.
+    /// How many batches in a row were acknowledged.
     successes: u32,
 }
 
 impl Limits {
     const LARGEST: Self = Self { lines: MOST_LINES, bytes: MOST_BYTES, successes: 0 };
 
-    /// Half of the lines that were too many, as long as there are two.
+    /// Returns the limits after a batch of `lines` lines was refused as too large.
     fn halved(self, lines: u64) -> Self {
         Self { lines: (lines / 2).max(1), successes: 0, ..self }
     }
@@ -111,7 +111,8 @@ struct BackOff {
 }
 
 impl BackOff {
-    /// The next pause is at most so long, in milliseconds; and at least half of that.
+    /// Returns the longest next pause, in milliseconds. The pause is a random one, at least half as
+    /// long.
     fn longest_next(&mut self) -> u64 {
         let longest = FIRST_BACK_OFF << self.failures.min(16);
         self.failures += 1;
@@ -119,15 +120,16 @@ impl BackOff {
     }
 }
 
-/// Since when the platform has not answered as one that is well, and whether the log begins anew because of that.
+/// An outage of the log server, over with the next acknowledged batch. Pure, but for the clock.
 #[derive(Clone, Copy, Debug, Default)]
 struct Outage {
     since: Option<Instant>,
+    /// The log is already sent again from line 0 because of this outage.
     begun_anew: bool,
 }
 
 impl Outage {
-    /// Whether it has just become a long one.
+    /// Returns `true` once for an outage, when it has become a long one.
     fn is_long_now(&mut self) -> bool {
         let is_long = self.since.is_some_and(|since| since.elapsed() >= OUTAGE);
         is_long && !std::mem::replace(&mut self.begun_anew, true)
@@ -145,11 +147,11 @@ impl LogShipper {
         let mut back_off = BackOff::default();
         let mut fresh_token = false;
         let mut outage = Outage::default();
-        // One for all pauses: each is somebody whom the log buffer has to tell.
+        // One future for all pauses: each would register a follower with the log buffer.
         let sealed = log.sealed();
         tokio::pin!(sealed);
         loop {
-            // The store behind the platform may have crashed. Sending from the first line on sets the whole log anew.
+            // The log server may have lost its store. Sending from line 0 replaces the whole log.
             if outage.is_long_now() {
                 acknowledged.send_if_modified(|line| std::mem::take(line) > 0);
             }
@@ -188,7 +190,7 @@ impl LogShipper {
                 }
                 Err(failed) => failed,
             };
-            // Once, and not with every try.
+            // Warn on the first failure only.
             let level = if back_off.failures == 0 { log::Level::Warn } else { log::Level::Debug };
             log::log!(level, error:%, line; "log not taken, trying again");
             match error {
@@ -204,7 +206,8 @@ impl LogShipper {
                     limits = limits.halved(lines);
                     continue;
                 }
-                // The platform cuts what takes longer than it waits, which looks like any failure.
+                // The log server cuts off a request that takes longer than it waits, which looks
+                // like any failure.
                 PushError::TimedOut | PushError::Failed(_)
                     if limits.bytes > FEWEST_BYTES && lines > 1 =>
                 {
@@ -227,7 +230,7 @@ impl Actor for LogShipper {
 }
 
 impl Handler<AwaitShipped> for LogShipper {
-    // In this actor, so that the reply fails with it.
+    // As a future of this actor, so that the reply fails when the actor crashes.
     type Result = ResponseActFuture<Self, Option<Shipped>>;
 
     fn handle(&mut self, _: AwaitShipped, _: &mut Self::Context) -> Self::Result {

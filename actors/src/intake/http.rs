@@ -1,8 +1,8 @@
-//! Owns the question whether this agent takes jobs, and passes on what clients of the HTTPS API want.
+//! Owns the decision whether this agent accepts jobs, and passes on the requests of API clients.
 //!
-//! Receives [`SubmitJob`], [`ReadJobLog`], [`RequestStop`], [`GetState`] and [`ReportTransfer`] from
-//! HTTP routes, [`Close`] and [`UntilDrained`] from whoever ends the agent; hears [`JobFinished`] from the
-//! supervisor.
+//! Receives [`SubmitJob`], [`ReadJobLog`], [`RequestStop`], [`GetState`] and [`ReportTransfer`]
+//! from the HTTP routes, [`Close`] and [`UntilDrained`] from the command that ends the agent, and
+//! [`JobFinished`] from the supervisor.
 //!
 //! ```text
 //!         Close, or with `single_job` the first job's end         no job left
@@ -23,103 +23,106 @@ use crate::supervisor::{
     StopManner,
 };
 
-/// How often, and how far apart, a log is asked for whose buffer has just crashed.
+/// How often a log is requested again after a crash of its buffer.
 const CRASHED_LOG_TRIES: u32 = 100;
+/// The pause between two such requests.
 const CRASHED_LOG_PAUSE: Duration = Duration::from_millis(10);
 
-/// Wants a job to be run.
+/// Submits a job to be run.
 #[derive(Message)]
 #[rtype(result = "Result<Submission, SubmitRefused>")]
 pub struct SubmitJob {
-    /// The job.
+    /// The job to run.
     pub job: Job,
 }
 
-/// What becomes of a job that is not refused.
+/// The result of a submission that is not refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Submission {
-    /// It runs now.
+    /// The job was started.
     Started,
-    /// It was submitted before; nothing runs twice.
+    /// The job runs already, or was the last to run; it is not run twice.
     AlreadyRunning,
 }
 
-/// Why a job is not run.
+/// Why a submitted job is not run.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitRefused {
-    /// It can't be served by an agent whose logs are pulled.
+    /// The request's `logger` is not valid, or asks for a log that is pushed.
     #[error("{0}")]
     Unfit(String),
-    /// The words are the protocol's.
+    /// Another job holds the slot. Clients match the text (PROTOCOL: "`agent serve`").
     #[error("another job is already running")]
     Busy,
     /// The agent is about to end.
     #[error("the agent is shutting down and takes no more jobs")]
     Closed,
-    /// The agent can't run anything now.
+    /// The job's parts could not be made, or the supervisor has crashed.
     #[error("the agent can't start the job: {0}")]
     Broken(String),
 }
 
-/// Asks where a job's log is from a line on.
+/// Returns the range of a job's log from a line on.
 #[derive(Clone, Debug, Message)]
 #[rtype(result = "Result<LogRange, ReadRefused>")]
 pub struct ReadJobLog {
-    /// The job.
+    /// The job whose log is wanted: the running one or the last one.
     pub id: JobId,
     /// The first line wanted, 0 based.
     pub line: u64,
 }
 
-/// Why a log can't be read.
+/// Why a log can't be read. Clients match `job ID is not running` (PROTOCOL: "`agent serve`").
 #[derive(Debug, thiserror::Error)]
 pub enum ReadRefused {
-    /// No job has run yet; the words are the protocol's.
+    /// No job has run yet.
     #[error("job ID is not running")]
     NoJob,
-    /// The log is another job's; the words are the protocol's.
+    /// The running job, or the last one, is another job.
     #[error("job ID is not running")]
     OtherJob,
-    /// The log can't be read.
+    /// The log buffer has crashed, or the log's file can't be read.
     #[error("the log can't be read: {0}")]
     Broken(#[from] LogError),
 }
 
-/// Wants a job stopped.
+/// Requests that a job be stopped. The reply comes when the stop is recorded; a stop of any job but
+/// the running one is ignored.
 #[derive(Clone, Debug, Message)]
 #[rtype(result = "()")]
 pub struct RequestStop {
-    /// Which; whatever runs if absent.
+    /// The job to stop; `None` for whichever runs.
     pub id: Option<JobId>,
 }
 
-/// Asks what the agent is doing.
+/// Returns what the agent is doing.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Status")]
 pub struct GetState;
 
-/// The agent's state, and what a job that is over waits for.
+/// What the agent is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Status {
-    /// The state.
+    /// The agent's state.
     pub state: State,
-    /// Whose doing a job that is over waits for, in a word.
+    /// What a job whose outcome is known still waits for: `callback` or `archivator`.
     pub waits_for: Option<&'static str>,
-    /// It could run a job now or later.
+    /// Whether the supervisor is alive; without it no job can run any more.
     pub is_alive: bool,
 }
 
-/// What the agent is doing, in the protocol's words.
+/// The state of an agent that serves the HTTPS API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// It has no job.
+    /// The agent has no job.
     WaitingForJob,
-    /// It has one, from its start to the end of its teardown.
+    /// The agent has a job, from its start to the end of its teardown; or its supervisor has
+    /// crashed.
     JobReceived,
 }
 
 impl State {
-    /// The protocol's word.
+    /// Returns the protocol's word.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::WaitingForJob => "waiting-for-job",
@@ -128,21 +131,21 @@ impl State {
     }
 }
 
-/// No more jobs from now on.
+/// Refuses all further jobs.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "()")]
 pub struct Close;
 
-/// Waits until no more jobs are taken and the last one is torn down.
+/// Waits until the intake is closed and the last job torn down.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "()")]
 pub struct UntilDrained;
 
-/// See the module.
+/// Accepts jobs from API clients. See the [module](self).
 pub struct HttpIntake {
     supervisor: Addr<JobSupervisor>,
     single_job: bool,
-    /// The job that an agent for a single one has taken.
+    /// With `single_job`, the job that was accepted.
     only: Option<JobId>,
     /// The last job that was started.
     last: Option<JobId>,
@@ -152,13 +155,12 @@ pub struct HttpIntake {
 #[derive(Clone, Copy, Debug, Default)]
 struct Progress {
     closed: bool,
-    /// Jobs that were handed to the supervisor and have not finished, refused ones included until
-    /// the refusal is here.
+    /// The number of jobs sent to the supervisor that have neither finished nor been refused.
     active: u32,
 }
 
 impl HttpIntake {
-    /// An open intake. With `single_job` it closes at the end of the first job.
+    /// Creates an open intake. With `single_job` it closes at the end of the first job.
     pub fn new(supervisor: Addr<JobSupervisor>, single_job: bool) -> Self {
         Self { supervisor, single_job, only: None, last: None, progress: watch::Sender::default() }
     }
@@ -178,7 +180,7 @@ impl HttpIntake {
         }
         let now = *self.progress.borrow();
         match &self.only {
-            // The answer to the same job again is the supervisor's.
+            // The supervisor replies to a job that comes again.
             _ if self.last.as_ref() == Some(&job.id) => Ok(()),
             _ if now.closed => Err(SubmitRefused::Closed),
             Some(only) if *only != job.id && now.active > 0 => Err(SubmitRefused::Busy),
@@ -261,7 +263,7 @@ impl Handler<ReadJobLog> for HttpIntake {
                 if let Ok(range) = log.buffer.send(ReadFrom { line }).await {
                     return Ok(range?);
                 }
-                // A crashed buffer has a successor as soon as the job notices.
+                // The job replaces a crashed buffer when it notices the crash.
                 sleep(CRASHED_LOG_PAUSE).await;
             }
             Err(LogError::Crashed.into())
@@ -275,7 +277,7 @@ impl Handler<RequestStop> for HttpIntake {
     fn handle(&mut self, message: RequestStop, _: &mut Self::Context) -> Self::Result {
         let stop = self.supervisor.send(StopJob { id: message.id, manner: StopManner::Grace });
         Box::pin(async move {
-            // There is nothing to stop where there is no supervisor.
+            // Without a supervisor there is nothing to stop.
             let _ = stop.await;
         })
     }
@@ -299,7 +301,7 @@ impl Handler<GetState> for HttpIntake {
             let is_alive = job.is_ok();
             let state = match job {
                 Ok(None) => State::WaitingForJob,
-                // An agent without a supervisor can take no job.
+                // Without a supervisor the agent can't run a job.
                 Ok(Some(_)) | Err(_) => State::JobReceived,
             };
             Status { state, waits_for: wait.await.unwrap_or_default(), is_alive }
@@ -316,13 +318,13 @@ impl Handler<Close> for HttpIntake {
 }
 
 impl Handler<UntilDrained> for HttpIntake {
-    // In this actor, so that the reply fails with it.
+    // As a future of this actor, so that the reply fails when the actor crashes.
     type Result = ResponseActFuture<Self, ()>;
 
     fn handle(&mut self, _: UntilDrained, _: &mut Self::Context) -> Self::Result {
         let mut progress = self.progress.subscribe();
         let drained = async move {
-            // Fails only with this actor, and then nobody gets the reply.
+            // Fails only when this actor is dropped, and then there is no reply.
             let _ = progress.wait_for(|now| now.closed && now.active == 0).await;
         };
         Box::pin(drained.into_actor(self))

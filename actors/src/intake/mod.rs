@@ -1,4 +1,5 @@
-//! Where jobs come from.
+//! The sources of jobs: clients of the HTTPS API ([`http`]) and a control plane ([`poller`], with
+//! its decisions in [`protocol`]).
 
 pub mod http;
 pub mod poller;

@@ -1,11 +1,11 @@
-//! Owns the conversation with the control plane, from the registration to the moment when the agent
-//! leaves.
+//! Owns the conversation with the control plane, from the registration until the agent leaves.
 //!
-//! Receives [`Interrupt`] and [`LeaveSoon`] from who minds the agent's signals, and [`JobFinished`] from
-//! the supervisor; sends it [`StartJob`] and [`StopJob`]. [`AwaitLeave`] is answered at the end.
+//! Receives [`Interrupt`] and [`LeaveSoon`] from the signal handling, and [`JobFinished`] from the
+//! supervisor; sends the supervisor [`StartJob`] and [`StopJob`]. The reply to [`AwaitLeave`] comes
+//! at the end.
 //!
-//! What is said and done is decided by [`SyncProtocol`]; here are its clocks, retries and time limits.
-//! One report is on its way at any time: what changes meanwhile is told right after its answer.
+//! [`SyncProtocol`] decides what to report and to do; this actor adds clocks, retries and time
+//! limits. At most one report is under way: a change meanwhile is reported right after its answer.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -25,49 +25,53 @@ use crate::supervisor::{
     CheckReadiness, JobFinished, JobSupervisor, StartJob, StopJob, StopManner,
 };
 
-/// Tries, and the pauses between them (PROTOCOL: the self-hosted API).
+// Attempts, and the pauses between them (PROTOCOL: the self-hosted API).
 const REGISTER: Tries = Tries { most: 30, pause: Duration::from_secs(1) };
 const FETCH: Tries = Tries { most: 10, pause: Duration::from_secs(3) };
 const DISCONNECT: Tries = Tries { most: 100, pause: Duration::from_secs(1) };
 
-/// When to report again if the control plane does not say, in milliseconds.
+/// The pause between two reports if the control plane does not set one, in milliseconds.
 const USUAL_PAUSE: std::ops::Range<u64> = 3000..6000;
 
-/// What a control plane may ask for instead, in milliseconds.
+/// The shortest pause that the control plane can set with `next_sync_after`, in milliseconds.
 const SHORTEST_PAUSE: u64 = 100;
+/// The longest pause that the control plane can set with `next_sync_after`, in milliseconds.
 const LONGEST_PAUSE: u64 = 300_000;
 
-/// When to report again after a report that was not taken, in milliseconds.
+/// The pause after a failed report, in milliseconds.
 const AFTER_FAILURE: std::ops::Range<u64> = 1000..3000;
 
-/// While the agent's name is still taken, as after a crash, the registration is tried for so long, and the pauses double
-/// up to this.
+/// How long the agent tries to register while its name is still taken, as after a crash.
 const NAME_TAKEN: Duration = Duration::from_mins(20);
+/// The longest pause between two such attempts; the first is that of `REGISTER`, and pauses double.
 const LONGEST_NAME_PAUSE: Duration = Duration::from_secs(30);
 
-/// An agent that is not found so often in a row, and for so long, was deleted by the control plane.
+/// How many 404s in a row mean that the control plane has deleted the agent...
 const NOT_FOUND: u32 = 3;
+/// ...if they are spread over at least this time.
 const NOT_FOUND_FOR: Duration = Duration::from_secs(5);
 
-/// For so long a job's result is told at least, whatever the control plane is up to.
+/// How long a job's result is reported, at least, if no report succeeds.
 const RESULT_PATIENCE: Duration = Duration::from_mins(15);
 
-/// An agent that nobody has heard of for so long has no business any more.
+/// How long after the last successful report the agent shuts down.
 const UNABLE_TO_SYNC: Duration = Duration::from_mins(10);
 
-/// How long leaving may take, from the first word of it.
+/// How long leaving may take in all, from the decision to leave on.
 const LEAVING: Duration = Duration::from_mins(1);
 
-/// After so much of that, what a stopped job still does is cut short: its log is to be delivered, too.
+/// How long after the decision to leave a stopped job is killed, so that there is time to deliver
+/// its log.
 const CUT_SHORT: Duration = Duration::from_secs(25);
 
-/// A report that is not answered by then is not waited for if there is more to tell.
+/// How long the answer to a report is waited for if there is something new to report.
 const STALE_REPORT: Duration = Duration::from_secs(5);
 
-/// What of that is left for disconnecting and for all that comes after, whatever the job does...
+/// The end of [`LEAVING`] that is reserved for disconnecting and for what comes after, whatever the
+/// job does.
 const FOR_DISCONNECTING: Duration = Duration::from_secs(10);
 
-/// ...and for what comes after, as the shutdown hook.
+/// The end of [`LEAVING`] that is reserved for what comes after disconnecting: the shutdown hook.
 const FOR_THE_REST: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy)]
@@ -76,17 +80,19 @@ struct Tries {
     pause: Duration,
 }
 
-/// The agent's machine asks it to end. The control plane decides when.
+/// Tells the control plane that the agent was asked to end (SIGTERM, SIGINT); the control plane
+/// decides when. A registration that is not complete yet is given up.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "()")]
 pub struct Interrupt;
 
-/// The agent is to end now, in order.
+/// Ends the agent in order, without waiting for the control plane's decision: stops the job,
+/// reports its result, disconnects.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "()")]
 pub struct LeaveSoon;
 
-/// Waits until the agent has left.
+/// Returns how the conversation ended, once it has.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Left")]
 pub struct AwaitLeave;
@@ -94,13 +100,13 @@ pub struct AwaitLeave;
 /// How the conversation ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Left {
-    /// There never was one: why the agent was not registered.
+    /// The agent could not be registered, for this reason.
     NotRegistered(String),
-    /// It did.
+    /// The agent has left.
     Because {
-        /// Why.
+        /// Why the agent shuts down.
         reason: ShutdownReason,
-        /// When everything that is still to be done must be.
+        /// The time by which the rest, such as the shutdown hook, must be done.
         by: Instant,
     },
 }
@@ -113,54 +119,57 @@ enum Registration {
     Over,
 }
 
-/// A report without an answer yet.
+/// A report that is under way.
 struct Reporting {
     answer: SpawnHandle,
     sent: Instant,
-    /// Nothing comes with its answer that must not get lost: neither a job nor the word that a result is known.
+    /// The answer can be lost: it neither assigns a job nor acknowledges a result.
     is_replaceable: bool,
 }
 
-/// See the module.
+/// Talks to the control plane. See the [module](self).
 pub struct SyncPoller {
     hub: Rc<dyn HubApi>,
     supervisor: Addr<JobSupervisor>,
-    /// What every job has in its environment.
+    /// The operator's variables, which win over a job's own.
     variables: Vec<EnvVar>,
     urgency: watch::Sender<Urgency>,
     protocol: SyncProtocol,
     registration: Registration,
-    /// A report that is on its way.
+    /// The report that is under way.
     reporting: Option<Reporting>,
-    /// There is more to tell as soon as that one is answered.
+    /// The state has changed since `reporting` was sent: report again after its answer.
     more_to_tell: bool,
+    /// The timer for the next report.
     next_report: Option<SpawnHandle>,
+    /// The time of the last successful report.
     last_taken: Instant,
-    /// How often in a row the agent was not found, and since when.
+    /// The number of 404s in a row, and the time of the first one.
     not_found: Option<(u32, Instant)>,
-    /// The control plane has deleted the agent, which registers anew when its job has ended.
+    /// The control plane has deleted the agent, which registers again when its job has ended.
     is_forgotten: bool,
-    /// The agent is for one job only, which may be gone.
+    /// The agent serves a single job (`--job-id`), and leaves if that job is gone.
     is_for_one_job: bool,
-    /// Since when no job could be started here, if that is so.
+    /// The time since when no job could be started here.
     unready_since: Option<Instant>,
-    /// When the last job's result was first to be told.
+    /// The time when the last job finished.
     result_since: Option<Instant>,
-    /// A job that is on its way here.
+    /// The job that is being fetched.
     fetching: Option<SpawnHandle>,
     left: watch::Sender<Option<Left>>,
 }
 
-/// Why the control plane did not take a report.
+/// Why a report has no answer.
 enum NotTaken {
-    /// It was not sent: a job that it might ask for could not be started, for this reason.
+    /// The report was not sent, because a job could not be started now, for this reason.
     NotReady(String),
-    /// It was sent in vain.
+    /// Sending the report failed.
     Failed(HubError),
 }
 
 impl SyncPoller {
-    /// Begins with the registration as soon as it is started.
+    /// Creates a poller, which registers the agent when it is started. `variables` are added to
+    /// every job's environment.
     pub fn new(
         hub: Rc<dyn HubApi>,
         supervisor: Addr<JobSupervisor>,
@@ -188,7 +197,7 @@ impl SyncPoller {
         }
     }
 
-    /// The same for an agent that is for one job only: it leaves if that is gone.
+    /// Sets whether the agent serves a single job, so that it leaves if that job is gone.
     #[must_use]
     pub fn for_one_job(self, is_for_one_job: bool) -> Self {
         Self { is_for_one_job, ..self }
@@ -207,7 +216,7 @@ impl SyncPoller {
             Err(error) if this.registration == Registration::Pending => {
                 this.left.send_replace(Some(Left::NotRegistered(error.to_string())));
             }
-            // Who has left meanwhile has no use for it.
+            // The agent has left meanwhile.
             Ok(()) | Err(_) => {}
         }));
     }
@@ -228,7 +237,7 @@ impl SyncPoller {
         let report = self.protocol.report();
         let is_replaceable =
             !matches!(report.state, AgentState::WaitingForJobs | AgentState::FinishedJob);
-        // Whoever says that it waits gets a job.
+        // A report that the agent waits for jobs is a request for one.
         let is_asking = report.state == AgentState::WaitingForJobs && report.interrupted_at == 0;
         let readiness = is_asking.then(|| self.supervisor.send(CheckReadiness));
         let hub = Rc::clone(&self.hub);
@@ -247,13 +256,13 @@ impl SyncPoller {
         self.reporting = Some(Reporting { answer, sent, is_replaceable });
     }
 
-    /// Tells what is new instead of waiting on for the answer to what is old.
+    /// Drops the report sent at `sent`, if it still has no answer, for a newer one.
     fn give_up_report(&mut self, sent: Instant, ctx: &mut Context<Self>) {
         if self.more_to_tell
             && let Some(Reporting { answer, .. }) =
                 self.reporting.take_if(|its| its.sent == sent && its.is_replaceable)
         {
-            log::warn!("no answer to a report; there is a newer one");
+            log::warn!("no answer to a report; sending a newer one");
             ctx.cancel_future(answer);
             self.more_to_tell = false;
             self.report(ctx);
@@ -271,7 +280,7 @@ impl SyncPoller {
         let (decision, pause) = match answer {
             Err(NotTaken::NotReady(why)) => {
                 if unready_since.is_none() {
-                    log::error!(why:%; "no job can be started here now, so none is asked for");
+                    log::error!(why:%; "no job can be started here now; not asking for one");
                 }
                 self.unready_since = unready_since.or_else(|| Some(Instant::now()));
                 self.last_taken = Instant::now();
@@ -311,7 +320,7 @@ impl SyncPoller {
         let more_to_tell = std::mem::take(&mut self.more_to_tell);
         self.act(decision, ctx);
         if self.reporting.is_some() {
-            // What there was to tell is in it.
+            // `act` has begun a new report, with everything that has changed.
         } else if more_to_tell {
             self.report(ctx);
         } else {
@@ -320,7 +329,7 @@ impl SyncPoller {
         }
     }
 
-    /// Whether this error means that the control plane has deleted the agent.
+    /// Counts 404s. Returns whether they mean that the control plane has deleted the agent.
     fn is_deleted(&mut self, error: &HubError) -> bool {
         if !matches!(error, HubError::NotFound(_)) {
             self.not_found = None;
@@ -333,9 +342,10 @@ impl SyncPoller {
             && self.protocol.leaving().is_none()
     }
 
-    /// Registers anew, as soon as no job runs: the control plane has failed it.
+    /// Registers again, once no job runs: the control plane has deleted the agent and failed its
+    /// job.
     fn forgotten(&mut self, ctx: &mut Context<Self>) {
-        log::warn!("the control plane has deleted this agent, which registers anew");
+        log::warn!("the control plane has deleted this agent; registering again");
         (self.not_found, self.more_to_tell) = (None, false);
         self.registration = Registration::Pending;
         if let Some(fetching) = self.fetching.take() {
@@ -396,14 +406,14 @@ impl SyncPoller {
         self.fetching = Some(ctx.spawn(fetched));
     }
 
-    /// The job with what this agent adds, if it can be run here.
+    /// Returns the job with the operator's variables added; fails if the job can't be run here.
     fn fit(&self, mut job: Job, id: &JobId) -> Result<Job, HubError> {
         let unusable = |why: &str| Err(HubError::Unusable(why.to_owned()));
         if job.id != *id {
-            return unusable("it is another job than the one that was asked for");
+            return unusable("the control plane sent another job than the one requested");
         }
         if target_of(&job).is_none_or(|target| target.url.is_empty()) {
-            return unusable("logger: method `push` with a `url` is needed here");
+            return unusable("logger: a self-hosted agent needs method `push` and a `url`");
         }
         if let Ok(environment) = &mut job.environment {
             environment.retain(|its| self.variables.iter().all(|ours| ours.name != its.name));
@@ -474,7 +484,7 @@ impl SyncPoller {
 }
 
 impl Tries {
-    /// Asks until there is an answer, or none that will be another one.
+    /// Retries until success, a permanent error, or `most` attempts. Returns the last result.
     async fn of<T, F>(self, what: &str, mut ask: impl FnMut() -> F) -> Result<T, HubError>
     where
         F: Future<Output = Result<T, HubError>>,
@@ -493,13 +503,13 @@ impl Tries {
     }
 }
 
-/// Registers the agent. A name that is still taken is asked for until it is free.
+/// Registers the agent. Waits up to [`NAME_TAKEN`] for a name that is still taken.
 async fn register(hub: &dyn HubApi) -> Result<(), HubError> {
     let (mut taken_since, mut pause) = (None::<Instant>, REGISTER.pause);
     loop {
         let once = || async {
             match hub.register().await {
-                // No try like the others.
+                // Not an attempt that `REGISTER` counts.
                 Err(error @ HubError::NameTaken(_)) => Ok(Err(error)),
                 registered => registered.map(Ok),
             }
@@ -566,7 +576,7 @@ impl Handler<LeaveSoon> for SyncPoller {
 }
 
 impl Handler<AwaitLeave> for SyncPoller {
-    // In this actor, so that the reply fails with it.
+    // As a future of this actor, so that the reply fails when the actor crashes.
     type Result = ResponseActFuture<Self, Left>;
 
     fn handle(&mut self, _: AwaitLeave, _: &mut Self::Context) -> Self::Result {
@@ -574,7 +584,7 @@ impl Handler<AwaitLeave> for SyncPoller {
         let left = async move {
             match left.wait_for(Option::is_some).await.ok().and_then(|left| left.clone()) {
                 Some(left) => left,
-                // Fails only with this actor, and then nobody gets the reply.
+                // Fails only when this actor is dropped, and then there is no reply.
                 None => std::future::pending().await,
             }
         };

@@ -1,4 +1,4 @@
-//! Decides what the agent reports to its control plane, and what it does with the answers (PROTOCOL:
+//! Decides what the agent reports to its control plane, and how it acts on the answers (PROTOCOL:
 //! "`agent start`: the self-hosted API"). Pure.
 //!
 //! ```text
@@ -9,24 +9,25 @@
 //!    └──────────────── wait-for-jobs, as the answer to this very result ──┘
 //! ```
 //!
-//! An answer belongs to the report that was sent: what was decided before the control plane knew of a
-//! job's end must not make the agent forget its result. Answers that make no sense change nothing. A
-//! shutdown ends the job first, then its result is reported, then the agent leaves.
+//! An answer belongs to the report that it answers: a decision made before the control plane knew
+//! of a job's end must not make the agent forget the result. An answer that does not fit the state
+//! changes nothing. A shutdown stops the job first, then its result is reported, then the agent
+//! leaves.
 
 use serde::{Deserialize, Serialize};
 
 use crate::job::{JobId, Outcome};
 
-/// What the agent tells about itself; the body of `POST /sync`.
+/// The agent's state; the body of `POST /sync`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Report {
-    /// What it is doing.
+    /// What the agent is doing.
     pub state: AgentState,
-    /// Which job; empty if none.
+    /// The id of the agent's job; empty without a job.
     pub job_id: String,
-    /// The result of a finished one; empty otherwise.
+    /// The outcome of a finished job; empty in all other states.
     pub job_result: &'static str,
-    /// When it was first asked to end, in seconds since the epoch; 0 if it was not.
+    /// The time when the agent was first asked to end, in seconds since the epoch; 0 if it was not.
     pub interrupted_at: u64,
 }
 
@@ -34,37 +35,38 @@ pub struct Report {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AgentState {
-    /// It has no job.
+    /// The agent has no job.
     WaitingForJobs,
-    /// It gets a job.
+    /// The agent fetches a job.
     StartingJob,
-    /// It runs one, or delivers its log.
+    /// The agent runs a job, or delivers its log.
     RunningJob,
-    /// The same, after a stop.
+    /// The agent runs a job that was stopped, or delivers its log.
     StoppingJob,
-    /// It is done with one, and with its log.
+    /// The agent's job is torn down, and its log delivered.
     FinishedJob,
 }
 
-/// The control plane's answer to a [`Report`]. A field with an odd value counts as absent; the others still count.
+/// The control plane's answer to a [`Report`]. A field of the wrong type counts as absent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct Answer {
-    /// What to do, in the protocol's words.
+    /// What the agent is to do: `continue`, `run-job`, `stop-job`, `wait-for-jobs` or `shutdown`.
+    /// Any other word means `continue`.
     #[serde(deserialize_with = "lenient_text")]
     pub action: String,
-    /// With which job.
+    /// The id of the job to run or to stop.
     #[serde(deserialize_with = "lenient_text")]
     pub job_id: String,
-    /// Why to shut down.
+    /// The reason for a `shutdown` (see [`ShutdownReason`]).
     #[serde(deserialize_with = "lenient_text")]
     pub shutdown_reason: String,
-    /// When to report again, in milliseconds; 0 leaves it to the agent.
+    /// The pause before the next report, in milliseconds; 0 leaves it to the agent.
     #[serde(deserialize_with = "lenient_milliseconds")]
     pub next_sync_after: u64,
 }
 
-/// Reads a string; any other value becomes an empty one.
+/// Decodes a string; a value of any other type becomes an empty one.
 fn lenient_text<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     Ok(match serde_json::Value::deserialize(deserializer)? {
         serde_json::Value::String(text) => text,
@@ -72,7 +74,8 @@ fn lenient_text<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Str
     })
 }
 
-/// Reads a number of milliseconds, also with a fraction or as a string; any other value becomes 0.
+/// Decodes a number of milliseconds, also with a fraction or in a string; any other value becomes
+/// 0.
 fn lenient_milliseconds<'de, D: serde::Deserializer<'de>>(
     deserializer: D,
 ) -> Result<u64, D::Error> {
@@ -90,25 +93,25 @@ fn lenient_milliseconds<'de, D: serde::Deserializer<'de>>(
     Ok(number.unwrap_or(0.0) as u64)
 }
 
-/// Why an agent ends.
+/// Why an agent shuts down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ShutdownReason {
-    /// It had nothing to do for too long.
+    /// The agent had no job for too long.
     Idle,
-    /// It was for one job only.
+    /// The agent was to run one job only.
     JobFinished,
-    /// The control plane could not be reached for too long.
+    /// No report succeeded for too long.
     UnableToSync,
-    /// Somebody asked the control plane for it.
+    /// A user requested it of the control plane.
     Requested,
-    /// The agent's own machine asked for it.
+    /// The agent got SIGTERM or SIGINT.
     Interrupted,
-    /// The control plane did not say.
+    /// The control plane gave no reason, or an unknown one.
     Unknown,
 }
 
 impl ShutdownReason {
-    /// The word that shutdown hooks get.
+    /// Returns the value of `SEMAPHORE_AGENT_SHUTDOWN_REASON` for shutdown hooks.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Idle => "IDLE",
@@ -120,7 +123,7 @@ impl ShutdownReason {
         }
     }
 
-    /// Control planes write `job-finished`, `job_finished` or `JOB_FINISHED`.
+    /// Parses a control plane's word, such as `job-finished`, `job_finished` or `JOB_FINISHED`.
     fn of(word: &str) -> Self {
         let word = word.to_ascii_uppercase().replace('-', "_");
         let known =
@@ -129,23 +132,23 @@ impl ShutdownReason {
     }
 }
 
-/// What is to be done now.
+/// An action that the agent must take.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// Get this job, and run it.
+    /// Fetch this job, and run it.
     Fetch(JobId),
-    /// Stop it; if it does not run yet, it is not to.
+    /// Stop this job; give up fetching it if it does not run yet.
     Stop(JobId),
-    /// The agent has nothing left to do or to tell.
+    /// Disconnect and shut down: there is nothing left to do or to report.
     Leave(ShutdownReason),
 }
 
-/// What follows from an event.
+/// The consequence of an event.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Decision {
-    /// What is to be done.
+    /// The action to take, if any.
     pub effect: Option<Effect>,
-    /// The control plane is to hear of it at once.
+    /// Whether to report at once instead of after the usual pause.
     pub sync_now: bool,
 }
 
@@ -169,11 +172,11 @@ enum Phase {
     Finished { id: JobId, outcome: Outcome },
 }
 
-/// See the module.
+/// The agent's side of the conversation. See the [module](self).
 #[derive(Clone, Debug)]
 pub struct SyncProtocol {
     phase: Phase,
-    /// The job whose result the control plane has acknowledged.
+    /// The last job whose result the control plane has acknowledged.
     last: Option<(JobId, Outcome)>,
     interrupted_at: u64,
     leaving: Option<ShutdownReason>,
@@ -186,7 +189,7 @@ impl Default for SyncProtocol {
 }
 
 impl SyncProtocol {
-    /// What to tell now.
+    /// Returns the report to send now.
     pub fn report(&self) -> Report {
         let (state, id, job_result) = match &self.phase {
             Phase::Waiting => (AgentState::WaitingForJobs, None, ""),
@@ -201,12 +204,12 @@ impl SyncProtocol {
         Report { state, job_id, job_result, interrupted_at: self.interrupted_at }
     }
 
-    /// Why the agent ends as soon as it is done with its job, if it does.
+    /// Returns why the agent is leaving, once that is decided. A job may still be stopping.
     pub fn leaving(&self) -> Option<ShutdownReason> {
         self.leaving
     }
 
-    /// The control plane has answered to `sent`.
+    /// Handles the answer to the report `sent`.
     pub fn answered(&mut self, sent: &Report, answer: &Answer) -> Decision {
         let result_is_known =
             matches!(self.phase, Phase::Finished { .. }) && *sent == self.report();
@@ -234,8 +237,8 @@ impl SyncProtocol {
         if let Some((last, outcome)) = &self.last
             && *last == id
         {
-            // Its result was lost on the other side. It is told again, and nothing runs twice; not at
-            // once, as who asks for it again and again would never hear of anything else.
+            // The control plane has lost the result: report it again instead of running the job
+            // twice. Not at once: a control plane that repeats itself would get an endless burst.
             self.phase = Phase::Finished { id, outcome: *outcome };
             return Decision::NOTHING;
         }
@@ -273,7 +276,7 @@ impl SyncProtocol {
         }
     }
 
-    /// The job runs.
+    /// The job was started. Returns [`Effect::Stop`] if it is to be stopped already.
     pub fn job_started(&mut self, started: &JobId) -> Decision {
         match &self.phase {
             Phase::Starting { id, stopping } if id == started => {
@@ -286,7 +289,8 @@ impl SyncProtocol {
         }
     }
 
-    /// The control plane has no such job any more: there is nothing to tell about it.
+    /// The job can't be fetched any more ([`JobGone`](crate::ports::HubError::JobGone)): no result
+    /// is reported.
     pub fn job_gone(&mut self, id: &JobId) -> Decision {
         match &self.phase {
             Phase::Starting { id: starting, .. } if starting == id => {
@@ -300,8 +304,8 @@ impl SyncProtocol {
         }
     }
 
-    /// The control plane has forgotten the agent and failed its job: what is to be done before it registers anew, if
-    /// anything.
+    /// The control plane has deleted the agent and failed its job. Returns [`Effect::Stop`] if a
+    /// job must be stopped before the agent registers again.
     pub fn forgotten(&mut self) -> Option<Effect> {
         match &mut self.phase {
             Phase::Running { id, stopping } => {
@@ -317,13 +321,13 @@ impl SyncProtocol {
         matches!(self.phase, Phase::Running { .. })
     }
 
-    /// The agent is registered anew: of a job that it had nobody wants to hear.
+    /// Forgets all jobs, for an agent that registers again: the new registration has none.
     pub fn begin_anew(&mut self) {
         self.phase = Phase::Waiting;
         self.last = None;
     }
 
-    /// The job can't be had, is none, or was stopped before it ran.
+    /// The job could not be fetched or started, or was stopped before it ran.
     pub fn job_not_run(&mut self, id: &JobId) -> Decision {
         match &self.phase {
             Phase::Starting { id: starting, stopping } if starting == id => {
@@ -334,7 +338,7 @@ impl SyncProtocol {
         }
     }
 
-    /// The job is over, and its log delivered.
+    /// The job is torn down, and its log delivered.
     pub fn job_over(&mut self, id: &JobId, outcome: Outcome) -> Decision {
         match &self.phase {
             Phase::Starting { id: its, .. } | Phase::Running { id: its, .. } if its == id => {
@@ -349,8 +353,8 @@ impl SyncProtocol {
         Decision::sync()
     }
 
-    /// The agent's machine wants it to end some time; the control plane decides when. `now` is in
-    /// seconds since the epoch.
+    /// The agent was asked to end (SIGTERM, SIGINT); the control plane decides when. `now` is in
+    /// seconds since the epoch. Only the first call counts.
     pub fn interrupted(&mut self, now: u64) -> Decision {
         if self.interrupted_at != 0 {
             return Decision::NOTHING;
@@ -359,12 +363,13 @@ impl SyncProtocol {
         Decision::sync()
     }
 
-    /// The agent is to end as soon as its job is stopped and reported.
+    /// Decides that the agent leaves as soon as its job is stopped and the result reported.
     pub fn leave_soon(&mut self, reason: ShutdownReason) -> Decision {
         self.leave(reason, false)
     }
 
-    /// The control plane did not take a report. Who leaves because of that tries no more.
+    /// A report failed while the agent is leaving. An agent that leaves because its reports fail
+    /// does not repeat this one.
     pub fn sync_failed(&mut self) -> Decision {
         match (&self.phase, self.leaving) {
             (Phase::Waiting | Phase::Finished { .. }, Some(ShutdownReason::UnableToSync)) => {
@@ -491,7 +496,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_stopped_before_it_runs_has_not_failed() {
+    fn a_job_stopped_before_it_runs_is_stopped_and_not_failed() {
         for (action, result) in [("stop-job", "stopped"), ("continue", "failed")] {
             let mut protocol = in_state(AgentState::StartingJob);
             protocol.answered(&protocol.report(), &answer(action, "a"));
@@ -505,7 +510,7 @@ mod tests {
     }
 
     #[test]
-    fn who_leaves_reports_the_result_first() {
+    fn a_leaving_agent_reports_the_result_first() {
         let mut protocol = in_state(AgentState::RunningJob);
         assert_eq!(
             protocol.leave_soon(ShutdownReason::Interrupted).effect,
@@ -523,7 +528,7 @@ mod tests {
     }
 
     #[test]
-    fn an_interruption_is_told_once_and_decided_elsewhere() {
+    fn an_interruption_is_reported_with_its_first_time_only() {
         let mut protocol = in_state(AgentState::RunningJob);
         assert_eq!(protocol.interrupted(1_700_000_000), Decision::sync());
         assert_eq!(protocol.interrupted(1_800_000_000), Decision::NOTHING);
@@ -536,7 +541,7 @@ mod tests {
     }
 
     #[test]
-    fn reasons_are_read_in_every_spelling() {
+    fn shutdown_reasons_are_parsed_in_every_spelling() {
         for (word, reason) in [
             ("job-finished", "JOB_FINISHED"),
             ("JOB_FINISHED", "JOB_FINISHED"),
@@ -552,13 +557,13 @@ mod tests {
     }
 
     #[test]
-    fn what_an_answer_lacks_is_empty() {
+    fn null_and_absent_fields_of_an_answer_are_empty() {
         let answer: Answer =
             serde_json::from_str(r#"{"action":null,"next_sync_after":null,"more":1}"#).unwrap();
         assert_eq!(answer, Answer::default());
     }
 
-    /// What happens in the property test below.
+    /// An event of the property test below.
     #[derive(Clone, Debug)]
     enum Event {
         Sent,
@@ -586,9 +591,9 @@ mod tests {
     }
 
     proptest! {
-        /// No job is fetched while there is another one, or twice in a row; no result is forgotten
-        /// that the control plane was not told; who leaves has nothing that it has not told, unless
-        /// there is nobody to tell.
+        /// No job is fetched while there is another one, or twice in a row. No result is forgotten
+        /// before the control plane has acknowledged it. An agent leaves with an unacknowledged
+        /// result only if its reports fail.
         #[test]
         fn no_sequence_runs_twice_or_loses_a_result(events in prop::collection::vec(event(), 0..80)) {
             let names = ["a", "b", "c"];
@@ -596,7 +601,7 @@ mod tests {
             let mut protocol = SyncProtocol::default();
             let mut sent = protocol.report();
             let mut old = sent.clone();
-            // The job that is fetched or runs, the result that is not acknowledged, and the last job.
+            // The job that is fetched or runs, the unacknowledged result, and the last job.
             let mut current: Option<JobId> = None;
             let mut result: Option<(JobId, Outcome)> = None;
             let mut last: Option<JobId> = None;
@@ -666,13 +671,13 @@ mod tests {
                         prop_assert_eq!(outcome.as_str(), report.job_result);
                     }
                     (Some((id, outcome)), state) => {
-                        // Forgotten: the answer was to this very result.
+                        // The result was forgotten, so the answer must be to this very result.
                         prop_assert_eq!(state, AgentState::WaitingForJobs);
                         prop_assert_eq!(told, Some((id.as_str().to_owned(), outcome.as_str())));
                         last = result.take().map(|(id, _)| id);
                     }
                     (None, AgentState::FinishedJob) => {
-                        // Told again, as it came again.
+                        // The job was assigned again, and its result is reported again.
                         prop_assert_eq!(last.as_ref().map(JobId::as_str), Some(&*report.job_id));
                         let outcome = outcomes.into_iter().find(|o| o.as_str() == report.job_result);
                         result = last.clone().zip(outcome);

@@ -1,4 +1,4 @@
-//! The containers of a job: plain data, decoded once.
+//! The containers of a job, as plain, valid data.
 
 use std::fmt;
 
@@ -6,15 +6,16 @@ use bytes::Bytes;
 
 use crate::job::{Command, EnvVar, InjectedFile, Problems};
 
-/// A name that a container has for the others of its job, which is also the name of a host.
+/// The name of a container within its job; the other containers reach it by this host name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ContainerName(String);
 
 impl ContainerName {
-    /// The longest label that a host's name may have.
+    /// The longest label of a host name, in bytes.
     const LONGEST: usize = 63;
 
-    /// Nothing if `name` is not made of letters, digits, `.`, `_` and `-`, a letter or digit first.
+    /// Returns `None` unless `name` is 1 to 63 letters, digits, `.`, `_` and `-` of ASCII, a letter
+    /// or digit first.
     pub fn new(name: &str) -> Option<Self> {
         let starts_well = name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
         let goes_on_well = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
@@ -22,7 +23,7 @@ impl ContainerName {
         (starts_well && goes_on_well && fits).then(|| Self(name.to_owned()))
     }
 
-    /// The name.
+    /// Returns the name.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -31,63 +32,64 @@ impl ContainerName {
 /// One container of a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Container {
-    /// For the others.
+    /// The container's name within the job.
     pub name: ContainerName,
-    /// As given; never empty.
+    /// The reference of the image, without surrounding white space; never empty.
     pub image: String,
-    /// Instead of the image's, if not empty.
+    /// The words that replace the image's entrypoint; empty to keep that.
     pub entrypoint: Vec<String>,
-    /// Instead of the image's, if not empty; always so for the main container.
+    /// The words that replace the image's command; empty to keep that, and for the main container,
+    /// which runs the job's shell.
     pub command: Vec<String>,
-    /// Instead of the image's.
+    /// The user, in place of the image's.
     pub user: Option<String>,
-    /// Besides the image's.
+    /// Variables in addition to the image's, with UTF-8 values.
     pub environment: Vec<EnvVar>,
-    /// Put in place before it starts.
+    /// Files to write before the container's own program, or the job's first script, runs.
     pub files: Vec<InjectedFile>,
 }
 
-/// What a registry knows the job by.
+/// Credentials for pulling images from a registry (PROTOCOL: "Docker executor").
 #[derive(Clone, PartialEq, Eq)]
 pub enum RegistryCredentials {
-    /// Of Docker Hub.
+    /// Credentials for Docker Hub.
     DockerHub {
-        /// The account.
+        /// The account's name.
         username: String,
-        /// Or a token.
+        /// The password or an access token.
         password: String,
     },
-    /// Of any registry that takes a name and a password.
+    /// Credentials for any registry with user names and passwords.
     Generic {
-        /// With or without a scheme.
+        /// The registry's URL or host, with or without a scheme.
         url: String,
-        /// The account.
+        /// The account's name.
         username: String,
-        /// Or a token.
+        /// The password or an access token.
         password: String,
     },
-    /// Of Amazon's registry, which gives a password to who has a key.
+    /// A key for Amazon's ECR, to request a registry password with.
     Ecr {
-        /// Where it is.
+        /// The AWS region of the registry.
         region: String,
-        /// The key's name.
+        /// The id of the access key.
         access_key_id: String,
-        /// The key.
+        /// The secret of the access key.
         secret_access_key: String,
-        /// Whose registry; that of the key if absent.
+        /// The AWS account that owns the registry; `None` for the account of the key.
         account_id: Option<String>,
     },
-    /// Of Google's registry.
+    /// A service account key for Google's registry.
     Gcr {
-        /// Where it is.
+        /// The registry's host, such as `gcr.io`.
         hostname: String,
-        /// The key, in JSON.
+        /// The key file, JSON.
         key_file: Bytes,
     },
 }
 
 impl RegistryCredentials {
-    /// What the job's log calls their kind (PROTOCOL: "Docker executor").
+    /// Returns the kind as the job's log shows it (PROTOCOL: "Docker executor").
     pub const fn kind(&self) -> &'static str {
         match self {
             Self::DockerHub { .. } => "DockerHub",
@@ -98,28 +100,28 @@ impl RegistryCredentials {
     }
 }
 
-/// The kind only.
+/// Shows the kind only: the rest is secret.
 impl fmt::Debug for RegistryCredentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} …", self.kind())
     }
 }
 
-/// The containers of a job, and what it takes to have them.
+/// The containers of a job, and what is needed to start them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Compose {
-    /// Where commands run.
+    /// The container where the job's commands run.
     pub main: Container,
-    /// Reachable from there by their names.
+    /// Further containers, reachable from the main one by their names.
     pub side_containers: Vec<Container>,
-    /// For images that not everybody may pull.
+    /// Credentials for pulling private images.
     pub credentials: Result<Vec<RegistryCredentials>, Problems>,
-    /// Run on the agent's machine before anything else.
+    /// Commands that run on the agent's machine before images are pulled.
     pub host_setup_commands: Vec<Command>,
 }
 
 impl Compose {
-    /// The main one first.
+    /// Returns all containers, the main one first.
     pub fn containers(&self) -> impl Iterator<Item = &Container> {
         std::iter::once(&self.main).chain(&self.side_containers)
     }
@@ -130,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_those_of_hosts() {
+    fn container_names_are_valid_host_names() {
         for good in ["main", "Db_1", "redis-7.2", "9"] {
             assert!(ContainerName::new(good).is_some(), "{good}");
         }

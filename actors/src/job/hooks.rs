@@ -1,30 +1,31 @@
-//! Scripts of the agent's operator that run in every job.
+//! The operator's scripts that run in every job.
 
 use std::time::Duration;
 
 use crate::job::Command;
 
-/// A script of the agent's operator that runs before the commands of every job, in their shell.
+/// The operator's script that runs before the commands of every job.
 #[derive(Clone, Debug)]
 pub struct PreJobHook {
-    /// Where it is for the shell.
+    /// The script's path, for the job's shell: in a Docker job, a path in the main container.
     pub path: String,
-    /// Part of the shell, or a process of its own.
+    /// Whether the job's shell sources the script; else `bash` runs it in a process of its own.
     pub sourced: bool,
-    /// Whether a job goes on without it.
+    /// How a failure of the hook affects the job.
     pub failure: HookFailure,
-    /// How long it may take; longer costs the job its shell if it is sourced.
+    /// The time limit. Exceeding it kills the hook's process, or the job's shell if the hook is
+    /// sourced.
     pub patience: Option<Duration>,
 }
 
-/// What becomes of a job whose pre-job hook fails.
+/// How a failure of the pre-job hook affects the job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HookFailure {
-    /// It fails, as the protocol of the hosted mode has it.
+    /// The job fails, without an announcement (`agent serve`).
     FailsJob,
-    /// It fails, and its log has said so before.
+    /// The job fails, and the hook's first output announces that.
     FailsJobAsAnnounced,
-    /// It goes on, and its log has said so before.
+    /// The job goes on, and the hook's first output announces that.
     IsIgnoredAsAnnounced,
 }
 
@@ -43,37 +44,37 @@ impl HookFailure {
     }
 }
 
-/// A script of the agent's operator that runs after everything else of every job.
+/// The operator's script that runs after everything else of every job.
 #[derive(Clone, Debug)]
 pub struct PostJobHook {
-    /// Where it is for the shell.
+    /// The script's path, for the job's shell: in a Docker job, a path in the main container.
     pub path: String,
-    /// How long it may take.
+    /// The time limit. Exceeding it kills the hook's process.
     pub patience: Option<Duration>,
 }
 
-/// What the agent's operator adds to every job.
+/// The operator's hooks for every job.
 #[derive(Clone, Debug, Default)]
 pub struct JobHooks {
-    /// Before its commands.
+    /// Runs before the job's commands.
     pub pre_job: Option<PreJobHook>,
-    /// After them, and after a stop.
+    /// Runs after the epilogues, and after a stop; never after a failed preparation.
     pub post_job: Option<PostJobHook>,
 }
 
 /// Where a hook runs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum HookPlace {
-    /// In one of its own, which can be ended without the shell.
+    /// In a process of its own, which can be killed without the shell.
     Process,
-    /// In the job's shell itself.
+    /// In the job's shell.
     Shell,
 }
 
-/// How a hook is run.
+/// How to run a hook.
 pub(crate) struct HookRun {
     pub(crate) command: Command,
-    /// Comes before its own output.
+    /// Logged before the hook's own output; may be empty.
     pub(crate) announcement: &'static str,
     pub(crate) patience: Option<Duration>,
     pub(crate) place: HookPlace,
@@ -108,7 +109,7 @@ impl PostJobHook {
     }
 }
 
-/// As one word of a shell.
+/// Quotes `path` as one word of the shell.
 fn quoted(path: &str) -> String {
     format!("'{}'", path.replace('\'', r"'\''"))
 }

@@ -1,4 +1,4 @@
-//! Decides which requests are accepted, ignored or refused, by what the agent is doing. Pure.
+//! Decides which start and stop requests are accepted, ignored or refused. Pure.
 //!
 //! ```text
 //!            start(id)                      torn_down
@@ -7,17 +7,18 @@
 //!   start(last): SameJob       start(id): SameJob   start(other): Busy
 //! ```
 //!
-//! Control planes send the same job twice and stops for jobs long gone; each has its answer here.
+//! Control planes send the same job twice, and stops for jobs long gone: every case is decided
+//! here.
 
 use crate::job::JobId;
 
 /// Why a job is not started.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StartRefused {
-    /// It is the job that runs, or that ran last: nothing runs twice.
+    /// The job runs already, or was the last to run; it is not run twice.
     #[error("job `{id}` was started already")]
     SameJob {
-        /// The job.
+        /// The id of the job.
         id: JobId,
     },
     /// The agent runs one job at a time.
@@ -26,26 +27,26 @@ pub enum StartRefused {
         /// The job that holds the slot.
         running: JobId,
     },
-    /// Its log, its shell or another part could not be made.
+    /// The job's log file, directory or another part could not be made.
     #[error("the job's parts could not be made: {why}")]
     NoParts {
-        /// The cause.
+        /// The cause, for logs.
         why: String,
     },
 }
 
-/// What a stop request does.
+/// The effect of a stop request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopDecision {
-    /// The job is to be stopped.
+    /// The job must be stopped now.
     Stop,
-    /// It is being stopped already.
+    /// A stop of the job was requested before.
     AlreadyStopping,
-    /// No job runs, or another one than the request names.
+    /// No job runs, or not the one that the request names.
     Ignored,
 }
 
-/// What the agent is doing.
+/// The one job slot of an agent.
 #[derive(Debug, Default)]
 pub struct JobLifecycle {
     active: Option<Active>,
@@ -59,7 +60,7 @@ struct Active {
 }
 
 impl JobLifecycle {
-    /// Takes the slot for `id`, or says why not.
+    /// Takes the slot for `id`.
     pub fn start(&mut self, id: &JobId) -> Result<(), StartRefused> {
         match &self.active {
             Some(active) if active.id == *id => Err(StartRefused::SameJob { id: id.clone() }),
@@ -72,12 +73,12 @@ impl JobLifecycle {
         }
     }
 
-    /// The slot was taken but the job can't be started after all; it may be sent again.
+    /// Frees the slot of a job that could not be started; the same job may be sent again.
     pub fn start_failed(&mut self) {
         self.active = None;
     }
 
-    /// Records a stop of `id`, or of whichever job runs.
+    /// Records a stop of `id`, or with `None` of whichever job runs.
     pub fn stop(&mut self, id: Option<&JobId>) -> StopDecision {
         match &mut self.active {
             Some(active) if id.is_none_or(|id| *id == active.id) => {
@@ -88,12 +89,12 @@ impl JobLifecycle {
         }
     }
 
-    /// The job is over and gone: the slot is free.
+    /// Frees the slot: nothing of the job is left. The same job can't be started again.
     pub fn torn_down(&mut self) {
         self.last = self.active.take().map(|active| active.id).or(self.last.take());
     }
 
-    /// The job that holds the slot.
+    /// Returns the id of the job that holds the slot.
     pub fn active(&self) -> Option<&JobId> {
         self.active.as_ref().map(|active| &active.id)
     }
@@ -110,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_runs_twice() {
+    fn no_job_runs_twice() {
         let mut lifecycle = JobLifecycle::default();
         assert_eq!(lifecycle.start(&id("a")), Ok(()));
         assert_eq!(lifecycle.start(&id("a")), Err(StartRefused::SameJob { id: id("a") }));

@@ -1,8 +1,8 @@
-//! A job as the agent understands it: plain data, decoded once.
+//! A decoded job, as plain data.
 //!
-//! What a control plane may get wrong (base64, names, modes) is decoded into a [`Problems`] value
-//! instead of being refused: over the wire such a job is accepted and fails in the step concerned,
-//! with the reason in its log. A job file with problems is refused before anything runs.
+//! A part that is not valid (base64, names, modes) becomes a [`Problems`] value instead of a
+//! decoding error: a job that comes over the wire is accepted and fails in the step concerned, with
+//! the reason in its log. A job file with problems is refused before anything runs.
 
 pub mod containers;
 pub mod hooks;
@@ -14,17 +14,17 @@ use bytes::Bytes;
 
 use crate::job::containers::Compose;
 
-/// The identity of a job; never empty.
+/// The id of a job; never empty.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct JobId(String);
 
 impl JobId {
-    /// Nothing if `id` is empty.
+    /// Returns `None` if `id` is empty.
     pub fn new(id: impl Into<String>) -> Option<Self> {
         Some(id.into()).filter(|id| !id.is_empty()).map(Self)
     }
 
-    /// The id as it came.
+    /// Returns the id as it was received.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -39,16 +39,16 @@ impl fmt::Display for JobId {
 /// How a job ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// Every command succeeded.
+    /// Every main command succeeded.
     Passed,
-    /// A command or a preparation failed.
+    /// A main command, an earlier step or the agent itself failed.
     Failed,
-    /// Somebody stopped it, or it stopped itself with exit code 130.
+    /// The job was stopped from outside, or stopped itself with exit code 130.
     Stopped,
 }
 
 impl Outcome {
-    /// The word that logs, callbacks and `SEMAPHORE_JOB_RESULT` use.
+    /// Returns the word for logs, callbacks, reports and `SEMAPHORE_JOB_RESULT`.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Passed => "passed",
@@ -64,45 +64,44 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// The name of an environment variable: `[A-Za-z_][A-Za-z0-9_]*`, so that it can stand unquoted in
-/// a script.
+/// The name of an environment variable. One made by [`Self::new`] can stand unquoted in a script.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct VariableName(String);
 
 impl VariableName {
-    /// Nothing if `name` is not a shell variable's name.
+    /// Returns `None` unless `name` is that of a shell variable, `[A-Za-z_][A-Za-z0-9_]*`.
     pub fn new(name: &str) -> Option<Self> {
         let starts_well = name.bytes().next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_');
         let goes_on_well = name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
         (starts_well && goes_on_well).then(|| Self(name.to_owned()))
     }
 
-    /// A name that a container's variable may have: anything but an empty one and one with `=` or NUL in it, which
-    /// no environment can hold. It can't stand in a script.
+    /// Creates the name of a container's variable; it must not stand in a script. Returns `None` if
+    /// `name` is empty or contains `=` or NUL, as no environment can hold it.
     pub fn for_container(name: &str) -> Option<Self> {
         (!name.is_empty() && !name.contains(['=', '\0'])).then(|| Self(name.to_owned()))
     }
 
-    /// Whether bash sets it itself and lets nobody else do so.
+    /// Whether bash makes this variable readonly in every shell.
     pub fn is_the_shells_own(&self) -> bool {
         SHELLS_OWN.contains(&self.as_str())
     }
 
-    /// The name.
+    /// Returns the name.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// Variables that every bash makes readonly.
+/// The variables that bash makes readonly in every shell.
 const SHELLS_OWN: [&str; 6] = ["BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"];
 
-/// A variable of the job's environment. Its value is bytes, not text.
+/// An environment variable of a job or a container.
 #[derive(Clone, PartialEq, Eq)]
 pub struct EnvVar {
-    /// In a job's environment one that can stand in a script.
+    /// The name; in a job's environment always that of a shell variable.
     pub name: VariableName,
-    /// Without NUL bytes.
+    /// The value: any bytes but NUL, not necessarily UTF-8.
     pub value: Bytes,
 }
 
@@ -113,18 +112,18 @@ impl fmt::Debug for EnvVar {
     }
 }
 
-/// A file to put in place before the first command.
+/// A file to write before the first command runs.
 #[derive(Clone, PartialEq, Eq)]
 pub struct InjectedFile {
-    /// As given: absolute, `~/…`, or relative to the home directory.
+    /// The path as received: absolute, `~/…`, or relative to the home directory.
     pub path: String,
     /// The decoded content.
     pub content: Bytes,
-    /// As given; an octal string in shell jobs.
+    /// The mode as received: an octal string in shell jobs, whatever `chmod` accepts in containers.
     pub mode: String,
 }
 
-/// Leaves the content out: it is often a key.
+/// Leaves out the content: it is often a key.
 impl fmt::Debug for InjectedFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} ({} bytes, mode {})", self.path, self.content.len(), self.mode)
@@ -134,36 +133,36 @@ impl fmt::Debug for InjectedFile {
 /// One command of a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Command {
-    /// The shell text.
+    /// The command, as bash source.
     pub directive: String,
-    /// What the log calls the command instead of its text; never empty.
+    /// The title in the job's log, in place of the directive; never empty.
     pub alias: Option<String>,
 }
 
 impl Command {
-    /// The directive of the command's log events.
+    /// Returns the title of the command's step: the `directive` of its log events.
     pub fn title(&self) -> &str {
         self.alias.as_deref().unwrap_or(&self.directive)
     }
 }
 
-/// What runs the commands.
+/// Where a job's commands run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ExecutorKind {
-    /// A login shell on this machine.
+    /// In a login shell of this machine.
     Shell,
-    /// A shell in a container beside side containers.
+    /// In a shell in the main container, with side containers beside it.
     DockerCompose(Box<Compose>),
 }
 
-/// Whom to tell about the end of a job whose log is pulled.
+/// The callbacks at the end of a job whose log is pulled.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Callbacks {
-    /// The URL that hears of the result.
+    /// The URL that is called with the outcome.
     pub finished: Option<String>,
-    /// The URL that hears that nothing of the job is left.
+    /// The URL that is called when nothing of the job is left.
     pub teardown_finished: Option<String>,
-    /// What the agent proves itself with there.
+    /// The bearer token for both.
     pub token: Option<String>,
 }
 
@@ -174,16 +173,16 @@ impl fmt::Debug for Callbacks {
     }
 }
 
-/// Where a job's log goes.
+/// How a job's log gets to the platform.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Logger {
-    /// Who moves it.
+    /// Whether the log is pulled or pushed.
     pub method: LogMethod,
-    /// How much the platform keeps, in bytes.
+    /// The size up to which the platform keeps a pulled log, in bytes.
     pub max_size: u64,
 }
 
-/// Who moves a job's log.
+/// Whether a job's log is pulled or pushed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LogMethod {
     /// The platform reads it from the agent.
@@ -192,12 +191,12 @@ pub enum LogMethod {
     Push(PushTarget),
 }
 
-/// Where a log is sent.
+/// Where a log is pushed.
 #[derive(Clone, PartialEq, Eq)]
 pub struct PushTarget {
-    /// Of the log; as it came, so perhaps none.
+    /// The URL of the log as received: it may be empty or not valid.
     pub url: String,
-    /// What the agent proves itself with there, at first.
+    /// The bearer token; replaced when it expires.
     pub token: String,
 }
 
@@ -208,12 +207,12 @@ impl fmt::Debug for PushTarget {
     }
 }
 
-/// One thing that is wrong with a job, and where.
+/// One error in a job request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// The place in the request, for example `env_vars[2].name`.
+    /// The path of the field, such as `env_vars[2].name`.
     pub path: String,
-    /// What is wrong and what would be right; never a value that could be a secret.
+    /// What is wrong and what would be right. Contains no value that could be a secret.
     pub message: String,
 }
 
@@ -223,42 +222,42 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Everything that is wrong with one part of a job; never empty.
+/// All errors in one part of a job request; not empty where it is an `Err`.
 pub type Problems = Vec<Problem>;
 
-/// A whole job, decoded.
+/// A decoded job.
 #[derive(Clone, Debug)]
 pub struct Job {
-    /// Its identity.
+    /// The job's id.
     pub id: JobId,
-    /// Its name for people.
+    /// The job's name, shown to people.
     pub name: Option<String>,
-    /// What is to run it.
+    /// Where the commands run.
     pub executor: Result<ExecutorKind, Problems>,
-    /// Sorted by name, each name once: the last of a name's values won.
+    /// The variables, sorted by name. Each name occurs once: the last of its values won.
     pub environment: Result<Vec<EnvVar>, Problems>,
-    /// Variables that no shell can be given: for each a line of the log that says why.
+    /// One line of the job's log for each variable that no shell can be given, saying why.
     pub skipped_variables: Vec<String>,
-    /// In the order of the request.
+    /// The files to inject, in the order of the request.
     pub files: Result<Vec<InjectedFile>, Problems>,
     /// The main commands.
     pub commands: Vec<Command>,
-    /// Run whatever the result.
+    /// Commands that run after the main ones, whatever their result.
     pub epilogue_always: Vec<Command>,
-    /// Run when the job passed.
+    /// Commands that run then if the job passed.
     pub epilogue_on_pass: Vec<Command>,
-    /// Run when the job failed.
+    /// Commands that run then if the job failed.
     pub epilogue_on_fail: Vec<Command>,
-    /// Lines of `authorized_keys`: who may log in while the job runs.
+    /// Keys for SSH access while the job runs, each one line of `authorized_keys`.
     pub ssh_keys: Result<Vec<Bytes>, Problems>,
-    /// Whom to tell about its end.
+    /// The callbacks at the job's end.
     pub callbacks: Callbacks,
-    /// Where its log goes.
+    /// How the log gets to the platform.
     pub logger: Result<Logger, Problems>,
 }
 
 impl Job {
-    /// Whether there is anything to run.
+    /// Whether the job has any command, epilogues included.
     pub fn has_commands(&self) -> bool {
         let Self { commands, epilogue_always, epilogue_on_pass, epilogue_on_fail, .. } = self;
         [commands, epilogue_always, epilogue_on_pass, epilogue_on_fail]
@@ -266,7 +265,7 @@ impl Job {
             .any(|list| !list.is_empty())
     }
 
-    /// Everything that is wrong with it, in the order of its steps.
+    /// Returns all errors in the job's request.
     pub fn problems(&self) -> impl Iterator<Item = &Problem> {
         let executor = self.executor.as_ref().err();
         let environment = self.environment.as_ref().err();
@@ -283,7 +282,7 @@ impl Job {
             .flatten()
     }
 
-    /// The value of a variable of its environment, if it is text.
+    /// Returns the value of an environment variable; `None` if it is not set or not UTF-8.
     pub fn variable(&self, name: &str) -> Option<&str> {
         let environment = self.environment.as_ref().ok()?;
         let variable = environment.iter().find(|variable| variable.name.as_str() == name)?;
@@ -296,7 +295,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn variable_names_are_those_of_the_shell() {
+    fn variable_names_are_valid_in_the_shell() {
         for good in ["A", "_", "a1", "SEMAPHORE_JOB_RESULT", "_9"] {
             assert!(VariableName::new(good).is_some(), "{good}");
         }
@@ -306,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn debug_output_holds_no_value_and_no_content() {
+    fn debug_output_contains_no_value_and_no_content() {
         let variable = EnvVar {
             name: VariableName::new("TOKEN").unwrap(),
             value: Bytes::from_static(b"hunter2"),

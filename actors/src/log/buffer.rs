@@ -1,15 +1,17 @@
-//! Owns a job's log: the only writer of its spool, and the only one who knows where a line is.
+//! Owns a job's log: the only writer of its spool, and the only index of its lines.
 //!
-//! Receives [`Append`] (awaited, which is the back-pressure on the job's output), [`ReadFrom`] and
-//! [`Follow`] from readers, and [`Seal`] at the end. Answers readers with a file and a range, never
-//! with bytes, so that a slow reader costs the job nothing.
+//! Receives [`Append`] and [`AppendLastWords`] (awaited, which is the back-pressure on the job's
+//! output), [`Check`], [`ReadFrom`] and [`Follow`] from readers, and [`Seal`] at the end. A reply
+//! to a reader is an open file and a range, never bytes, so that a slow reader costs the job
+//! nothing.
 //!
-//! A line is readable only after it was written whole, and never changes then. A crash leaves the
-//! [`Published`] length behind: [`LogBuffer::recover`] cuts what was not published and goes on.
+//! A line becomes readable only after it was written whole, and never changes after that. A crash
+//! leaves the [`Published`] length behind: [`LogBuffer::recover`] cuts the file to it and goes on.
 //!
-//! A job can change the file behind the agent's back. A change of its length or its name is noticed with the next line
-//! or reader, changed bytes by [`Check`]; whoever appends the next line or checks is told. A log never gets fewer
-//! lines: empty ones stand where some were cut off, so that readers who count lines find the end.
+//! A job can change the file behind the agent's back. A change of its length or name is noticed at
+//! the next line or reader, changed bytes by [`Check`]; the sender of the next [`Append`] or
+//! [`Check`] gets the error. A log never loses lines: empty output events replace those that were
+//! cut off, so that a reader's line numbers stay valid.
 
 use std::io;
 use std::sync::Arc;
@@ -22,28 +24,29 @@ use crate::log::event::LogEvent;
 use crate::log::index::{LogIndex, Position};
 use crate::ports::{ForeignChange, LogSource, LogSpool};
 
-/// Writes an event as the next line.
+/// Writes an event as the next line. [`LogEvent::JobFinished`] seals the log.
 #[derive(Debug, Message)]
 #[rtype(result = "Result<(), LogError>")]
 pub struct Append {
-    /// What happened.
+    /// The event to write.
     pub event: LogEvent,
 }
 
-/// Writes an event as [`Append`] does, into the room that is kept for the last lines if there is no other.
+/// Writes an event as [`Append`] does, but may use the room reserved for the last lines of a log.
 #[derive(Debug, Message)]
 #[rtype(result = "Result<(), LogError>")]
 pub struct AppendLastWords {
-    /// The event.
+    /// The event to write.
     pub event: LogEvent,
 }
 
-/// Looks for what somebody else did to the log, and tells what was not told yet.
+/// Looks for changes that another process made to the log, byte by byte. Fails with
+/// [`LogError::Changed`] for one that was not reported before.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Result<(), LogError>")]
 pub struct Check;
 
-/// Asks where the lines from `line` on are, as many as there are now.
+/// Returns the range of the lines from `line` on that exist now.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Result<LogRange, LogError>")]
 pub struct ReadFrom {
@@ -51,7 +54,7 @@ pub struct ReadFrom {
     pub line: u64,
 }
 
-/// The same, but waits until there is such a line or the log is sealed.
+/// Returns the same range as [`ReadFrom`], once the line exists or the log is sealed.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Result<LogRange, LogError>")]
 pub struct Follow {
@@ -59,34 +62,34 @@ pub struct Follow {
     pub line: u64,
 }
 
-/// No line will come any more, as after the end of the job. Sealing twice is the same as once.
+/// Ends the log: no line can be appended any more. Idempotent.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "()")]
 pub struct Seal;
 
-/// Where some whole lines are.
+/// A range of whole lines in a log's file.
 #[derive(Clone, Debug)]
 pub struct LogRange {
     /// The open file.
     pub source: Arc<dyn LogSource>,
-    /// The offset of the first line wanted, in bytes; `end` if there is no such line.
+    /// The byte offset of the first line wanted; equal to `end` if the line does not exist.
     pub start: u64,
-    /// The end of the last whole line, in bytes.
+    /// The byte offset behind the last whole line.
     pub end: u64,
-    /// The number of the line that will come at `end`.
+    /// The number of the line that will begin at `end`, 0 based.
     pub next_line: u64,
-    /// Whether the log ends at `end`.
+    /// Whether the log ends at `end` for good.
     pub sealed: bool,
 }
 
 impl LogRange {
-    /// Reads the range's bytes from its start on; fewer if somebody has cut the file meanwhile.
+    /// Returns a reader of the range's bytes; it ends early if the file was cut meanwhile.
     pub fn reader(&self) -> LogReader {
         LogReader { source: Arc::clone(&self.source), at: self.start, end: self.end }
     }
 }
 
-/// See [`LogRange::reader`].
+/// Reads the bytes of a [`LogRange`], returned by [`LogRange::reader`].
 #[derive(Debug)]
 pub struct LogReader {
     source: Arc<dyn LogSource>,
@@ -107,24 +110,26 @@ impl io::Read for LogReader {
 /// Why the log could not be written or read.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// A line came after the end.
+    /// A line was to be appended to a sealed log.
     #[error("the log is sealed")]
     Sealed,
-    /// The event is no JSON; can't happen for events made of strings and numbers.
+    /// The event could not be encoded; impossible for events of strings and numbers.
     #[error("an event could not be encoded")]
     Encode(#[from] serde_json::Error),
-    /// The spool failed.
+    /// The spool could not be written or read. The line is not in the log.
     #[error("the job's log could not be written: {0}")]
     Spool(#[from] io::Error),
-    /// Somebody else changed the log. Told once; lines that come after are written.
+    /// Another process changed the log. Returned once for each change; the line that gets the
+    /// error is not in the log, later ones are.
     #[error("the job's log was changed by somebody else: {0}")]
     Changed(#[from] ForeignChange),
-    /// The log buffer is gone.
+    /// The log buffer has crashed.
     #[error("the log buffer has crashed")]
     Crashed,
 }
 
-/// How much of the spool is published; shared with whoever may have to recover it.
+/// How many lines and bytes of the spool are readable. Clones share the numbers, which outlive a
+/// crash of the log buffer.
 #[derive(Clone, Debug, Default)]
 pub struct Published(Arc<PublishedEnd>);
 
@@ -141,7 +146,7 @@ impl Published {
     }
 }
 
-/// See the module.
+/// Owns a job's log. See the [module](self).
 #[derive(Debug)]
 pub struct LogBuffer {
     spool: Box<dyn LogSpool>,
@@ -152,7 +157,7 @@ pub struct LogBuffer {
     line: Vec<u8>,
     /// A foreign change that has not been reported yet.
     untold: Option<ForeignChange>,
-    /// Somebody took the file's name away. That stays so.
+    /// The file's name was removed, which was reported and can't be undone.
     removed: bool,
 }
 
@@ -163,7 +168,7 @@ struct Follower {
 }
 
 impl LogBuffer {
-    /// A buffer over an empty spool.
+    /// Creates a buffer over an empty spool.
     pub fn new(spool: Box<dyn LogSpool>, published: Published) -> Self {
         Self {
             spool,
@@ -177,7 +182,7 @@ impl LogBuffer {
         }
     }
 
-    /// A buffer over the spool of one that crashed: what was not published is cut.
+    /// Creates a buffer over the spool of a crashed one, and cuts what was not published.
     pub fn recover(spool: Box<dyn LogSpool>, published: Published) -> io::Result<Self> {
         let PublishedEnd { lines, bytes } = &*published.0;
         let (lines, bytes) = (lines.load(Ordering::Acquire), bytes.load(Ordering::Acquire));
@@ -186,7 +191,8 @@ impl LogBuffer {
         Ok(buffer)
     }
 
-    /// Goes on with what is whole within the first `length` bytes of the file, and with empty lines up to `lines`.
+    /// Cuts the file to the whole lines within its first `length` bytes, and appends empty output
+    /// events until there are `lines` lines.
     fn cut_to(&mut self, length: u64, lines: u64) -> io::Result<()> {
         let mut index = LogIndex::default();
         let mut offset = 0;
@@ -216,7 +222,7 @@ impl LogBuffer {
         Ok(())
     }
 
-    /// Looks whether somebody else changed the file, and goes on with what is left of it.
+    /// Notes a change that another process made to the file, and makes the file valid again.
     fn notice_changes(&mut self) -> io::Result<()> {
         let Some(change) = self.spool.foreign_change()? else {
             return Ok(());
@@ -226,7 +232,7 @@ impl LogBuffer {
             ForeignChange::Removed => self.removed = true,
             ForeignChange::Cut(left) => self.cut_to(left, self.index.end().line)?,
             ForeignChange::Grown => self.spool.truncate(self.index.end().offset)?,
-            // Only `check_bytes` finds that.
+            // Returned by `check_bytes` only.
             ForeignChange::Overwritten => {}
         }
         self.untold = Some(change);
@@ -251,7 +257,7 @@ impl LogBuffer {
         if let Err(error) = written {
             // Half a line may be there; the next one must not continue it.
             if self.spool.truncate(self.index.end().offset).is_err() {
-                // It can't be cut off, so nothing may come after it.
+                // Half a line is there to stay, so nothing may come after it.
                 self.sealed = true;
                 self.wake_followers();
             }
@@ -259,7 +265,7 @@ impl LogBuffer {
         }
         self.index.append(self.line.len() as u64);
         self.published.publish(self.index.end());
-        // Whoever reads the end of the job is to know that nothing follows.
+        // A reader of the last line must learn with it that nothing follows.
         self.sealed = matches!(event, LogEvent::JobFinished { .. });
         self.line.shrink_to(2 * crate::log::event::MAX_OUTPUT_LINE);
         self.wake_followers();
@@ -269,7 +275,7 @@ impl LogBuffer {
     fn wake_followers(&mut self) {
         let (end, sealed) = (self.index.end().line, self.sealed);
         for follower in self.followers.extract_if(.., |f| sealed || f.line < end) {
-            // A follower that is gone has nothing to be told.
+            // The follower may have gone away.
             let _ = follower.wake.send(());
         }
     }
@@ -335,7 +341,7 @@ impl Handler<Check> for LogBuffer {
     fn handle(&mut self, _: Check, _: &mut Self::Context) -> Self::Result {
         self.notice_changes()?;
         if let Some(change) = self.spool.check_bytes()? {
-            // Lines may begin and end elsewhere now.
+            // Newlines may have been overwritten, too: index the file again.
             let end = self.index.end();
             self.cut_to(end.offset, end.line)?;
             self.untold.get_or_insert(change);
@@ -407,7 +413,7 @@ mod tests {
     }
 
     #[actix::test]
-    async fn any_line_can_be_found_and_never_changes() {
+    async fn a_range_begins_at_any_line() {
         let spool = MemorySpool::default();
         let log = LogBuffer::new(Box::new(spool.clone()), Published::default()).start();
         let texts: Vec<String> =
@@ -470,7 +476,7 @@ mod tests {
     }
 
     #[actix::test]
-    async fn a_log_that_somebody_cuts_keeps_its_number_of_lines_and_tells_it_once() {
+    async fn a_log_that_is_cut_keeps_its_number_of_lines_and_reports_the_cut_once() {
         let spool = MemorySpool::default();
         let log = LogBuffer::new(Box::new(spool.clone()), Published::default()).start();
         for i in 0..200 {
@@ -488,7 +494,7 @@ mod tests {
     }
 
     #[actix::test]
-    async fn what_somebody_else_appends_is_no_part_of_the_log() {
+    async fn bytes_appended_by_another_process_are_cut_off() {
         let spool = MemorySpool::default();
         let log = LogBuffer::new(Box::new(spool.clone()), Published::default()).start();
         log.send(output("a")).await.unwrap().unwrap();
@@ -504,7 +510,7 @@ mod tests {
     }
 
     #[actix::test]
-    async fn overwritten_bytes_are_told_by_a_check_and_cost_no_line() {
+    async fn overwritten_bytes_are_reported_by_a_check_and_cost_no_line() {
         let spool = MemorySpool::default();
         let log = LogBuffer::new(Box::new(spool.clone()), Published::default()).start();
         for _ in 0..3 {
@@ -521,7 +527,7 @@ mod tests {
     }
 
     #[actix::test]
-    async fn a_crash_after_somebody_cut_the_log_is_survived() {
+    async fn a_log_that_was_cut_after_a_crash_is_recovered() {
         let spool = MemorySpool::default();
         let published = Published::default();
         let log = LogBuffer::new(Box::new(spool.clone()), published.clone()).start();

@@ -8,81 +8,82 @@ use serde::{Deserialize, Serialize};
 
 use crate::job::Outcome;
 
-/// The longest encoded output line, in bytes: readers commonly give up on lines of 64 KiB.
+/// The longest encoded output line of a pulled log, in bytes: readers commonly give up on lines of
+/// 64 KiB.
 pub const MAX_OUTPUT_LINE: usize = 60 * 1024;
 
-/// The same for logs that are pushed: larger events at a log's beginning use up the log server's budget early
-/// (PROTOCOL: "Log events").
+/// The longest encoded output line of a pushed log, in bytes: larger events at a log's beginning
+/// use up the log server's budget early (PROTOCOL: "Log events").
 pub const MAX_PUSHED_OUTPUT_LINE: usize = 8000;
 
-/// Seconds since the epoch, now.
+/// Returns the current time, in seconds since the epoch.
 pub fn unix_time() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |age| age.as_secs())
 }
 
-/// Something that happened in a job. Times are whole seconds since the epoch.
+/// One event of a job's log. All times are whole seconds since the epoch.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum LogEvent {
-    /// The first line of a log.
+    /// The job began: the first line of a log.
     JobStarted {
-        /// When.
+        /// The time when the event was logged.
         timestamp: u64,
     },
     /// A step began.
     CmdStarted {
-        /// When.
+        /// The time when the event was logged.
         timestamp: u64,
         /// The step's title: a command's alias or its whole text.
         directive: String,
     },
-    /// A step printed.
+    /// A step printed something.
     CmdOutput {
-        /// When.
+        /// The time when the event was logged.
         timestamp: u64,
-        /// What; joined over events it is the step's whole output.
+        /// A part of the step's output; readers join the parts.
         output: String,
     },
     /// A step ended.
     CmdFinished {
-        /// When.
+        /// The time when the event was logged.
         timestamp: u64,
-        /// The title that the step began with.
+        /// The same title as in `cmd_started`.
         directive: String,
-        /// 0 for success.
+        /// The step's exit code; 0 for success.
         exit_code: i32,
-        /// When it began.
+        /// The time when the step began.
         started_at: u64,
-        /// When it ended.
+        /// The time when the step ended.
         finished_at: u64,
     },
-    /// The last line of a log.
+    /// The job ended: the last line of a log.
     JobFinished {
-        /// When.
+        /// The time when the event was logged.
         timestamp: u64,
-        /// `passed`, `failed` or `stopped`.
+        /// The job's outcome: `passed`, `failed` or `stopped`.
         result: String,
     },
 }
 
 impl LogEvent {
-    /// The job began, now.
+    /// Creates a `job_started` event of now.
     pub fn job_started() -> Self {
         Self::JobStarted { timestamp: unix_time() }
     }
 
-    /// A step began, now.
+    /// Creates a `cmd_started` event of now.
     pub fn cmd_started(directive: impl Into<String>) -> Self {
         Self::CmdStarted { timestamp: unix_time(), directive: directive.into() }
     }
 
-    /// A step printed, now.
+    /// Creates a `cmd_output` event of now.
     pub fn cmd_output(output: impl Into<String>) -> Self {
         Self::CmdOutput { timestamp: unix_time(), output: output.into() }
     }
 
-    /// A step that began at `started_at`, and took so long, ended now. If the clock was set meanwhile, the
-    /// duration counts.
+    /// Creates a `cmd_finished` event of now, for a step that began at `started_at` (seconds since
+    /// the epoch) and took `took`. If the clock was set meanwhile, `finished_at` follows `took`.
     pub fn cmd_finished(
         directive: impl Into<String>,
         exit_code: i32,
@@ -101,7 +102,7 @@ impl LogEvent {
         }
     }
 
-    /// The job ended, now.
+    /// Creates a `job_finished` event of now.
     pub fn job_finished(outcome: Outcome) -> Self {
         Self::JobFinished { timestamp: unix_time(), result: outcome.as_str().into() }
     }
@@ -113,7 +114,7 @@ impl LogEvent {
         Ok(())
     }
 
-    /// Reads one line of a log.
+    /// Decodes one line of a log, with or without its newline.
     pub fn decode(line: &[u8]) -> Result<Self, serde_json::Error> {
         serde_json::from_slice(line)
     }
@@ -132,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_those_of_the_protocol() {
+    fn events_are_encoded_as_in_the_protocol() {
         let timestamp = 1_700_000_000;
         let cases = [
             (
@@ -169,7 +170,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_output_survives_its_line(output in any::<String>()) {
+        fn any_output_is_one_line_and_decodes_to_itself(output in any::<String>()) {
             let event = LogEvent::cmd_output(output);
             let line = line(&event);
             prop_assert_eq!(line.matches('\n').count(), 1);

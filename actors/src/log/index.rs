@@ -1,19 +1,19 @@
-//! Finds a line in a log file without reading it from the start. Pure.
+//! Finds a line in a log file without reading the file from the start. Pure.
 //!
-//! Only every so often a line's offset is remembered, so the index of a large log stays small, and
-//! what must be scanned to reach any line is bounded.
+//! The index remembers the offset of one line in 64, or in 64 KiB: it stays small for a large log,
+//! and the part of the file to be scanned for any line is bounded.
 
-/// A remembered line is at most this many lines from the next one...
+/// The most lines from one remembered line to the next.
 const LINES_APART: u64 = 64;
-/// ...and at most this many bytes plus one line.
+/// The most bytes from one remembered line to the next, not counting the last line in between.
 const BYTES_APART: u64 = 64 * 1024;
 
 /// A line's number (0 based) and its offset in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Position {
-    /// The line's number.
+    /// The number of the line, 0 based.
     pub line: u64,
-    /// Where it begins.
+    /// The offset of the line's first byte.
     pub offset: u64,
 }
 
@@ -32,7 +32,7 @@ impl Default for LogIndex {
 }
 
 impl LogIndex {
-    /// A line of `bytes` bytes, its newline included, was written at the end.
+    /// Records that a line of `bytes` bytes, its newline included, was appended to the file.
     pub fn append(&mut self, bytes: u64) {
         self.end = Position { line: self.end.line + 1, offset: self.end.offset + bytes };
         let last = self.remembered[self.remembered.len() - 1];
@@ -42,12 +42,12 @@ impl LogIndex {
         }
     }
 
-    /// One past the last line.
+    /// Returns the position behind the last line.
     pub fn end(&self) -> Position {
         self.end
     }
 
-    /// The nearest remembered position at or before `line`.
+    /// Returns the last remembered position that is not behind `line`.
     pub fn at_or_before(&self, line: u64) -> Position {
         let after = self.remembered.partition_point(|position| position.line <= line);
         self.remembered[after.saturating_sub(1)]
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn it_stays_small() {
+    fn the_index_of_a_large_log_is_small() {
         let mut index = LogIndex::default();
         (0..500_000).for_each(|_| index.append(100));
         assert!(index.remembered.len() < 10_000, "{}", index.remembered.len());

@@ -1,4 +1,4 @@
-//! A job's log: its events, the text in them, the one pen that writes them, and the actor that keeps them.
+//! A job's log: its events, the text in them, the writer, and the actor that owns the file.
 
 pub mod buffer;
 pub mod event;

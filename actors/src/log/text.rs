@@ -1,20 +1,21 @@
 //! Turns a terminal's bytes into the text of log events. Pure.
 //!
-//! `\r\n` becomes `\n`; each byte that is not UTF-8 becomes one U+FFFD. A sequence or a `\r\n` that
-//! is split between two pushes is held back until it is whole, so no event ever ends inside one.
+//! `\r\n` becomes `\n`; each byte that is not UTF-8 becomes one U+FFFD. A UTF-8 sequence or a
+//! `\r\n` that is split between two pushes is held back until it is whole, so that no event ends
+//! inside one.
 
 use crate::log::event::MAX_OUTPUT_LINE;
 
-/// What an output event's JSON may add around its text: the longest keys, a 20-digit time, quotes.
+/// How many bytes the JSON of an output event has besides its text: keys, a 20-digit time, quotes.
 const EVENT_OVERHEAD: usize = 96;
 
-/// How much text is worth an event of its own while more keeps coming, in bytes.
+/// How many bytes of a pulled log's text are sent as an event without waiting for more.
 pub const FULL_EVENT: usize = 24 * 1024;
 
-/// Collects output until it is taken as events' texts.
+/// Decodes terminal output, and keeps the text until it is taken for events.
 #[derive(Debug)]
 pub struct TerminalText {
-    /// The longest line of the log, in bytes.
+    /// The longest encoded line of the log, in bytes.
     max_line: usize,
     text: String,
     /// The bytes of an unfinished UTF-8 sequence, or a `\r`.
@@ -28,12 +29,12 @@ impl Default for TerminalText {
 }
 
 impl TerminalText {
-    /// For a log whose lines have at most `max_line` bytes.
+    /// Creates an empty one, for a log whose encoded lines have at most `max_line` bytes.
     pub const fn new(max_line: usize) -> Self {
         Self { max_line, text: String::new(), held: Vec::new() }
     }
 
-    /// Adds what the terminal gave.
+    /// Adds bytes read from the terminal.
     pub fn push(&mut self, bytes: &[u8]) {
         if self.held.is_empty() {
             self.decode(bytes);
@@ -44,17 +45,17 @@ impl TerminalText {
         }
     }
 
-    /// How many bytes of text can be taken now.
+    /// Returns how many bytes of text can be taken now.
     pub fn len(&self) -> usize {
         self.text.len()
     }
 
-    /// Whether there is no text to take; a held-back rest may still exist.
+    /// Whether there is no text to take. Bytes may still be held back.
     pub fn is_empty(&self) -> bool {
         self.text.is_empty()
     }
 
-    /// No more bytes will come for what is held back: it is text as it stands.
+    /// Makes text of the bytes held back: no more will come to complete them.
     pub fn finish(&mut self) {
         for byte in std::mem::take(&mut self.held) {
             self.text.push(if byte == b'\r' { '\r' } else { char::REPLACEMENT_CHARACTER });
@@ -67,7 +68,7 @@ impl TerminalText {
         cut_to_lines(text, self.max_line)
     }
 
-    /// Takes only what fills whole lines; the rest may share one with what comes.
+    /// Takes only pieces that fill a log line; the rest stays to share a line with later text.
     pub fn take_full(&mut self) -> Vec<String> {
         let mut pieces = self.take();
         self.text = pieces.pop().unwrap_or_default();
@@ -98,7 +99,7 @@ impl TerminalText {
         self.decode_utf8(rest, true);
     }
 
-    /// Appends `bytes` as text; an unfinished sequence at their end is held back if `more` may come.
+    /// Decodes `bytes`. If `more` may come, an unfinished sequence at their end is held back.
     fn decode_utf8(&mut self, mut bytes: &[u8], more: bool) {
         loop {
             let error = match std::str::from_utf8(bytes) {
@@ -106,7 +107,7 @@ impl TerminalText {
                 Err(error) => error,
             };
             let (valid, invalid) = bytes.split_at(error.valid_up_to());
-            // Valid up to here by the decoder's own word, so nothing is lost in the lossy copy.
+            // `valid` is UTF-8, so the lossy conversion loses nothing.
             self.text.push_str(&String::from_utf8_lossy(valid));
             let length = match error.error_len() {
                 Some(length) => length,
@@ -119,7 +120,7 @@ impl TerminalText {
     }
 }
 
-/// How many bytes JSON needs for a byte of a string.
+/// Returns the encoded length of an ASCII byte in a JSON string, in bytes.
 const fn encoded_len(byte: u8) -> usize {
     match byte {
         b'"' | b'\\' | b'\n' | b'\r' | b'\t' | 0x08 | 0x0c => 2,
@@ -128,7 +129,7 @@ const fn encoded_len(byte: u8) -> usize {
     }
 }
 
-/// Cuts text into pieces that fit one log line each.
+/// Cuts text into pieces whose events have at most `max_line` bytes each. Returns none for no text.
 pub(crate) fn cut_to_lines(text: String, max_line: usize) -> Vec<String> {
     let budget = max_line - EVENT_OVERHEAD;
     if text.is_empty() {
@@ -201,7 +202,7 @@ mod tests {
         assert_eq!(text.take(), ["😀"]);
     }
 
-    /// What the whole must be, by the simplest means: replace, then decode byte by byte.
+    /// Decodes all bytes at once, in the simplest way.
     fn reference(bytes: &[u8]) -> String {
         let mut out = String::new();
         let mut i = 0;

@@ -1,4 +1,4 @@
-//! The writing end of a job's log that survives the death of the log buffer.
+//! Writes and reads a job's log, and replaces its log buffer after a crash.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -18,38 +18,38 @@ use crate::log::event::LogEvent;
 use crate::log::text::cut_to_lines;
 use crate::ports::LogSpool;
 
-/// How long a reader waits for the successor of a log buffer that is gone.
+/// The pause before a reader asks again after a crash of the log buffer.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
-/// The current [`LogBuffer`] of a job, and what it takes to replace it.
+/// A job's log: its current [`LogBuffer`], and all that is needed to replace it.
 pub(crate) struct JobLog {
     buffer: RefCell<Addr<LogBuffer>>,
     arbiter: ArbiterHandle,
-    /// Ends with the log.
+    /// The log buffer's own thread, stopped with this value; `None` if the buffer needs none.
     thread: Option<Arbiter>,
     spare: Box<dyn LogSpool>,
     published: Published,
     crash_told: Cell<bool>,
-    /// Why a line could not be written, if there was one.
+    /// Why the first line that is missing could not be written.
     problem: RefCell<Option<String>>,
-    /// The log itself says so.
+    /// The problem has been put into the log.
     problem_told: Cell<bool>,
-    /// Nobody writes any more.
+    /// The last line was written; the log only needs its seal.
     ended: Cell<bool>,
     crashed: CancellationToken,
-    /// The longest line of output, in bytes.
+    /// The longest encoded line of output, in bytes.
     max_line: usize,
 }
 
 impl JobLog {
-    /// Starts a log buffer, on a thread of its own unless nothing there can block.
-    /// No line of output has more than `max_line` bytes.
+    /// Starts a log buffer, on a thread of its own if the spool may block. Encoded lines of output
+    /// have at most `max_line` bytes.
     pub(crate) fn start(spool: Box<dyn LogSpool>, max_line: usize) -> Result<Self, LogError> {
         let spare = spool.reopen()?;
         let published = Published::default();
-        // Panics if no thread can be had, which must be no end of more than this job.
+        // `Arbiter::new` panics if no thread can be had, which must end no more than this job.
         let thread = spool.may_block().then(|| catch_unwind(Arbiter::new)).transpose();
-        let thread = thread.map_err(|_| io::Error::other("no thread can be had for the log"))?;
+        let thread = thread.map_err(|_| io::Error::other("can't start the log's thread"))?;
         let arbiter = thread.as_ref().map_or_else(Arbiter::current, Arbiter::handle);
         let buffer = LogBuffer::new(spool, published.clone());
         let buffer = LogBuffer::start_in_arbiter(&arbiter, |_| buffer);
@@ -79,8 +79,9 @@ impl JobLog {
         self.buffer.borrow().clone()
     }
 
-    /// Appends a line; fails only if the log buffer has crashed or the log is sealed. A line that can't be written
-    /// otherwise is missing, and the job has a [problem](Self::has_problem).
+    /// Appends a line. Fails only if the log buffer has crashed or the log is sealed; a line that
+    /// can't be written for another reason is dropped, and the log has a
+    /// [problem](Self::has_problem) then.
     pub(crate) async fn append(&self, event: LogEvent) -> Result<(), LogError> {
         match self.try_append(event.clone()).await {
             Err(error @ (LogError::Spool(_) | LogError::Changed(_))) => {
@@ -108,12 +109,12 @@ impl JobLog {
         })
     }
 
-    /// Whether lines are missing because the log could not be written: such a job has failed.
+    /// Whether lines may be missing because the log could not be written. Such a job has failed.
     pub(crate) fn has_problem(&self) -> bool {
         self.problem.borrow().is_some()
     }
 
-    /// Puts into the log, once, why lines of it are missing.
+    /// Puts into the log, once, why lines are missing.
     pub(crate) async fn note_problem(&self, why: &str) {
         if self.problem.borrow().is_none() {
             log::error!(why; "a job's log is not whole");
@@ -128,7 +129,7 @@ impl JobLog {
         self.problem_told.set(told.is_ok());
     }
 
-    /// Looks whether somebody has changed the log since its last line.
+    /// Notes a problem if another process has changed the log.
     pub(crate) async fn check(&self) {
         if let Ok(Err(error @ LogError::Changed(_))) = self.buffer().send(Check).await {
             self.note_problem(&error.to_string()).await;
@@ -150,7 +151,7 @@ impl JobLog {
         }
         log::error!(what; "a part of the agent crashed");
         let line = format!("The agent had an internal error: {what}. The job can't go on.\n");
-        // The first try may be what finds out that the buffer has crashed.
+        // The first attempt may only find that the buffer has crashed, and replace it.
         for _ in 0..2 {
             if self.append(LogEvent::cmd_output(line.clone())).await.is_ok() {
                 break;
@@ -158,29 +159,30 @@ impl JobLog {
         }
     }
 
-    /// Puts the job's end into the log, which is sealed then, whatever happens.
+    /// Appends `job_finished`, and seals the log even if that fails.
     pub(crate) async fn end(&self, outcome: Outcome) {
         if let Err(error) = self.append(LogEvent::job_finished(outcome)).await {
             log::error!(error:%; "the end of a job could not be logged");
-            // The buffer is a new one if the old one had crashed.
+            // A crashed buffer has been replaced.
             let _ = self.append(LogEvent::job_finished(outcome)).await;
         }
         self.ended.set(true);
         self.seal().await;
     }
 
-    /// Where all of it is, unless it can't be read.
+    /// Returns the range of the whole log; `None` if the log can't be read.
     pub(crate) async fn whole(&self) -> Option<LogRange> {
         self.buffer().send(ReadFrom { line: 0 }).await.ok()?.ok()
     }
 
-    /// Waits until there is line `line` or the log is sealed.
+    /// Returns the lines from `line` on, once there is one or the log is sealed.
     pub(crate) async fn follow(&self, line: u64) -> Result<LogRange, LogError> {
         loop {
             if let Ok(range) = self.buffer().send(Follow { line }).await {
                 return range;
             }
-            // A crashed buffer has a successor as soon as the job notices. One that is over does not.
+            // A running job replaces its crashed buffer with the next line. After the last line,
+            // sealing does that.
             if self.ended.get() {
                 self.seal().await;
             }
@@ -188,23 +190,23 @@ impl JobLog {
         }
     }
 
-    /// Waits until no line will come any more.
+    /// Waits until the log is sealed.
     pub(crate) async fn sealed(&self) {
         while !self.follow(u64::MAX).await.is_ok_and(|range| range.sealed) {
             sleep(LOOK_AGAIN).await;
         }
     }
 
-    /// Ends the log.
+    /// Seals the log.
     pub(crate) async fn seal(&self) {
         let buffer = self.buffer();
         if buffer.send(Seal).await.is_err() && self.recover().is_ok() {
-            // A second crash in a row leaves an unsealed log; there is nobody left to write it.
+            // A second crash in a row leaves the log unsealed.
             let _ = self.buffer().send(Seal).await;
         }
     }
 
-    /// Replaces a log buffer that is gone.
+    /// Replaces the log buffer if it has crashed.
     fn recover(&self) -> Result<(), LogError> {
         if self.buffer.borrow().connected() {
             return Ok(());
@@ -215,7 +217,8 @@ impl JobLog {
     }
 }
 
-/// Waits for a line that never comes: the reply is the end of the log, or of its buffer.
+/// Follows a line that never comes: the request ends when the log is sealed, or fails when the
+/// buffer has crashed.
 async fn watch(buffer: Addr<LogBuffer>, crashed: CancellationToken) {
     if buffer.send(Follow { line: u64::MAX }).await.is_err() {
         crashed.cancel();

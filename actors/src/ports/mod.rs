@@ -1,4 +1,12 @@
-//! What the actors need from the world outside; implemented by the binary, scripted in tests.
+//! What the actors need from the outside world: implemented by the binary, scripted in
+//! the `testing` module.
+//!
+//! Rules for all ports, unless a method says otherwise:
+//! - Calls come from the thread of the actor that owns the port. A method that returns no future
+//!   must not block for long, because it holds up every other actor of that thread.
+//! - A future may be dropped at any await point, by a stop or a deadline. Its effect is then
+//!   unknown, and the port's other methods must cope with either.
+//! - Errors are for logs: they hold no secret (no value of a variable, no token, no URL).
 
 use std::fmt;
 use std::io;
@@ -14,138 +22,178 @@ use crate::intake::protocol::{Answer, Report};
 use crate::job::{EnvVar, InjectedFile, Job, JobId, PushTarget};
 use crate::log::buffer::LogRange;
 
-/// Everything that is made afresh for one job.
+/// The parts that belong to one job, made afresh for each.
 pub struct JobParts {
-    /// Prepares the place where commands run.
+    /// Prepares the place where the job's commands run. Owned by the executor.
     pub backend: Box<dyn ExecutorBackend>,
-    /// Ends everything the job started; works when the executor has died.
+    /// Ends everything that the job started. Owned by the supervisor, as it must work after a crash
+    /// of the executor.
     pub containment: Box<dyn Containment>,
-    /// Keeps the job's log.
+    /// The job's log file, empty.
     pub spool: Box<dyn LogSpool>,
-    /// Lets people log in while the job runs, where that is offered.
+    /// SSH access to the running job; `None` where it is not offered.
     pub jump_point: Option<Rc<dyn JumpPointFiles>>,
 }
 
-/// Another place for a job whose first one is gone.
+/// A second place for a stopped job, whose first one is being ended: the post-job hook runs there.
 pub struct SparePlace {
-    /// Prepares it.
+    /// Prepares the place.
     pub backend: Box<dyn ExecutorBackend>,
-    /// Ends everything that was started there.
+    /// Ends everything that was started in the place.
     pub containment: Box<dyn Containment>,
 }
 
 /// Makes the parts of each job.
 pub trait JobPartsFactory {
-    /// Makes `job`'s parts; nothing of the job runs yet.
+    /// Makes the parts of `job`, and starts nothing.
+    ///
+    /// Called when a job is admitted. If it fails, the supervisor drops the parts of the previous
+    /// job (its log may fill the disk) and calls it once more; a second failure refuses the job.
+    /// Dropping the parts must remove everything that was made for them.
     fn make(&self, job: &Job) -> io::Result<JobParts>;
 
-    /// Looks whether a job's parts could be made now, as they can't while the disk is full.
+    /// Checks whether [`Self::make`] would succeed now (it fails while the disk is full, for
+    /// example). Leaves nothing behind. Called before each report that asks for a job.
     fn check(&self) -> io::Result<()>;
 
-    /// Makes a place for what is to run after `job` was stopped.
+    /// Makes a place for the post-job hook of a stopped `job`.
+    ///
+    /// Called at most once for a job, while the first place is being ended: the two share nothing.
     fn make_spare_place(&self, job: &Job) -> io::Result<SparePlace>;
 }
 
-/// Why a step could not be done, in words for the job's log; never holds a secret.
+/// Why a step failed, in words for the job's log.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct StepError(pub String);
 
-/// Why the place for a job's commands can't be had.
+/// Why the place for a job's commands could not be prepared.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PreparationError {
-    /// For the reason given, which is for the job's log.
+    /// The reason is put into the job's log.
     #[error(transparent)]
     Failed(#[from] StepError),
-    /// The reason is in the agent's own log only.
+    /// The backend has put the reason into the agent's own log, and the job's log must not show it.
     #[error("the reason is in the agent's own log")]
     Untold,
 }
 
-/// Takes what a step has to tell while it is at work.
+/// The job's log, as a preparation step sees it.
 pub trait StepLog {
-    /// Puts `text` into the job's log.
+    /// Appends `text` to the output of the current step; it may have any length, and CRLF in it
+    /// becomes LF. Resolves when the text is in the log.
+    ///
+    /// In a [hidden](PreparationStep::Hidden) step, the first call makes the step visible.
+    ///
+    /// Fails if the log can't be written; the caller need not repeat the text elsewhere.
     fn tell<'a>(&'a mut self, text: &'a str) -> LocalBoxFuture<'a, Result<(), StepError>>;
 }
 
-/// One step of bringing up the place where a job's commands run.
+/// One step of preparing the place where a job's commands run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PreparationStep {
-    /// The job's log shows it, under this title.
+    /// The job's log always shows the step, with this title.
     Shown(&'static str),
-    /// It shows only if it fails.
+    /// The job's log shows the step only if it fails or calls [`StepLog::tell`].
     Hidden,
 }
 
-/// The place where a job's commands run: this machine's shell, a container, a pod.
+/// The place where a job's commands run: a shell of this machine, or containers.
+///
+/// Order of calls: [`Self::preparation`]; [`Self::prepare`] for each step until one fails; then,
+/// once the last step has opened the session and only while no script runs,
+/// [`Self::stage_variables`] and [`Self::inject`] in any number.
+///
+/// Calls never overlap. A stop drops the future at work, and no other method is called after that.
+/// Whatever a dropped future has started, or is about to start, is for the job's [`Containment`] to
+/// end, which must know of it before it exists.
 pub trait ExecutorBackend {
-    /// The steps that bring the place up.
+    /// Returns the steps of the preparation, in their order. Pure: the same steps at every call.
     fn preparation(&self) -> Vec<PreparationStep>;
 
-    /// Does one of these steps, each once and in their order. The last one answers the job's one shell
-    /// session.
+    /// Does step number `step` (from 0 on). Each step is done once, in order, and none after one
+    /// that failed.
+    ///
+    /// The last step returns the job's shell session, each earlier one `None`.
     fn prepare<'a>(
         &'a mut self,
         step: usize,
         log: &'a mut dyn StepLog,
     ) -> LocalBoxFuture<'a, Result<Option<Box<dyn ShellSession>>, PreparationError>>;
 
-    /// Brings the variables to where the shell can read them, and answers the script that
-    /// exports them; the values are not in its text.
+    /// Puts the variables where the shell can read them, and nobody but the job's user. Returns the
+    /// script that exports them, without their values in its text; the executor runs it next.
+    ///
+    /// Called for the job's own variables first (unless there are none), then for
+    /// `SEMAPHORE_JOB_RESULT`.
     fn stage_variables<'a>(
         &'a mut self,
         variables: &'a [EnvVar],
     ) -> LocalBoxFuture<'a, Result<Script, StepError>>;
 
-    /// The path of `file` as the log shows it.
+    /// Returns the path of `file` as the job's log shows it (PROTOCOL: "The sequence of a job",
+    /// `Injecting Files`). Pure.
     fn shown_path(&self, file: &InjectedFile) -> String;
 
-    /// Puts `file` in place.
+    /// Writes `file`, with its mode, and makes missing parent directories. An existing file is
+    /// replaced. On an error no further file is injected.
     fn inject<'a>(
         &'a mut self,
         file: &'a InjectedFile,
     ) -> LocalBoxFuture<'a, Result<(), StepError>>;
 }
 
-/// What a shell session has to say next.
+/// The next event of a shell session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SessionEvent {
-    /// Bytes of the terminal, in order.
+    /// Bytes that the terminal received, in order and never empty.
     Output(Bytes),
-    /// The script that was started is over; all of its output came before.
+    /// The started script has ended. All of its output came before.
     ScriptEnded(ScriptEnd),
-    /// There is no shell any more; all of its output came before. In words how it ended, as far as that is known.
+    /// The shell has ended. All of its output came before. The text says how it ended (`exit code
+    /// 1`, `killed by SIGKILL`), and is empty if that is not known.
     ShellEnded(String),
 }
 
-/// Text for a shell.
+/// Bash source for the job's shell.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Script {
-    /// The text.
+    /// The source, of any number of lines.
     pub text: String,
-    /// Not to be shown by the job's `set -x` or `set -v`: it is the agent's, or holds secrets.
+    /// Hides the script from the job's `set -x` and `set -v`: it is the agent's own, or reads
+    /// secrets.
     pub untraced: bool,
 }
 
-/// How a script ended, in a shell that lives on.
+/// How a script ended in a shell that lives on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ScriptEnd {
     /// The shell's `$?`.
     pub exit_code: i32,
-    /// The shell's variable `SEMAPHORE_JOB_RESULT`, empty if unset.
+    /// The value of the shell's variable `SEMAPHORE_JOB_RESULT`; empty if unset.
     pub job_result: String,
 }
 
-/// One shell for the whole job.
+/// The shell that runs all scripts of a job, one after another.
+///
+/// After [`SessionEvent::ShellEnded`] the session is not used any more.
 pub trait ShellSession {
-    /// Has the shell run `script`. Not called again before the script has ended.
+    /// Hands `script` to the shell, and resolves without waiting for its end. Not called while a
+    /// script runs. It must be quick, as a stop does not interrupt it.
+    ///
+    /// On an error the script does not run and has no [`SessionEvent::ScriptEnded`]; the session
+    /// can be tried with another one.
     fn start<'a>(&'a mut self, script: &'a Script) -> LocalBoxFuture<'a, io::Result<()>>;
 
-    /// Waits for the next event. Dropping the future loses nothing.
+    /// Waits for the next event. Dropping the future loses no event.
+    ///
+    /// Polled while a script runs and, at the job's end, until the shell has ended: a terminal that
+    /// nobody reads would keep its processes from ending. What the shell prints between two scripts
+    /// joins the output of the second one.
     fn next_event(&mut self) -> LocalBoxFuture<'_, SessionEvent>;
 }
 
-/// Processes that are still there after everything was tried.
+/// Processes or containers of a job that could not be ended.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("could not end everything that the job started: {what}")]
 pub struct LeftBehind {
@@ -153,137 +201,200 @@ pub struct LeftBehind {
     pub what: String,
 }
 
-/// Power over everything a job started.
+/// Ends what a job started, in whole or in part.
+///
+/// All methods may be called at any moment, in any order, any number of times: before anything was
+/// started, during the preparation, and after a crash of the executor or of the job's task. What
+/// does not exist (any more) is skipped without an error. The `kill_` methods only send a request,
+/// and return at once.
+///
+/// [`Self::end_everything`] or [`Self::release`] is called for every job. From that call on, the
+/// place refuses to start anything new.
 pub trait Containment {
-    /// Sees to it that the session's shell runs no command of the job any more, from now on. Its EXIT trap may still run
-    /// when everything is ended.
+    /// Keeps the session's shell from running any further command of the job. Its processes may
+    /// live on, and the shell may still run its EXIT trap during [`Self::end_everything`].
+    ///
+    /// The first act of every stop: whatever ends the running command next must not let the shell
+    /// go on to the one behind it.
     fn kill_shell(&self);
 
-    /// Kills what the session's shell waits for; it goes on with what comes next.
+    /// Kills the foreground processes that the shell waits for; the shell goes on behind them.
+    ///
+    /// An implementation that can't tell these processes does nothing, so callers wait with a time
+    /// limit and then resort to [`Self::kill_all`] or an abort.
     fn kill_foreground(&self);
 
-    /// Kills everything, and the session's shell with it, whose end the session notices.
+    /// Kills everything, the session's shell included. The session then reports
+    /// [`SessionEvent::ShellEnded`], and the job's steps go on to fail.
     fn kill_all(&self);
 
-    /// Asks everything to end, waits `grace` at most, kills what is left. Resolves when nothing is
-    /// left, or with what could not be ended. Another call while one is at work shortens its grace.
+    /// Asks everything to end (SIGTERM, or a hangup for the shell), kills after `grace` what is
+    /// left, and removes what was made for the job. Resolves within a bounded time: with success
+    /// once nothing is left, else with what could not be ended.
+    ///
+    /// The grace begins anew for the shell's EXIT trap. A second call while one is at work can only
+    /// shorten the grace, and both resolve at the end; a later call is harmless. If the
+    /// future is dropped, another call must be made to complete the work.
+    ///
+    /// The terminal is to be read meanwhile (see [`ShellSession::next_event`]).
     fn end_everything(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>>;
 
-    /// Ends the shell, within `grace`, and leaves alone what a hangup does not end. Resolves when the
-    /// shell is gone; from then on the rest is no part of the job any more.
+    /// Hangs up on the shell, kills it after `grace`, and spares what survives the hangup
+    /// (daemons). Resolves when the shell is gone; what is left is then no part of the job any
+    /// more, and a later [`Self::end_everything`] does not touch it.
+    ///
+    /// Called instead of [`Self::end_everything`], once, and only for a job that was not stopped.
+    /// Where nothing can outlive the place, as in a container, the two are the same.
     fn release(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>>;
 }
 
-/// A log as its readers have it: open, whatever becomes of the file's name.
+/// A job's log for its readers: an open file, readable even after its name was removed or reused.
+///
+/// Read concurrently by any number of threads, and while the [`LogSpool`] appends. Readers stop at
+/// the end that the log buffer has published ([`LogRange::end`]): behind it may be half a line.
 pub trait LogSource: Send + Sync + fmt::Debug {
-    /// Reads from `offset` on, in bytes; 0 bytes at the end. Never waits for anybody.
+    /// Reads from byte `offset` on. Returns the number of bytes read; 0 at the end of the file.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;
 
-    /// Makes the log a file of this new name as well; fails if there is one.
+    /// Gives the file the additional name `path`, or copies it there where no link is possible.
+    /// Fails with [`io::ErrorKind::AlreadyExists`] if there is something.
     fn keep_as(&self, path: &Path) -> io::Result<()>;
 }
 
-/// A change that another process made to the file of a log. A job can make one: it runs as the agent's user.
+/// A change that another process made to a log's file. A job can do that: it runs as the agent's
+/// user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ForeignChange {
-    /// It is not at its place any more, or something else is.
+    /// The file's name was removed, or is that of another file now. The open file is unharmed.
     #[error("its file was removed or replaced")]
     Removed,
-    /// Only so many of its bytes are left.
-    #[error("its file was cut")]
+    /// The file was cut to this many bytes.
+    #[error("its file was truncated")]
     Cut(u64),
-    /// Somebody else wrote to its end.
-    #[error("somebody else wrote to its file")]
+    /// Another process appended to the file.
+    #[error("another process wrote to its file")]
     Grown,
-    /// Bytes of it are not those that were written.
+    /// Bytes within the file differ from those that were written.
     #[error("its file was overwritten")]
     Overwritten,
 }
 
-/// An append-only file of lines that outlives a crash of the actor that writes it.
+/// The writer of a job's log file: only appended to, and only in whole lines.
+///
+/// One handle writes at a time: that of the log buffer. When the buffer crashes, its successor gets
+/// another one by [`Self::reopen`].
 pub trait LogSpool: Send + fmt::Debug {
-    /// Writes whole lines at the end. Fails while there is still room for [`Self::append_last_words`].
+    /// Appends whole lines, newlines included. Fails early enough that there is room left for
+    /// [`Self::append_last_words`].
+    ///
+    /// After an error a part of the lines may be in the file: the caller truncates it to its last
+    /// whole line.
     fn append(&mut self, lines: &[u8]) -> io::Result<()>;
 
-    /// Writes the last lines, up to a few kilobytes, for which room is kept.
+    /// Appends a log's last lines, a few kilobytes in all, into the room that [`Self::append`]
+    /// leaves.
     fn append_last_words(&mut self, lines: &[u8]) -> io::Result<()>;
 
-    /// Looks for what somebody else did since the file was made, written or cut here.
+    /// Compares the file's length and name with what this handle has written. Cheap: done before
+    /// each line and for each reader.
+    ///
+    /// Returns the same change at each call until [`Self::truncate`] accepts it;
+    /// [`ForeignChange::Removed`] for good. Never returns [`ForeignChange::Overwritten`].
     fn foreign_change(&self) -> io::Result<Option<ForeignChange>>;
 
-    /// Compares all bytes with what was written, which takes about a millisecond for each megabyte. A difference is told
-    /// once; from then on, what is there now counts as written.
+    /// Compares all bytes with those that were written; about 1 ms for each megabyte. Returns
+    /// [`ForeignChange::Overwritten`] once for each difference: the bytes found count as written
+    /// then.
     fn check_bytes(&mut self) -> io::Result<Option<ForeignChange>>;
 
-    /// Reads from `offset` on; 0 bytes at the end.
+    /// Reads from byte `offset` on. Returns the number of bytes read; 0 at the end of the file.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;
 
-    /// Cuts everything from `length` bytes on.
+    /// Cuts the file to `length` bytes, which must all be there. The next line is appended there,
+    /// and the first `length` bytes, as found, count as written.
     fn truncate(&mut self, length: u64) -> io::Result<()>;
 
-    /// The same file for readers.
+    /// Returns the same file for readers.
     fn source(&self) -> Arc<dyn LogSource>;
 
-    /// Another handle on the same file.
+    /// Returns another handle on the same file, even if its name is gone. The new handle may not
+    /// know the current length: [`Self::truncate`] comes first, before anything is appended or
+    /// checked.
     fn reopen(&self) -> io::Result<Box<dyn LogSpool>>;
 
-    /// Whether who writes may have to wait, and so needs a thread of its own.
+    /// Whether the calls do I/O, so that the log buffer needs a thread of its own.
     fn may_block(&self) -> bool {
         true
     }
 }
 
-/// What lets people log in to where a job runs (PROTOCOL: "SSH jump point").
+/// SSH access to the place where a job runs: keys, script and login profile (PROTOCOL: "SSH jump
+/// point").
+///
+/// [`Self::open`] is called at most once, before the preparation; [`Self::close`] at the end of
+/// every job, whether `open` was called or not, succeeded or not. Dropping a future neither undoes
+/// its work nor need stop it. Access that is not available never fails a job.
 pub trait JumpPointFiles {
-    /// Lets in who has one of `keys`, which are lines of `authorized_keys`.
+    /// Admits the owners of `keys`, each one line of `authorized_keys`.
+    ///
+    /// After an error a part may be set up, and is offered nevertheless.
     fn open(&self, keys: Vec<Bytes>) -> LocalBoxFuture<'static, io::Result<()>>;
 
-    /// Takes back exactly what `open` added. Doing it twice, or without `open`, is no error.
+    /// Removes exactly what `open` added, and kills what people who logged in with the job's keys
+    /// still run. Idempotent, and no error without `open`.
     fn close(&self) -> LocalBoxFuture<'static, io::Result<()>>;
 
-    /// The same, unless somebody is logged in: `false` then.
+    /// Closes if nobody is logged in. Returns whether it did. Polled every few seconds between the
+    /// job's clean-up and its end; after an error only [`Self::close`] is tried.
     fn close_if_unused(&self) -> LocalBoxFuture<'static, io::Result<bool>>;
 }
 
-/// One message to a platform about a job's end.
+/// One notification of a platform about a job's end; the body of a `POST`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Callback {
-    /// Where it goes.
+    /// The URL, as it came with the job.
     pub url: String,
-    /// What the agent proves itself with.
+    /// The bearer token, if the job has one.
     pub token: Option<String>,
-    /// JSON.
+    /// A JSON object.
     pub body: String,
 }
 
-/// The body only: a URL may be pre-signed.
+/// Shows the body only: the URL may be pre-signed.
 impl fmt::Debug for Callback {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "callback {}", self.body)
     }
 }
 
-/// Why a platform did not take a callback; without URL and token.
+/// Why a callback was not accepted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CallbackError {
-    /// It never will: the URL or the token can't be used.
+    /// Permanent: the URL or the token is not valid.
     #[error("{0}")]
     Unusable(String),
-    /// It may later.
+    /// Transient: no connection, no answer in time, or a status other than 2xx.
     #[error("{0}")]
     Failed(String),
 }
 
 /// Sends callbacks.
 pub trait CallbackSender {
-    /// Sends one, once.
+    /// Makes one attempt, which ends within a bounded time. The caller repeats it after
+    /// [`CallbackError::Failed`].
+    ///
+    /// After an error or a dropped future the platform may have the callback all the same: delivery
+    /// is at least once.
     fn send(&self, callback: &Callback) -> LocalBoxFuture<'static, Result<(), CallbackError>>;
 }
 
-/// Keeps whole logs as artifacts (PROTOCOL: "Job logs as an artifact").
+/// Stores whole logs as artifacts (PROTOCOL: "Job logs as an artifact").
 pub trait LogUploads {
-    /// Uploads the log that is in `log`, if that is wanted; answers why it could not be done.
-    /// `trimmed` tells whether the platform has not kept all of it.
+    /// Uploads `log`, which is whole and sealed, if the job or the agent's configuration asks for
+    /// that. `trimmed` says that the platform has not kept all of the log.
+    ///
+    /// Called once for a job, after its log was delivered. An upload that is not asked for must
+    /// succeed at the first poll, as the deadline may be over by then. A failure is only logged.
     fn upload<'a>(
         &'a self,
         job: &'a Job,
@@ -292,42 +403,49 @@ pub trait LogUploads {
     ) -> LocalBoxFuture<'a, Result<(), String>>;
 }
 
-/// Some whole lines of a log.
+/// Consecutive whole lines of a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogBatch {
-    /// How many.
+    /// The number of lines, at least 1.
     pub lines: u64,
-    /// With their newlines.
+    /// The lines, each with its newline.
     pub bytes: Bytes,
 }
 
-/// Why a log server did not take a batch; without URL and token.
+/// Why a log server did not accept a batch. Every batch can be sent again.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PushError {
-    /// The token is not good any more.
+    /// The token has expired or is wrong (401): refresh it.
     #[error("the token is refused")]
     Unauthorized,
-    /// The space for this job's log is used up.
+    /// The space for this job's log is used up (422): send no more.
     #[error("the space for this job's log is used up")]
     QuotaUsedUp,
-    /// There were too many lines.
+    /// The batch has too many lines (413): send fewer.
     #[error("the batch is too large")]
     TooLarge,
-    /// There was no answer in time.
+    /// No answer came in time.
     #[error("there was no answer in time")]
     TimedOut,
-    /// The log server can't be reached, or says that it is in trouble: it may have lost what it had.
+    /// The log server can't be reached, or answers with a 5xx: it may have lost what it had
+    /// acknowledged.
     #[error("{0}")]
     Away(String),
-    /// Anything else, which may pass.
+    /// Any other failure, taken for a transient one.
     #[error("{0}")]
     Failed(String),
 }
 
-/// Brings logs to the platform (PROTOCOL: "Pushing logs").
+/// Reads logs and sends them to the platform (PROTOCOL: "Pushing logs").
+///
+/// For one job [`Self::read`], [`Self::push`] and [`Self::refresh_token`] are called one at a time,
+/// in the order of the lines; [`Self::keep`] may come in between.
 pub trait LogUplink {
-    /// Reads lines from the start of `range`: as many as there are, but no more than either limit,
-    /// and one line at least.
+    /// Reads lines from the start of `range`, which is not empty: as many as fit both limits, and
+    /// at least one, however long.
+    ///
+    /// Fails with [`io::ErrorKind::UnexpectedEof`] if no whole line is left, as in a file that was
+    /// cut.
     fn read(
         &self,
         range: &LogRange,
@@ -335,7 +453,11 @@ pub trait LogUplink {
         most_bytes: u64,
     ) -> LocalBoxFuture<'static, io::Result<LogBatch>>;
 
-    /// Sends lines, of which the first has this number.
+    /// Sends `batch`, whose first line has the number `first_line` (0 based), and resolves when the
+    /// platform has acknowledged it. Makes one attempt, which ends within a bounded time.
+    ///
+    /// The platform replaces everything from `first_line` on, so sending again is always safe, also
+    /// from line 0.
     fn push(
         &self,
         target: &PushTarget,
@@ -343,75 +465,94 @@ pub trait LogUplink {
         batch: LogBatch,
     ) -> LocalBoxFuture<'static, Result<(), PushError>>;
 
-    /// Gets a new token for logs.
+    /// Gets a new log token for [`PushTarget::token`]. Called after [`PushError::Unauthorized`].
     fn refresh_token(&self) -> LocalBoxFuture<'static, Result<String, HubError>>;
 
-    /// Puts a log that was not delivered where it stays; answers where that is.
+    /// Keeps the whole of a log whose delivery was given up, beyond the job's end. Returns the path
+    /// of the kept file.
+    ///
+    /// Called at most once for a job, while pushing may go on in the background. The oldest kept
+    /// logs may be removed to make room.
     fn keep(&self, job: &JobId, log: &LogRange) -> io::Result<PathBuf>;
 
-    /// Removes what `keep` has put there, as it is delivered.
+    /// Removes a file that `keep` has returned, because its log was delivered after all.
     fn remove_kept(&self, kept: &Path) -> io::Result<()>;
 }
 
-/// Why the control plane did not do what it was asked for; without tokens.
+/// Why a request to the control plane failed. The texts are fit for the agent's log.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HubError {
-    /// It may later.
+    /// Transient: no connection, no answer in time, or an answer that may be another one next time.
     #[error("{0}")]
     Failed(String),
-    /// What it answered can't be used, and won't change.
+    /// Permanent: the request is refused for good, or its answer is not valid.
     #[error("{0}")]
     Unusable(String),
-    /// Its answer began and broke off.
+    /// The answer began, but did not arrive whole.
     #[error("the answer broke off: {0}")]
     BrokeOff(String),
-    /// It does not accept the agent's token.
+    /// The control plane does not accept the agent's token (401).
     #[error("{0}")]
     Unauthorized(String),
-    /// It does not know the agent, or has no such page.
+    /// The control plane does not know the agent (404).
     #[error("{0}")]
     NotFound(String),
-    /// An agent of this name is registered. After a crash that ends within minutes.
+    /// An agent with this name is registered: the same one, within minutes of a crash, or another.
     #[error("{0}")]
     NameTaken(String),
-    /// The job is not to be had any more, as one that was stopped before it ran.
+    /// The job can't be fetched any more, for example because it was stopped.
     #[error("the job is not available any more")]
     JobGone,
 }
 
 impl HubError {
-    /// Whether it makes sense to ask again.
+    /// Whether another attempt may succeed.
     pub fn may_pass(&self) -> bool {
         !matches!(self, Self::Unusable(_) | Self::JobGone)
     }
 }
 
-/// The control plane of an agent that asks for its jobs (PROTOCOL: "`agent start`: the self-hosted
-/// API"). Every call ends within a bounded time.
+/// The control plane of a self-hosted agent (PROTOCOL: "`agent start`: the self-hosted API").
+///
+/// Every call is one attempt that ends within a bounded time; the caller repeats it where that is
+/// safe. After a dropped future the control plane may have got the request.
+///
+/// Order of calls: [`Self::register`] until it succeeds, then [`Self::sync`] again and again, with
+/// [`Self::fetch_job`] beside it, then [`Self::disconnect`]. An agent that the control plane has
+/// deleted begins with [`Self::register`] again.
 pub trait HubApi {
-    /// Registers the agent.
+    /// Registers the agent. The port keeps the access token of the answer for all later calls.
+    ///
+    /// Fails with [`HubError::NameTaken`] while an agent with this name is registered.
     fn register(&self) -> LocalBoxFuture<'static, Result<(), HubError>>;
 
-    /// Tells what the agent is doing, and asks what it is to do.
+    /// Reports the agent's state, and returns what the agent is to do. One report is under way at a
+    /// time; one that takes too long is dropped for a newer one.
+    ///
+    /// [`HubError::NotFound`] means that the control plane has deleted the agent.
     fn sync(&self, report: &Report) -> LocalBoxFuture<'static, Result<Answer, HubError>>;
 
-    /// Gets a job.
+    /// Fetches a job. The control plane gives a job out whole only once, so an answer that has
+    /// begun but does not arrive must be [`HubError::Unusable`], which is not repeated.
+    ///
+    /// Fails with [`HubError::JobGone`] if the job was stopped meanwhile. Dropped when the job is
+    /// to be stopped before it is here.
     fn fetch_job(&self, id: &JobId) -> LocalBoxFuture<'static, Result<Job, HubError>>;
 
-    /// Takes the agent off the list.
+    /// Deregisters the agent. The last call; it may be repeated after an error.
     fn disconnect(&self) -> LocalBoxFuture<'static, Result<(), HubError>>;
 }
 
-/// Where measurements go. Never fails a job: what can't be sent is dropped.
+/// The destination of metrics. Must not block: a measurement that can't be sent at once is dropped.
 pub trait MetricsSink {
-    /// Adds one to a counter.
+    /// Adds 1 to the counter `name` (without the namespace), tagged `tag` (`key:value`).
     fn count(&mut self, name: &str, tag: &str);
 
-    /// Records how long something took.
+    /// Records a duration under `name` (without the namespace), tagged `tag` (`key:value`).
     fn time(&mut self, name: &str, duration: Duration, tag: &str);
 }
 
-/// A sink for agents without a metrics server.
+/// Drops all measurements, for an agent without a metrics server.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DiscardMetrics;
 

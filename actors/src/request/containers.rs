@@ -1,4 +1,4 @@
-//! The containers in a request.
+//! Decodes the containers in a request.
 
 use std::collections::HashSet;
 
@@ -26,7 +26,7 @@ raw!(RawContainer {
 });
 raw!(RawCredentials { env_vars: List<OnlyMap<RawEnvVar>>, files: List<OnlyMap<RawFile>> });
 
-/// Where existing job files have the key of a Google registry.
+/// The path by which job files give the key of a Google registry (PROTOCOL: "Docker executor").
 const GCR_KEY_FILE: &str = "/tmp/gcr/keyfile.json";
 
 const KNOWN_CREDENTIALS: &str = "DockerHub, GenericDocker, AWS_ECR, GCR";
@@ -86,7 +86,7 @@ impl RawContainer {
             problems.push(problem(format!("{at}image"), "an image is needed"));
         }
         let mut words = |field: &str, text: &str| {
-            // As Compose has it, everywhere: two dollar signs are one.
+            // As in Compose, `$$` stands for one dollar sign.
             let words = shlex::split(&without_comments(&text.replace("$$", "$")));
             if words.is_none() {
                 let why = "has a quote that is not closed, or ends with a backslash";
@@ -105,7 +105,7 @@ impl RawContainer {
             },
             |decoded| decoded.variables,
         );
-        // Engines take text only.
+        // Container engines accept UTF-8 only.
         let is_no_text = |variable: &&EnvVar| std::str::from_utf8(&variable.value).is_err();
         problems.extend(environment.iter().filter(is_no_text).map(|variable| {
             let name = variable.name.as_str();
@@ -130,10 +130,11 @@ impl RawContainer {
     }
 }
 
-/// `text` so that the splitter takes no word for a comment: Compose knows none.
+/// Escapes each `#` that would begin a comment for the splitter: Compose has no comments.
 fn without_comments(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
-    // The quote that is open, and whether the character before was a backslash, or no part of a word.
+    // The open quote, if any; whether the last character was an escaping backslash; whether a word
+    // begins here.
     let (mut quote, mut backslash, mut between) = (None, false, true);
     for c in text.chars() {
         if c == '#' && between && !backslash && quote.is_none() {
@@ -176,14 +177,14 @@ fn decode_credentials(
     if problems.is_empty() { Ok(credentials) } else { Err(problems) }
 }
 
-/// `value` as it was meant: files, and `echo` in front of `base64`, end with a line end.
+/// Removes line ends at the end of `value`: editors and `echo … | base64` add one.
 fn without_line_ends(value: &Bytes) -> Bytes {
     let end =
         value.iter().rposition(|byte| !matches!(byte, b'\r' | b'\n')).map_or(0, |last| last + 1);
     value.slice(..end)
 }
 
-/// Credentials as variables and files.
+/// The variables and files of one entry of `image_pull_credentials`.
 struct Given<'a> {
     at: &'a str,
     variables: &'a [EnvVar],
@@ -278,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_in_a_command_is_a_comment() {
+    fn a_hash_in_a_command_begins_no_comment() {
         for (command, words) in [
             (
                 "redis-server --requirepass #secret x",
@@ -293,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_containers_is_named_with_its_place() {
+    fn problems_of_containers_have_the_paths_of_their_fields() {
         let problems = decode(json!({"containers": [
             {"name": "main", "image": "a"},
             {"name": "-x", "image": "", "command": "'", "files": [{"path": "f", "content": "*"}]},
@@ -335,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn each_kind_of_credentials_is_understood() {
+    fn each_kind_of_credentials_is_decoded() {
         let hub = credentials(
             &json!({"DOCKER_CREDENTIAL_TYPE": "DockerHub", "DOCKERHUB_USERNAME": "me",
                    "DOCKERHUB_PASSWORD": "p?>~\""}),
@@ -367,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_in_credentials_is_named() {
+    fn what_is_missing_in_credentials_is_reported() {
         for (variables, why) in [
             (json!({}), "DOCKER_CREDENTIAL_TYPE is missing; known are: DockerHub"),
             (json!({"DOCKER_CREDENTIAL_TYPE": "Quay"}), "`Quay` is not known; known are"),

@@ -1,9 +1,9 @@
-//! The job request as it is written (PROTOCOL: "The job request"), and how it becomes a [`Job`].
+//! The schema of a job request (PROTOCOL: "The job request"), and its decoding into a [`Job`].
 //!
-//! [`WireRequest`] and [`HubRequest`] are what comes over the wire; [`FileRequest`] is the same with the aliases that
-//! job files may use. `null` and absent mean empty everywhere.
+//! [`WireRequest`] and [`HubRequest`] come over the wire; [`FileRequest`] also knows the aliases
+//! for job files. `null` and absent mean empty everywhere.
 
-// No `Debug` for any of these: they hold secrets.
+// None of these types is `Debug`, as they hold secrets.
 macro_rules! raw {
     ($name:ident { $($field:ident: $type:ty),* $(,)? }) => {
         #[derive(Default, Deserialize)]
@@ -38,14 +38,14 @@ use crate::job::{
     Callbacks, Command, ExecutorKind, Job, JobId, LogMethod, Logger, Problem, Problems, PushTarget,
 };
 
-/// How much of a log a platform keeps that does not say so, in bytes.
+/// The default of `logger.max_size_in_bytes`.
 const DEFAULT_MAX_LOG_SIZE: u64 = 16 * 1024 * 1024;
 
-/// The executors that a request may name.
+/// The valid values of `executor`.
 pub const KNOWN_EXECUTORS: [&str; 2] = ["shell", "dockercompose"];
 
-/// The fields that the part of a request called `part` has; those of the request itself for
-/// nothing, and none where there are no such parts.
+/// Returns the fields of a part of a job file, named by the key that holds it: with `None` those of
+/// the request itself, and an empty slice for a key without parts.
 pub fn known_fields(part: Option<&str>) -> &'static [&'static str] {
     match part {
         None => &[
@@ -80,7 +80,7 @@ pub fn known_fields(part: Option<&str>) -> &'static [&'static str] {
     }
 }
 
-/// The request names no job.
+/// The request has no `job_id`, or an empty one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the job has no id: `job_id` must be a string that is not empty")]
 pub struct NoJobId;
@@ -93,8 +93,8 @@ where
     Ok(Option::<T>::deserialize(deserializer)?.unwrap_or_default())
 }
 
-/// What is written as a map and nothing else: a list of its values in order, which serde would take
-/// too, is a mistake of whoever wrote it.
+/// Accepts a map only. A derived `Deserialize` would also accept a sequence of the fields' values,
+/// which can only be a mistake.
 #[derive(Default)]
 pub struct OnlyMap<T>(pub T);
 
@@ -118,11 +118,11 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for OnlyMap<T> {
     }
 }
 
-/// The most elements that a list of a request may have: far above the 300 variables that control planes send. What
-/// is said with two bytes takes hundreds in memory.
+/// The most elements of any list in a request; control planes send at most 300 variables. Without a
+/// limit, a small request could use up the memory: two bytes of JSON become hundreds.
 pub const MOST_ELEMENTS: usize = 10_000;
 
-/// A list with at most [`MOST_ELEMENTS`].
+/// A list of at most [`MOST_ELEMENTS`] elements.
 struct List<T>(Vec<T>);
 
 impl<T> Default for List<T> {
@@ -167,8 +167,8 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for List<T> {
     }
 }
 
-/// One definition, two schemas: only files know the aliases. Over the wire a field called `id` is
-/// unknown like any other, and must not clash with `job_id`.
+/// Defines a schema. Only that of files has aliases: over the wire, a field `id` is unknown like
+/// any other, and must not clash with `job_id`.
 macro_rules! request_schema {
     ($(#[$doc:meta])* $name:ident
         , variables: $names:expr
@@ -205,7 +205,7 @@ macro_rules! request_schema {
         }
 
         impl $name {
-            /// Decodes everything that can be decoded; what can't be is a problem of its part.
+            /// Decodes the request. A part that is not valid becomes its [`Problems`].
             pub fn decode(self) -> Result<Job, NoJobId> {
                 let octal_modes = self.executor != "dockercompose";
                 let executor = decode_executor(&self.executor, self.compose.0);
@@ -230,14 +230,18 @@ macro_rules! request_schema {
                 })
             }
 
-            /// Indices into `env_vars` of variables that a later one of the same name replaces.
+            /// Returns the indices of the `env_vars` that a later one with the same name replaces.
             pub fn replaced_variables(&self) -> Vec<usize> {
                 let last: BTreeMap<&str, usize> =
                     self.env_vars.iter().enumerate().map(|(i, v)| (v.0.name.as_str(), i)).collect();
                 (0..self.env_vars.len()).filter(|i| last[self.env_vars[*i].0.name.as_str()] != *i).collect()
             }
 
-            /// The name of variable `index` of `env_vars`, as written.
+            /// Returns the name of `env_vars[index]`, as written.
+            ///
+            /// # Panics
+            ///
+            /// If there is no such variable.
             pub fn variable_name(&self, index: usize) -> &str {
                 &self.env_vars[index].0.name
             }
@@ -246,15 +250,15 @@ macro_rules! request_schema {
 }
 
 request_schema!(
-    /// A request as a platform posts it.
+    /// A request as a client posts it to `agent serve`.
     WireRequest, variables: Names::Shell
 );
 request_schema!(
-    /// A request as a control plane hands it out: its variables may have any names.
+    /// A request as `agent start` fetches it. Variables that a shell can't hold are skipped.
     HubRequest, variables: Names::ShellOrSkipped
 );
 request_schema!(
-    /// A request as a person writes it into a file.
+    /// A request in a job file for `agent run`.
     FileRequest, variables: Names::Shell, id: "id", epilogue: "epilogue_commands", files: "file"
 );
 
@@ -330,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn null_and_absent_mean_empty() {
+    fn null_and_absent_fields_are_empty() {
         let job = decode(
             r#"{"job_id":"1","executor":null,"commands":null,"env_vars":[{"name":"A","value":null}],
                 "files":null,"callbacks":null,"logger":{"max_size_in_bytes":null},"compose":null}"#,
@@ -351,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_is_no_request_and_no_part_of_one() {
+    fn a_list_is_refused_in_place_of_a_map() {
         for wrong in [
             r#"["1"]"#,
             r#"{"job_id":"1","commands":[["true"]]}"#,
@@ -364,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_of_a_name_wins_and_names_are_sorted() {
+    fn variables_are_sorted_by_name_and_the_last_value_wins() {
         let job = decode(
             r#"{"job_id":"1","env_vars":[{"name":"B","value":"MQ"},{"name":"A","value":"Mg=="},
                 {"name":"B","value":"M w\n= ="}]}"#,
@@ -375,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn every_problem_is_named_with_its_place() {
+    fn every_problem_has_the_path_of_its_field() {
         let job = decode(
             r#"{"job_id":"1","executor":"vm","env_vars":[{"name":"A=1; touch x; B","value":"!"},
                 {"name":"N","value":"AA=="}],

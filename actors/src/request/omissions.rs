@@ -1,13 +1,14 @@
-//! What the author of a job file has left out by mistake: over the wire it means empty, in a file it would be a
-//! command or a variable that silently does nothing.
+//! Finds what the author of a job file has left out. Over the wire a missing field is empty; in a
+//! file it would be a command or a variable that silently does nothing, so it is an error.
 
 use super::values::{RawEnvVar, RawFile};
 use super::{FileRequest, List, NoJobId, OnlyMap, RawCommand, problem};
 use crate::job::Problems;
 
 impl FileRequest {
-    /// Commands without a directive, variables without a value, files without content, and a missing id, which is
-    /// replaced so that the rest of the request can be checked, too.
+    /// Returns a problem for each command without `directive`, variable without `value` and file
+    /// without `content`, and for a missing `job_id`. The latter is set, so that [`Self::decode`]
+    /// can check the rest of the request.
     pub fn take_omissions(&mut self) -> Problems {
         let mut problems = Problems::new();
         if self.job_id.is_empty() {
@@ -60,7 +61,7 @@ fn variables_and_files(
 ) {
     let missing = |what: &str, index: usize, key: &str| {
         let path = format!("{at}{what}[{index}]");
-        problem(path, format!("`{key}` is missing; it is base64, and '' for an empty one"))
+        problem(path, format!("`{key}` is missing: base64, or '' if it is empty"))
     };
     let values = variables.iter().enumerate().filter(|(_, OnlyMap(raw))| raw.value.is_none());
     problems.extend(values.map(|(index, _)| missing("env_vars", index, "value")));
@@ -73,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn everything_that_is_left_out_is_named() {
+    fn every_omission_is_reported_with_its_path() {
         let mut request: FileRequest = serde_json::from_str(
             r#"{"commands":[{"directive":"a"},{"alias":"b"},{"directive":""}],
                 "epilogue_commands":[{}],

@@ -1,4 +1,4 @@
-//! The values in a request: variables, contents of files, keys.
+//! Decodes the values in a request: variables, files and SSH keys.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,26 +14,27 @@ use crate::job::{EnvVar, InjectedFile, Problems, VariableName};
 raw!(RawEnvVar { name: String, value: Option<String> });
 raw!(RawFile { path: String, content: Option<String>, mode: String });
 
-/// Which names the variables of a request may have.
+/// Which names of variables are valid.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Names {
-    /// A shell's; any other is a problem.
+    /// Names of shell variables; any other name is a problem.
     Shell,
-    /// A shell's; any other is left out.
+    /// Names of shell variables; a variable with any other name is skipped.
     ShellOrSkipped,
-    /// Whatever an environment can hold.
+    /// All names that an environment can hold.
     Container,
 }
 
-/// The decoded variables of a request.
+/// Decoded variables.
 pub(super) struct Environment {
-    /// Sorted by name.
+    /// The variables, sorted by name, each name once.
     pub(super) variables: Vec<EnvVar>,
-    /// A line of the job's log for each that is left out.
+    /// One line of the job's log for each variable that is skipped.
     pub(super) skipped: Vec<String>,
 }
 
-/// `at` is where they are, for what is wrong with them.
+/// Decodes variables. `at` is the path of the part that holds them, with its final dot; empty for
+/// the request itself.
 pub(super) fn decode_environment(
     at: &str,
     variables: &[OnlyMap<RawEnvVar>],
@@ -97,7 +98,8 @@ pub(super) fn decode_environment(
     if problems.is_empty() { Ok(Environment { variables, skipped }) } else { Err(problems) }
 }
 
-/// A name as messages show it: what follows a `=` may be a secret in the wrong place.
+/// Returns a name for messages, without what follows a `=`: that may be a secret in the wrong
+/// place.
 fn shown_name(name: &str) -> String {
     match name.split_once('=') {
         Some((name, _)) => format!("{}=…", name.escape_debug()),
@@ -160,14 +162,14 @@ pub(super) fn decode_ssh_keys(keys: &[String]) -> Result<Vec<Bytes>, Problems> {
     if problems.is_empty() { Ok(lines) } else { Err(problems) }
 }
 
-/// The permission bits that an octal string of up to four significant digits stands for.
+/// Parses permission bits: octal digits, with a value of at most 7777.
 pub fn parse_octal_mode(mode: &str) -> Option<u32> {
     let digits_only = !mode.is_empty() && mode.bytes().all(|b| b.is_ascii_digit());
     let bits = u32::from_str_radix(mode, 8).ok()?;
     (digits_only && bits <= 0o7777).then_some(bits)
 }
 
-/// Base64 with or without padding; white space anywhere in it is ignored.
+/// Decodes base64 with or without padding, and with white space anywhere.
 fn decode_base64(text: &str) -> Result<Bytes, &'static str> {
     const LENIENT: GeneralPurpose = GeneralPurpose::new(
         &base64::alphabet::STANDARD,

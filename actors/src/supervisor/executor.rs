@@ -1,10 +1,11 @@
 //! Owns the place where one job's commands run, and its one shell session.
 //!
-//! Receives [`Prepare`], then [`Export`], [`Inject`] and [`RunCommand`] one at a time, and [`Abort`]
-//! at any moment; sends [`Append`] with the session's output, awaited, to the log buffer.
+//! Receives [`GetPreparation`] and [`Prepare`], then [`Export`], [`Inject`] and [`RunCommand`] one
+//! at a time, and [`Abort`] at any moment. Sends [`Append`] with the session's output to the log
+//! buffer, awaited.
 //!
 //! The reply to a message is the only end of that work, and comes after all of its output was
-//! appended. When the shell is gone, everything that needs it fails at once.
+//! appended. After the shell's end, every message that needs it fails at once.
 
 use std::future::Future;
 use std::rc::Rc;
@@ -27,25 +28,25 @@ use crate::ports::{
     ShellSession, StepError, StepLog,
 };
 
-/// How long somebody waits for output to be appended before writing to the log as well.
+/// How long [`FlushOutput`] waits for output to be appended.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(1);
 
-/// How output becomes events.
+/// How output is cut into `cmd_output` events (PROTOCOL: "Log events").
 #[derive(Clone, Copy, Debug)]
 pub struct OutputShape {
-    /// How long output waits for more to share its event with.
+    /// How long output is collected before it is sent as an event.
     gather: Duration,
-    /// How much text is worth an event of its own while more keeps coming, in bytes.
+    /// How many bytes of text are sent before that time is over.
     full: usize,
-    /// Full lines are worth that the rest of a text waits for more.
+    /// When `full` is reached, only full log lines are sent; the rest waits for more text.
     shares_lines: bool,
-    /// The longest line of the log, in bytes.
+    /// The longest encoded line of the log, in bytes.
     pub max_line: usize,
 }
 
 impl OutputShape {
-    /// For readers who come at any time: long enough for an event to be worth its overhead, short enough for
-    /// somebody who watches.
+    /// For a log that is pulled, perhaps by somebody who watches: a short delay, yet no event for
+    /// every few bytes.
     pub const PULLED: Self = Self {
         gather: Duration::from_millis(8),
         full: FULL_EVENT,
@@ -53,7 +54,8 @@ impl OutputShape {
         max_line: MAX_OUTPUT_LINE,
     };
 
-    /// For a platform that sees nothing before the next batch, and times in whole seconds.
+    /// For a log that is pushed: nobody sees an event before the next batch, and times are in whole
+    /// seconds.
     pub const PUSHED: Self = Self {
         gather: Duration::from_secs(1),
         full: MAX_PUSHED_OUTPUT_LINE,
@@ -61,39 +63,40 @@ impl OutputShape {
         max_line: MAX_PUSHED_OUTPUT_LINE,
     };
 
-    /// As the way of `job`'s log wants it.
+    /// Returns the shape for how `job`'s log gets to the platform.
     pub fn for_job(job: &Job) -> Self {
         if target_of(job).is_some() { Self::PUSHED } else { Self::PULLED }
     }
 }
 
-/// Asks which steps bring up the place and open the session.
+/// Returns the steps of the preparation (see [`ExecutorBackend::preparation`]).
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Result<Vec<PreparationStep>, ExecutorError>")]
 pub struct GetPreparation;
 
-/// Does one of these steps.
+/// Does one step of the preparation.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Result<(), ExecutorError>")]
 pub struct Prepare {
-    /// Which, from 0 on.
+    /// The step's index, from 0 on.
     pub step: usize,
-    /// The title of the step of the log that is begun if there is something to tell; `None` if one has begun.
+    /// For a hidden step, the title under which its first output begins a step of the log. `None`
+    /// if the sender has logged `cmd_started`.
     pub begins: Option<&'static str>,
 }
 
-/// Asks for the step that the last preparation has begun in the log because it had something to tell, if it has.
-/// Whoever asks ends it.
+/// Returns, once, the log step that the output of the last [`Prepare`] began; `None` if it began
+/// none. The sender must log its `cmd_finished`.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Option<BegunStep>")]
 pub struct TakeBegunStep;
 
-/// A step that has begun.
+/// The beginning of a step of the log.
 #[derive(Clone, Copy, Debug)]
 pub struct BegunStep {
-    /// When, in seconds since the epoch.
+    /// The time of `cmd_started`, in seconds since the epoch.
     pub started_at: u64,
-    /// When, for its duration.
+    /// The same moment on the monotonic clock, to measure the step's duration.
     pub begun: Instant,
 }
 
@@ -101,23 +104,23 @@ pub struct BegunStep {
 #[derive(Debug, Message)]
 #[rtype(result = "Result<ScriptEnd, ExecutorError>")]
 pub struct Export {
-    /// Which.
+    /// The variables to set and export.
     pub variables: Vec<EnvVar>,
 }
 
-/// Asks how the log shows a file's path.
+/// Returns the path of a file as the job's log shows it.
 #[derive(Debug, Message)]
 #[rtype(result = "Result<String, ExecutorError>")]
 pub struct ShownPath {
-    /// Which file.
+    /// The file to be injected.
     pub file: InjectedFile,
 }
 
-/// Puts a file in place.
+/// Writes a file where the job wants it.
 #[derive(Debug, Message)]
 #[rtype(result = "Result<(), ExecutorError>")]
 pub struct Inject {
-    /// Which.
+    /// The file to write.
     pub file: InjectedFile,
 }
 
@@ -125,55 +128,58 @@ pub struct Inject {
 #[derive(Debug, Message)]
 #[rtype(result = "Result<ScriptEnd, ExecutorError>")]
 pub struct RunCommand {
-    /// Which.
+    /// The script to run.
     pub script: Script,
 }
 
-/// Gives up what is at work, and everything that may still be asked. What was read from the terminal
-/// so far is still appended. Doesn't end any process: that is the containment's work.
+/// Gives up the work in progress: it and all later work fail with [`ExecutorError::Aborted`].
+/// Output that was read from the terminal is still appended. Ends no process: that is for the
+/// containment.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "()")]
 pub struct Abort;
 
-/// Has the log get what was printed so far, before somebody else writes to it. The reply comes when it is there, or
-/// soon.
+/// Appends the output that was read so far, so that the sender's own line comes behind it. The
+/// reply comes after a second at most, appended or not.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "()")]
 pub struct FlushOutput;
 
-/// Goes on with a log that lines could not be written to: what can't be appended from now on is missing there. The reply
-/// comes when the script that runs, if one does, is over.
+/// From now on, drops output that can't be appended instead of failing. Sent after
+/// [`ExecutorError::LogProblem`]; the reply comes when the script that still runs, if any, has
+/// ended.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Result<(), ExecutorError>")]
 pub struct GoOnWithoutLog;
 
-/// Takes what is still printed and drops it, until the shell has ended.
+/// Reads the terminal and drops the output, until the shell has ended.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "()")]
 pub struct Discard;
 
-/// Why a message could not be carried out.
+/// Why a message to the executor failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ExecutorError {
-    /// The step itself failed, for the reason given.
+    /// The step failed, with a reason for the job's log.
     #[error(transparent)]
     Step(#[from] StepError),
-    /// The preparation failed, for a reason that the job is not told.
+    /// The preparation failed, and the job's log must not show the reason
+    /// (see [`PreparationError::Untold`]).
     #[error("the reason is in the agent's own log")]
     Untold,
-    /// The shell ended while the script ran; in words how, as far as that is known.
+    /// The shell ended while the script ran (see [`SessionEvent::ShellEnded`] for the text).
     #[error("the job's shell ended {0}")]
     ShellEnded(String),
-    /// There is no shell, because it has ended or was never there.
+    /// The shell has ended, or was never there.
     #[error("the job's shell has ended, so this can't run")]
     NoShell,
-    /// An [`Abort`] came.
+    /// [`Abort`] was received.
     #[error("aborted")]
     Aborted,
-    /// The log buffer has crashed.
+    /// The log buffer has crashed, or the log is sealed.
     #[error("{0}")]
     LogCrashed(String),
-    /// The output could not be appended to the log. The script still runs.
+    /// Output could not be appended to the log. The script still runs.
     #[error("{0}")]
     LogProblem(String),
 }
@@ -187,14 +193,14 @@ impl From<PreparationError> for ExecutorError {
     }
 }
 
-/// See the module.
+/// Runs one job's scripts. See the [module](self).
 pub struct Executor {
     work: Rc<Mutex<Work>>,
     aborted: CancellationToken,
     flush: Rc<Flush>,
 }
 
-/// A wish that the running script's output be appended, and its fulfilment.
+/// The two halves of [`FlushOutput`].
 #[derive(Debug, Default)]
 struct Flush {
     asked: Notify,
@@ -205,34 +211,34 @@ struct Work {
     flush: Rc<Flush>,
     backend: Box<dyn ExecutorBackend>,
     session: Option<Box<dyn ShellSession>>,
-    /// A script was started, and its end has not been seen.
+    /// A script was started, and has not ended as far as the session has told.
     script_runs: bool,
     output: Output,
 }
 
-/// What the session printed, on its way into the log.
+/// The session's output on its way into the log.
 struct Output {
     log: Addr<LogBuffer>,
     text: TerminalText,
     shape: OutputShape,
-    /// Drops output that can't be appended.
+    /// Set by [`GoOnWithoutLog`].
     may_lose: bool,
-    /// The step that is to begin before anything is told.
+    /// See [`Prepare::begins`].
     begins: Option<&'static str>,
     begun: Option<BegunStep>,
-    /// One event may be on its way while the terminal is read on: waiting for each before reading
-    /// would leave the job waiting for its terminal.
+    /// The last event sent. The terminal is read while it is appended: waiting first would keep the
+    /// job waiting for its terminal.
     in_flight: Option<Request<LogBuffer, Append>>,
 }
 
 impl Output {
-    /// Sends the text collected so far; waits for all of it but the last event.
+    /// Sends the text collected so far; waits until all but the last event is appended.
     async fn send(&mut self) -> Result<(), ExecutorError> {
         let pieces = self.text.take();
         self.send_all(pieces).await
     }
 
-    /// Sends what fills whole lines of it.
+    /// Sends the part of the collected text that fills whole log lines.
     async fn send_full(&mut self) -> Result<(), ExecutorError> {
         let pieces = self.text.take_full();
         self.send_all(pieces).await
@@ -247,7 +253,7 @@ impl Output {
         Ok(())
     }
 
-    /// Waits until everything that was sent is in the log.
+    /// Waits until everything sent is in the log.
     async fn settle(&mut self) -> Result<(), ExecutorError> {
         if let Some(request) = self.in_flight.take() {
             let appended = request.await.unwrap_or(Err(LogError::Crashed));
@@ -285,7 +291,7 @@ impl StepLog for Output {
 }
 
 impl Executor {
-    /// An executor that appends output to `log`.
+    /// Creates an executor that appends output to `log`, cut into events by `shape`.
     pub fn new(
         backend: Box<dyn ExecutorBackend>,
         log: Addr<LogBuffer>,
@@ -307,7 +313,7 @@ impl Executor {
         Self { work: Rc::new(Mutex::new(work)), aborted: CancellationToken::new(), flush }
     }
 
-    /// Runs `step` on the work, after what is at work already and until an abort.
+    /// Runs `step` once all earlier work has ended. `step` must heed the abort token.
     fn reply_with<T, F>(&self, step: F) -> ResponseActFuture<Self, Result<T, ExecutorError>>
     where
         T: 'static,
@@ -319,7 +325,7 @@ impl Executor {
     }
 }
 
-/// `work`, unless it is aborted first.
+/// Awaits `work`; an abort drops it.
 async fn unless_aborted<T, E>(
     aborted: &CancellationToken,
     work: impl Future<Output = Result<T, E>>,
@@ -350,7 +356,7 @@ impl Work {
         self.follow_to_the_end(aborted).await
     }
 
-    /// Appends the output of the running script until that is over.
+    /// Appends the output of the running script until its end, then what is left of the text.
     async fn follow_to_the_end(
         &mut self,
         aborted: &CancellationToken,
@@ -366,7 +372,7 @@ impl Work {
         end
     }
 
-    /// Appends the output until the script is over.
+    /// Appends output until the script ends.
     async fn follow_script(
         &mut self,
         aborted: &CancellationToken,
@@ -529,7 +535,7 @@ impl Handler<FlushOutput> for Executor {
         let flush = Rc::clone(&self.flush);
         let flushed = async move {
             flush.asked.notify_one();
-            // Without a running script there is nothing to wait for.
+            // Times out if no script runs: then no output is pending either.
             let _ = timeout(FLUSH_PATIENCE, flush.done.notified()).await;
         };
         Box::pin(flushed.into_actor(self))

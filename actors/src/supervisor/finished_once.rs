@@ -1,16 +1,17 @@
-//! Owns one question: how did the job end? Passes on the one answer to whoever waits for it.
+//! Turns the one [`JobFinished`] of a job into a value to await, for callers that are no actors.
 
 use actix::prelude::*;
 use tokio::sync::oneshot;
 
 use crate::supervisor::JobFinished;
 
-/// See the module.
+/// Receives one [`JobFinished`] and passes it on; any further one is dropped.
 #[derive(Debug)]
 pub struct FinishedOnce(Option<oneshot::Sender<JobFinished>>);
 
 impl FinishedOnce {
-    /// A recipient to start a job with, and what it will receive.
+    /// Starts the actor. Returns the recipient for [`StartJob`](crate::supervisor::StartJob), and
+    /// the receiver of the message; it fails if the actor dies first.
     pub fn ask() -> (Recipient<JobFinished>, oneshot::Receiver<JobFinished>) {
         let (sender, receiver) = oneshot::channel();
         (Self(Some(sender)).start().recipient(), receiver)
@@ -26,7 +27,7 @@ impl Handler<JobFinished> for FinishedOnce {
 
     fn handle(&mut self, message: JobFinished, _: &mut Self::Context) {
         if let Some(sender) = self.0.take() {
-            // Who no longer waits needs no answer.
+            // The receiver may have been dropped.
             let _ = sender.send(message);
         }
     }

@@ -1,18 +1,19 @@
-//! Owns the one job this agent may run, from its admission to the moment when nothing of it is left.
+//! Owns the one job this agent may run, from its admission until nothing of it is left.
 //!
-//! Receives [`StartJob`] and [`StopJob`] from an intake, [`GetStatus`] and [`GetLog`] from anybody,
-//! [`ReportTransfer`] from who serves the log; spawns a log buffer, an executor and, where it is
-//! offered, a jump point afresh for every job; sends [`JobFinished`] to whoever started the job.
+//! Receives [`StartJob`] and [`StopJob`] from an intake, [`GetStatus`], [`GetWait`], [`GetLog`] and
+//! [`CheckReadiness`] from any actor, [`ReportTransfer`] from the HTTP routes. Spawns a log buffer,
+//! an executor and, where SSH access is offered, a jump point for each job. Sends [`JobFinished`]
+//! to the recipient named in [`StartJob`].
 //!
-//! What it never breaks:
+//! Invariants:
 //! - The reply to a child's running message is the only end of that work. A crashed child closes
 //!   its mailbox, so a crash arrives as a failed reply, not by a second path.
-//! - It owns the containment, which works when the executor has died.
+//! - The supervisor owns the containment, which works after a crash of the executor.
 //! - A job is over only when its outcome is logged, its log sealed and delivered, and everything it
 //!   started gone.
 //!
-//! A job's task holds all it needs to finish, so that even this actor's own crash ends the job in
-//! order: as failed, with a line in its log.
+//! A job's task holds all it needs to finish: even a crash of the supervisor ends the job in order,
+//! as failed and with a line in its log.
 
 pub mod executor;
 pub mod finished_once;
@@ -43,115 +44,120 @@ use crate::ssh_access::{CloseAccess, JumpPoint};
 use crate::supervisor::executor::{Discard, Executor, OutputShape};
 use crate::supervisor::steps::{Interrupts, JobSteps};
 
-/// How long to wait between two looks whether somebody is still logged in to a job that is over.
+/// The pause between two checks whether somebody is still logged in to a job that is over.
 const LOOK_FOR_LOGINS: Duration = Duration::from_secs(5);
 
-/// Starts a job. The reply is the admission decision, not the outcome.
+/// Starts a job. The reply is the admission decision; the outcome comes as [`JobFinished`].
 #[derive(Debug, Message)]
 #[rtype(result = "Result<(), StartRefused>")]
 pub struct StartJob {
-    /// What to run.
+    /// The job to run.
     pub job: Job,
-    /// Whom to tell when it is over.
+    /// Receives [`JobFinished`] once, unless the job is refused.
     pub finished: Recipient<JobFinished>,
 }
 
-/// Stops a job. A stop of any other job than the running one is stale and ignored. The reply comes
-/// when the stop is recorded, or with [`StopManner::AtOnce`] when everything has ended.
+/// Stops a job. A stop of any job but the running one is stale and ignored. The reply comes when
+/// the stop is recorded or, with [`StopManner::AtOnce`], when everything has ended.
 #[derive(Clone, Debug, Message)]
 #[rtype(result = "()")]
 pub struct StopJob {
-    /// Which job; any if absent.
+    /// The job to stop; `None` for whichever runs.
     pub id: Option<JobId>,
-    /// How politely.
+    /// How the job's processes are ended.
     pub manner: StopManner,
 }
 
-/// How a job's processes are ended.
+/// How a stop ends a job's processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopManner {
-    /// The shell runs no command any more but its EXIT trap; the rest is asked to end, and all have a short grace.
+    /// The shell runs nothing more but its EXIT trap, all other processes get SIGTERM, and what is
+    /// left after [`Config::grace`] is killed.
     Grace,
-    /// Everything is killed at once.
+    /// Everything is killed without a grace, and SSH access closed.
     AtOnce,
 }
 
-/// Asks for the job that holds the slot.
+/// Returns the id of the job that holds the slot.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Option<JobId>")]
 pub struct GetStatus;
 
-/// Asks whose doing the job that holds the slot waits for, if it is over but for that.
+/// Returns what a job whose outcome is known still waits for (`callback` or `archivator`); `None`
+/// if nothing, or while the job runs.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Option<&'static str>")]
 pub struct GetWait;
 
-/// Asks whether a job's parts could be made now; the error says in words why not.
+/// Checks whether a job could be started now. The error is for logs.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Result<(), String>")]
 pub struct CheckReadiness;
 
-/// Asks for the log of the running job, or of the last one.
+/// Returns the log of the running job, else that of the last one; `None` before the first job, or
+/// if the last log was dropped to free the disk.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Option<JobLogAddress>")]
 pub struct GetLog;
 
-/// Whose log it is, and who answers for it. Ask again when the address turns out dead: the log
-/// outlives a crash of its buffer.
+/// The current log buffer of a job. The log outlives a crash of the buffer: when the address is
+/// dead, send [`GetLog`] again.
 #[derive(Clone, Debug)]
 pub struct JobLogAddress {
-    /// The job.
+    /// The job that the log belongs to.
     pub id: JobId,
-    /// Its log buffer.
+    /// The actor that owns the log.
     pub buffer: Addr<LogBuffer>,
 }
 
-/// Tells how an archivator's transfer of a job's sealed log goes.
+/// Reports the progress of an archivator's transfer of a job's sealed log.
 #[derive(Clone, Debug, Message)]
 #[rtype(result = "()")]
 pub struct ReportTransfer {
-    /// The job.
+    /// The job whose log is transferred. A report on any but the current job is ignored.
     pub id: JobId,
-    /// How it goes.
+    /// What has happened to the transfer.
     pub transfer: Transfer,
 }
 
-/// Is never answered: the failed reply tells that the supervisor is gone.
+/// Has no reply: the request fails when the supervisor has crashed.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "()")]
 pub struct AwaitDeath;
 
-/// A job is over: its log is sealed and everything it started is gone.
+/// A job is over: its log is sealed and delivered, everything it started is gone, and the slot is
+/// free.
 #[derive(Clone, Debug, PartialEq, Eq, Message)]
 #[rtype(result = "()")]
 pub struct JobFinished {
-    /// The job.
+    /// The job that is over.
     pub id: JobId,
-    /// Its result.
+    /// How the job ended.
     pub outcome: Outcome,
 }
 
-/// Nothing of a job is left but what is still to be told about it.
+/// Frees the slot: all that is left of the job is its `teardown_finished` callback and
+/// [`JobFinished`].
 #[derive(Clone, Debug, Message)]
 #[rtype(result = "()")]
 struct JobTornDown {
     id: JobId,
 }
 
-/// What is the same for all jobs of an agent.
+/// The settings that all jobs of an agent share.
 #[derive(Default)]
 pub struct Config {
-    /// What a job leaves running has so long to end when asked to.
+    /// How long the processes of a job may take to end after SIGTERM, before they are killed.
     pub grace: Duration,
-    /// What has detached itself from the shell of a job that was not stopped stays.
+    /// Spares daemons of a job that was not stopped (see [`Containment::release`]).
     pub keep_daemons: bool,
-    /// What its operator adds to every job.
+    /// The operator's hooks for every job.
     pub hooks: JobHooks,
-    /// How the platform comes to know a job's log and its end.
+    /// How logs and outcomes get to the platform.
     pub delivery: Delivery,
 }
 
-/// See the module.
+/// Runs one job at a time. See the [module](self).
 pub struct JobSupervisor {
     factory: Rc<dyn JobPartsFactory>,
     metrics: Addr<Metrics>,
@@ -160,7 +166,7 @@ pub struct JobSupervisor {
     current: Option<Current>,
 }
 
-/// The running job, or the last one, whose log is still readable.
+/// The running job, or the last one, whose log stays readable until the next job starts.
 struct Current {
     id: JobId,
     log: Rc<JobLog>,
@@ -172,13 +178,14 @@ struct Current {
     access: Option<Access>,
     archive: watch::Sender<Archive>,
     stop: CancellationToken,
+    /// Cancelled by [`StopManner::AtOnce`]: ends a post-job hook that runs after the stop.
     cut_short: CancellationToken,
-    /// Tells the job's task when this actor is gone.
+    /// Cancels [`Interrupts::orphaned`] when the supervisor is dropped.
     _alive: DropGuard,
 }
 
 impl JobSupervisor {
-    /// A supervisor without a job.
+    /// Creates a supervisor without a job.
     pub fn new(factory: Box<dyn JobPartsFactory>, metrics: Addr<Metrics>, config: Config) -> Self {
         let factory = Rc::from(factory);
         Self { factory, metrics, config, lifecycle: JobLifecycle::default(), current: None }
@@ -200,7 +207,7 @@ impl JobSupervisor {
         };
         let this = ctx.address();
         let end = task.end.clone();
-        // A task of its own, so that its panic is a failed reply here.
+        // In a task of its own, so that a panic becomes a `JoinError`.
         let running = actix::spawn(task.run(this.clone()));
         let watched = async move {
             if running.await.is_err() {
@@ -213,7 +220,7 @@ impl JobSupervisor {
 
     fn make_task(&mut self, job: Job, finished: Recipient<JobFinished>) -> Result<JobTask, String> {
         let parts = self.factory.make(&job).or_else(|_| {
-            // The last job's log may be what fills the disk; it has been delivered.
+            // The last job's log may fill the disk. It has been delivered.
             self.current = None;
             self.factory.make(&job)
         });
@@ -279,12 +286,12 @@ impl JobSupervisor {
     }
 }
 
-/// The way in to a running job, which can be closed even when its actor has died.
+/// SSH access to a running job, which can be closed even after a crash of the jump point.
 #[derive(Clone)]
 struct Access {
     jump_point: Addr<JumpPoint>,
     files: Rc<dyn JumpPointFiles>,
-    /// It is closed, and nobody opens it again.
+    /// Closed for good before the job's end, because nobody was logged in.
     is_closed: Rc<Cell<bool>>,
 }
 
@@ -311,10 +318,10 @@ async fn close(access: Option<&Access>) {
     }
 }
 
-/// Closes the way in as soon as nobody is logged in.
+/// Closes SSH access as soon as nobody is logged in.
 async fn close_when_unused(access: Option<&Access>) {
     if let Some(access) = access {
-        // Where it can't be closed now, the job's last moment is another try.
+        // After an error, `leave` tries again.
         loop {
             match access.files.close_if_unused().await {
                 Ok(false) => sleep(LOOK_FOR_LOGINS).await,
@@ -340,7 +347,7 @@ impl JobTask {
         let Interrupts { stop, orphaned } = steps.interrupts.clone();
         let started = Instant::now();
 
-        // A task of its own, so that its panic is a failed reply here.
+        // In a task of its own, so that a panic becomes a `JoinError`.
         let (outcome, ended_by_itself) = match actix::spawn(steps.run()).await {
             Ok(_) if stop.is_cancelled() => (Outcome::Stopped, false),
             Ok(outcome) => (outcome, true),
@@ -351,7 +358,7 @@ impl JobTask {
             }
         };
 
-        // Outcome decided. Cleaning up starts here and waits for nobody.
+        // The outcome is decided. Cleaning up starts now and never waits for the platform.
         let told = async {
             if stop.is_cancelled() {
                 after_stop.run_hook(&end, orphaned).await;
@@ -376,7 +383,7 @@ impl JobTask {
     }
 }
 
-/// What is still to run after a stop.
+/// Runs the post-job hook of a stopped job.
 struct AfterStop {
     factory: Rc<dyn JobPartsFactory>,
     hooks: JobHooks,
@@ -385,7 +392,7 @@ struct AfterStop {
 }
 
 impl AfterStop {
-    /// The post-job hook, in a place of its own: the job's shell is dead.
+    /// Runs the hook, if it is due, in a spare place: the job's own shell is being ended.
     async fn run_hook(self, end: &JobEnd, orphaned: CancellationToken) {
         if self.hooks.post_job.is_none() || !self.hook_is_due.get() {
             return;
@@ -410,7 +417,7 @@ impl AfterStop {
             interrupts: Interrupts { stop: self.cut_short, orphaned },
             access_problem: RefCell::default(),
         };
-        // A task of its own: a crash in it must not keep the job from its end.
+        // In a task of its own: a panic must not keep the job from its end.
         if actix::spawn(steps.run_post_job_hook_afresh()).await.is_err() {
             log::error!(job:% = job.id; "the post-job hook's steps have crashed");
         }
@@ -418,7 +425,7 @@ impl AfterStop {
     }
 }
 
-/// What brings a job to its end. Clones are of the same job.
+/// Everything needed to bring a job to its end. Clones share the job.
 #[derive(Clone)]
 struct JobEnd {
     job: Rc<Job>,
@@ -445,19 +452,19 @@ impl JobEnd {
 
     async fn leave(&self, supervisor: &Addr<JobSupervisor>, outcome: Outcome) {
         close(self.access.as_ref()).await;
-        // The slot is free before anybody is told that it is: the next job may come as an answer.
+        // Free the slot first: the next job may come in response to the callback.
         let id = self.job.id.clone();
         let _ = supervisor.send(JobTornDown { id: id.clone() }).await;
         self.delivery.tell_torn_down(&self.job).await;
         self.finished.do_send(JobFinished { id, outcome });
     }
 
-    /// The job's task has crashed: nobody is to wait for more of the job.
+    /// Brings a job whose task has crashed to its end, as failed.
     async fn after_crash(&self, supervisor: &Addr<JobSupervisor>) {
         self.containment.kill_shell();
         self.log.tell_crash("the job's task has crashed").await;
         let (containment, grace) = (Rc::clone(&self.containment), self.grace);
-        // A task of its own again: it may be what crashed.
+        // In a task of its own: the clean-up may be what crashed.
         let cleaning = actix::spawn(async move { containment.end_everything(grace).await });
         let ((), cleaned) = tokio::join!(self.tell_outcome(Outcome::Failed), cleaning);
         match cleaned {
@@ -469,9 +476,9 @@ impl JobEnd {
     }
 }
 
-/// Waits for the end of the job's processes while the executor still holds the terminal and takes what
-/// is printed there: closing it would hang up on processes that are about to be asked to end, and a full
-/// one would keep them from ending.
+/// Waits for the end of the job's processes while the executor reads the terminal and drops the
+/// output. A closed terminal would hang up on processes that are about to get SIGTERM; a full one
+/// would keep them from ending.
 async fn discarding(
     executor: &Addr<Executor>,
     mut ended: LocalBoxFuture<'static, Result<(), LeftBehind>>,
@@ -510,9 +517,9 @@ impl Handler<StopJob> for JobSupervisor {
                 current.cut_short.cancel();
                 let ended = current.containment.end_everything(Duration::ZERO);
                 let access = current.access.clone();
-                // A task of its own: nobody has to wait for the reply.
+                // In a task of its own, as the sender may drop the reply.
                 let at_once = actix::spawn(async move {
-                    // What could not be ended is reported by the job's own clean-up.
+                    // The job's own clean-up reports what could not be ended.
                     let _ = ended.await;
                     close(access.as_ref()).await;
                 });
@@ -536,7 +543,7 @@ impl Handler<ReportTransfer> for JobSupervisor {
 }
 
 impl Handler<AwaitDeath> for JobSupervisor {
-    // In this actor, so that the reply fails with it.
+    // As a future of this actor, so that the reply fails when the actor crashes.
     type Result = ResponseActFuture<Self, ()>;
 
     fn handle(&mut self, _: AwaitDeath, _: &mut Self::Context) -> Self::Result {
@@ -568,7 +575,7 @@ impl Handler<CheckReadiness> for JobSupervisor {
             if self.lifecycle.active().is_some() {
                 return Err(error);
             }
-            // The last job's log may be what fills the disk; it has been delivered.
+            // The last job's log may fill the disk. It has been delivered.
             self.current = None;
             self.factory.check()
         });
@@ -589,29 +596,29 @@ impl Handler<JobTornDown> for JobSupervisor {
     type Result = ();
 
     fn handle(&mut self, message: JobTornDown, _: &mut Self::Context) {
-        // A job that crashes on its way out may tell it twice.
+        // Sent twice if the job's task crashes after it has left.
         if self.lifecycle.active() == Some(&message.id) {
             self.lifecycle.torn_down();
         }
     }
 }
 
-/// Which actor a test wants to see crash.
+/// Makes the named actor crash.
 #[cfg(feature = "testing")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Message)]
 #[rtype(result = "()")]
 pub enum PanicIn {
-    /// The supervisor itself.
+    /// The job supervisor.
     JobSupervisor,
-    /// The running job's executor.
+    /// The executor of the running job.
     Executor,
-    /// The running job's log buffer.
+    /// The log buffer of the running job.
     LogBuffer,
-    /// The running job's jump point.
+    /// The jump point of the running job.
     JumpPoint,
-    /// What pushes the running job's log.
+    /// The log shipper of the running job.
     LogShipper,
-    /// The metrics.
+    /// The metrics actor.
     Metrics,
 }
 

@@ -1,7 +1,7 @@
 //! The steps of a job, in the order of the protocol (PROTOCOL: "The sequence of a job").
 //!
-//! One linear script: it decides what runs next and puts the step's events into the log; the
-//! executor does the work. Every wait in it races the stop request.
+//! One linear function decides what runs next and logs the events of each step; the executor does
+//! the work. Every wait for the executor races the stop request.
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -25,27 +25,27 @@ use crate::supervisor::executor::{
     Inject, Prepare, RunCommand, ShownPath, TakeBegunStep,
 };
 
-/// A main command that exits with this code stops the job from inside.
+/// The exit code by which a main command stops its own job.
 const STOP_FROM_INSIDE: i32 = 130;
 
-/// The step for what is usually not shown.
+/// The title of a hidden preparation step that has something to show.
 const PREPARING: &str = "Preparing the job";
 
-/// How long the shell may take to notice that the hook it waits for was killed.
+/// How long the shell may take to go on after its foreground hook was killed.
 const HOOK_KILL_PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long a script whose output can't be logged may go on after what it waited for was killed.
+/// How long a script whose output can't be logged may run on after its foreground was killed.
 const UNLOGGED_PATIENCE: Duration = Duration::from_mins(1);
 
-/// How long an executor may take to give up its work after an abort.
+/// How long the executor may take to reply after an abort.
 const ABORT_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Signals from outside that end the steps early.
+/// Requests from outside that end the steps early.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Interrupts {
-    /// Somebody wants the job stopped.
+    /// A stop was requested.
     pub(crate) stop: CancellationToken,
-    /// The supervisor is gone.
+    /// The supervisor has crashed.
     pub(crate) orphaned: CancellationToken,
 }
 
@@ -70,26 +70,26 @@ enum MainEnd {
     StoppedFromInside(Outcome),
 }
 
-/// How one step ended, and what the shell's `SEMAPHORE_JOB_RESULT` was then.
+/// How a step ended; a step without a script has the default `job_result`.
 type StepEnd = Result<ScriptEnd, Interrupted>;
 
-/// A job on its way through its steps.
+/// Runs the steps of one job.
 pub(crate) struct JobSteps {
     pub(crate) job: Rc<Job>,
     pub(crate) hooks: JobHooks,
-    /// The job had a shell, and its post-job hook has not begun.
+    /// The job has had a shell, and its post-job hook has not begun.
     pub(crate) hook_is_due: Rc<Cell<bool>>,
     pub(crate) executor: Addr<Executor>,
     pub(crate) jump_point: Option<Addr<JumpPoint>>,
     pub(crate) log: Rc<JobLog>,
     pub(crate) containment: Rc<dyn Containment>,
     pub(crate) interrupts: Interrupts,
-    /// Why nobody can log in, for the job's log.
+    /// A line for the job's log if SSH access is not available though the job has keys.
     pub(crate) access_problem: RefCell<Option<String>>,
 }
 
 impl JobSteps {
-    /// Runs all steps up to the outcome; `job_finished` is logged by whoever tears the job down.
+    /// Runs all steps, and returns the outcome. Logging `job_finished` is left to the teardown.
     pub(crate) async fn run(self) -> Outcome {
         match self.steps().await {
             Ok(outcome) => outcome,
@@ -129,9 +129,9 @@ impl JobSteps {
         Ok(if self.log.has_problem() { Outcome::Failed } else { result })
     }
 
-    /// All that is left to do for a job that was stopped, in a shell of its own.
+    /// Runs the post-job hook of a stopped job, in a fresh shell with the job's environment.
     pub(crate) async fn run_post_job_hook_afresh(self) {
-        // The log has no place for these steps.
+        // The protocol has no step for this preparation, so the job's log does not show it.
         let Ok(Ok(steps)) = self.ask(GetPreparation).await else {
             return;
         };
@@ -143,7 +143,7 @@ impl JobSteps {
         if let Ok(variables) = &self.job.environment
             && !variables.is_empty()
         {
-            // Where this fails, the hook fails too, and says why.
+            // A shell that can't export fails the hook, too, which then says why.
             let _ = self.ask(Export { variables: variables.clone() }).await;
         }
         let _ = self.run_post_job_hook().await;
@@ -173,7 +173,7 @@ impl JobSteps {
             let seconds = patience.as_secs();
             log::error!(job:% = self.job.id, hook = command.title(), seconds; "a hook hangs");
             let line = format!("The hook took longer than {seconds} s, and is ended.\n");
-            // A crash of the executor shows in its reply to the hook.
+            // If the executor has crashed, `ended` fails below.
             let _ = self.executor.send(FlushOutput).await;
             self.log.append_output(line).await?;
             if place == HookPlace::Process {
@@ -188,7 +188,8 @@ impl JobSteps {
         .await
     }
 
-    /// Brings up the executor.
+    /// Prepares the place where commands run. Returns whether that succeeded; a failure is in the
+    /// log.
     async fn prepared(&self) -> Result<bool, Interrupted> {
         if let (Err(problems), _) | (_, Err(problems)) =
             (self.open_access().await, self.job.executor.as_ref().map(drop))
@@ -225,7 +226,7 @@ impl JobSteps {
         Ok(true)
     }
 
-    /// Does a step of the preparation that is in the log only if it has something to tell.
+    /// Does a hidden step of the preparation: the log shows it only if it has output.
     async fn prepare_quietly(&self, step: usize) -> Result<Result<(), ExecutorError>, Interrupted> {
         let prepared = self.ask(Prepare { step, begins: Some(PREPARING) }).await;
         let Ok(Some(BegunStep { started_at, begun })) = self.executor.send(TakeBegunStep).await
@@ -250,7 +251,7 @@ impl JobSteps {
         Ok(false)
     }
 
-    /// Lets people log in. Malformed keys fail the job; any other problem is only logged.
+    /// Opens SSH access. Malformed keys fail the job; any other problem is only logged.
     async fn open_access(&self) -> Result<(), &Vec<Problem>> {
         let Some(jump_point) = &self.jump_point else {
             return Ok(());
@@ -266,7 +267,7 @@ impl JobSteps {
                     self.access_problem.replace(Some(line));
                 }
             }
-            Err(_) => log::error!("nobody can log in to this job: the jump point has crashed"),
+            Err(_) => log::error!("no SSH access to this job: the jump point has crashed"),
         }
         Ok(())
     }
@@ -296,7 +297,8 @@ impl JobSteps {
         })
     }
 
-    /// `remarks` are lines about what the job does not get.
+    /// Exports `variables`. `remarks` are further lines for this step's output: variables that were
+    /// skipped, SSH access that is not available.
     async fn export(
         &self,
         variables: &Result<Vec<EnvVar>, Vec<Problem>>,
@@ -343,8 +345,8 @@ impl JobSteps {
         .await
     }
 
-    /// Runs the commands up to the first that fails; answers how the last one ended. One whose log could not be written
-    /// has failed.
+    /// Runs the commands up to the first that fails, and returns how the last one ended. A command
+    /// whose output could not be logged counts as failed.
     async fn commands_until_failure(&self, commands: &[Command]) -> StepEnd {
         let mut end = ScriptEnd::default();
         let had_problem = self.log.has_problem();
@@ -368,7 +370,7 @@ impl JobSteps {
         .await
     }
 
-    /// What a job that stopped itself wants to be taken for.
+    /// Returns the outcome of a job that stopped itself, from its `SEMAPHORE_JOB_RESULT`.
     async fn check_job_result(&self, end: &ScriptEnd) -> Result<Outcome, Interrupted> {
         let (outcome, line) = match end.job_result.as_str() {
             "passed" => (Outcome::Passed, "SEMAPHORE_JOB_RESULT=passed".to_owned()),
@@ -384,7 +386,8 @@ impl JobSteps {
         Ok(outcome)
     }
 
-    /// Does `work` between its `cmd_started` and its `cmd_finished`, whatever happens in it.
+    /// Does `work` between `cmd_started` and `cmd_finished`; the latter is logged however `work`
+    /// ends.
     async fn step(&self, title: &str, work: impl Future<Output = StepEnd>) -> StepEnd {
         let (started_at, begun) = (unix_time(), Instant::now());
         self.check_interrupts()?;
@@ -405,7 +408,7 @@ impl JobSteps {
         Ok(failed())
     }
 
-    /// Has the executor run something in the shell.
+    /// Has the executor run a script; its errors become output and a failed step.
     async fn scripted<M>(&self, message: M) -> StepEnd
     where
         M: Message<Result = Result<ScriptEnd, ExecutorError>> + Send + 'static,
@@ -414,13 +417,13 @@ impl JobSteps {
         match self.ask(message).await? {
             Ok(end) => Ok(end),
             Err(ExecutorError::ShellEnded(how)) => self.failed_because(shell_ended(&how)).await,
-            // The log says it already.
+            // `note_problem` has put this into the log.
             Err(ExecutorError::LogProblem(_)) => Ok(failed()),
             Err(error) => self.failed_because(format!("{error}\n")).await,
         }
     }
 
-    /// Sends `message` to the executor and waits for the reply or a reason to stop.
+    /// Sends `message` to the executor, and waits for its reply or an interruption.
     async fn ask<M, T>(&self, message: M) -> Result<Result<T, ExecutorError>, Interrupted>
     where
         M: Message<Result = Result<T, ExecutorError>> + Send + 'static,
@@ -433,7 +436,7 @@ impl JobSteps {
             biased;
             interrupted = self.interrupted() => {
                 self.abort();
-                // Its reply comes when what was printed up to now is in the log.
+                // The reply comes when the output up to now is in the log.
                 let _ = timeout(ABORT_PATIENCE, &mut reply).await;
                 return Err(interrupted);
             }
@@ -451,7 +454,8 @@ impl JobSteps {
         }
     }
 
-    /// Brings the running script to its end, so that what must run in any case still can.
+    /// Ends the script that runs while its output can't be logged, so that later steps (epilogues,
+    /// hooks) can run.
     async fn go_on_without_log(&self, why: &str) -> Result<(), Interrupted> {
         self.log.note_problem(why).await;
         self.containment.kill_foreground();
@@ -474,7 +478,7 @@ impl JobSteps {
     }
 
     fn abort(&self) {
-        // The shell first: nothing that comes after the running command may start.
+        // The shell first: no command after the running one may start.
         self.containment.kill_shell();
         self.executor.do_send(Abort);
     }
@@ -499,7 +503,7 @@ impl JobSteps {
     }
 }
 
-/// The log's line for a step whose shell has ended.
+/// The line of the job's log for a step whose shell has ended.
 fn shell_ended(how: &str) -> String {
     let how = if how.is_empty() { String::new() } else { format!(" ({how})") };
     format!("The job's shell has ended{how}, so this counts as failed.\n")

@@ -14,9 +14,11 @@ use crate::intake::protocol::{AgentState, Answer, Report};
 use crate::job::{Job, JobId};
 use crate::ports::{HubApi, HubError};
 
-/// A control plane that hands out its jobs one after another, unless it is told what to answer. What
-/// it is asked for is in the world's calls: `register`, `report STATE [ID [RESULT]] [interrupted]`,
-/// `fetch ID`, `disconnect`. Clones share it.
+/// A control plane that assigns its queued jobs one after another, unless an answer is scripted.
+/// Clones share the state.
+///
+/// Its calls are recorded in [`ScriptedJob::calls`]: `register`,
+/// `report STATE [ID [RESULT]] [interrupted]`, `fetch ID`, `disconnect`.
 #[derive(Clone)]
 pub struct ScriptedHub(Rc<HubState>);
 
@@ -29,7 +31,7 @@ struct HubState {
 }
 
 impl ScriptedHub {
-    /// A control plane without jobs.
+    /// Creates a control plane without jobs, which records its calls in `world`.
     pub fn new(world: &ScriptedJob) -> Self {
         Self(Rc::new(HubState {
             world: world.clone(),
@@ -40,33 +42,33 @@ impl ScriptedHub {
         }))
     }
 
-    /// There is one more job; who fetches `id` gets it.
+    /// Queues a job, to be fetched by `id`.
     pub fn queue(&self, id: &str, job: Job) {
         self.0.jobs.borrow_mut().push_back((id.to_owned(), job));
     }
 
-    /// The next report that has no answer yet gets this one.
+    /// Queues an answer to a report; each is used once.
     pub fn answer(&self, answer: Answer) {
         self.0.answers.borrow_mut().push_back(answer);
     }
 
-    /// The same, with an action and a job.
+    /// Queues an answer with only an action and a job id.
     pub fn say(&self, action: &str, job_id: &str) {
         let (action, job_id) = (action.to_owned(), job_id.to_owned());
         self.answer(Answer { action, job_id, ..Answer::default() });
     }
 
-    /// The next so many calls of this kind (`register`, `report`, `fetch`, `disconnect`) fail.
+    /// Lets the next `times` calls of `kind` (`register`, `report`, `fetch`, `disconnect`) fail.
     pub fn refuse(&self, kind: &'static str, times: u32) {
         self.0.refusals.borrow_mut().insert(kind, times);
     }
 
-    /// Every answer takes so long.
+    /// Delays every answer from now on.
     pub fn take(&self, latency: Duration) {
         self.0.latency.set(latency);
     }
 
-    /// Notes a call, and answers it when its time has come.
+    /// Records a call at once, and returns its answer after the latency.
     fn called<T: 'static>(
         &self,
         kind: &'static str,
@@ -111,7 +113,7 @@ impl ScriptedHub {
     }
 }
 
-/// The report in the words of a call.
+/// Formats a report for [`ScriptedJob::calls`].
 fn words(report: &Report) -> String {
     let state = serde_json::to_value(report.state).unwrap_or_default();
     let interrupted = if report.interrupted_at == 0 { "" } else { "interrupted" };

@@ -1,4 +1,4 @@
-//! Scripted ports, and ways to make actors crash. For tests only.
+//! Scripted ports, and ways to make actors crash. For tests only (feature `testing`).
 
 use std::cell::{Cell, RefCell};
 use std::cmp::Ordering;
@@ -46,14 +46,14 @@ pub fn panic_as_asked() {
     panic!("a test asked for this panic");
 }
 
-/// A spool in memory; clones share it.
+/// A spool in memory. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct MemorySpool(Arc<Mutex<MemorySpoolState>>);
 
 #[derive(Debug, Default)]
 struct MemorySpoolState {
     bytes: Vec<u8>,
-    /// How long the log is for who writes it.
+    /// The length of what was written through the spool, in bytes.
     known: usize,
     fail_after: Option<usize>,
     is_full: bool,
@@ -65,34 +65,34 @@ impl MemorySpool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Everything written.
+    /// Returns all bytes of the spool.
     pub fn contents(&self) -> Vec<u8> {
         self.state().bytes.clone()
     }
 
-    /// The next append writes only so many bytes and fails.
+    /// Lets the next append write only `bytes` bytes and fail.
     pub fn fail_next_append_after(&self, bytes: usize) {
         self.state().fail_after = Some(bytes);
     }
 
-    /// From now on there is room for last words only, or for everything again.
+    /// Sets whether there is room for last words only.
     pub fn set_full(&self, is_full: bool) {
         self.state().is_full = is_full;
     }
 
-    /// Somebody else cuts the file.
+    /// Cuts the spool to `length` bytes, as another process could.
     pub fn cut_behind_the_writer(&self, length: usize) {
         self.state().bytes.truncate(length);
     }
 
-    /// Somebody else writes over what is there.
+    /// Overwrites bytes from offset `at` on, as another process could.
     pub fn overwrite_behind_the_writer(&self, at: usize, bytes: &[u8]) {
         let mut state = self.state();
         state.bytes[at..at + bytes.len()].copy_from_slice(bytes);
         state.is_overwritten = true;
     }
 
-    /// Somebody else writes to the file.
+    /// Appends bytes, as another process could.
     pub fn write_behind_the_writer(&self, bytes: &[u8]) {
         self.state().bytes.extend_from_slice(bytes);
     }
@@ -169,22 +169,22 @@ impl LogSource for Mutex<MemorySpoolState> {
     }
 }
 
-/// What a scripted shell does with the next script.
+/// How a scripted shell runs a script. The texts are its output.
 #[derive(Clone, Debug)]
 pub enum Reaction {
-    /// It prints and ends with an exit code.
+    /// Prints a text, and ends with an exit code.
     End(&'static str, i32),
-    /// It prints, and ends so much later with an exit code.
+    /// Prints a text, and ends after a time with an exit code.
     EndAfter(Duration, &'static str, i32),
-    /// It prints and ends with 130, `SEMAPHORE_JOB_RESULT` being the third.
+    /// Prints a text, and ends with exit code 130 and a value of `SEMAPHORE_JOB_RESULT`.
     StopFromInside(&'static str, &'static str),
-    /// It prints and ends the shell.
+    /// Prints a text, and the shell ends.
     EndShell(&'static str),
-    /// It prints and never ends.
+    /// Prints a text, and never ends.
     Hang(&'static str),
 }
 
-/// The world of one scripted job; clones share it.
+/// All ports of one job, scripted, and a record of their calls. Clones share the state.
 #[derive(Clone, Default)]
 pub struct ScriptedJob(Rc<ScriptedState>);
 
@@ -199,82 +199,83 @@ struct ScriptedState {
     hang_at_the_end: Cell<bool>,
     hang_in_upload: Cell<bool>,
     refused_callbacks: Cell<u32>,
-    /// How long a refusal takes.
+    /// How long a refused callback takes.
     callback_latency: Cell<Duration>,
-    /// The last job's.
+    /// The spool of the last job.
     spool: RefCell<MemorySpool>,
     is_not_ready: Cell<bool>,
 }
 
 impl ScriptedJob {
-    /// A job whose shell reacts to script after script as told, and to all others with success.
+    /// Creates a job whose shell runs each script by the next of `reactions`, and succeeds when
+    /// there is none left. Scripts that export variables always succeed, and use up no reaction.
     pub fn new(reactions: impl IntoIterator<Item = Reaction>) -> Self {
         let job = Self::default();
         job.0.reactions.borrow_mut().extend(reactions);
         job
     }
 
-    /// The preparation never ends.
+    /// Makes the preparation hang.
     #[must_use]
     pub fn hanging_in_prepare(self) -> Self {
         self.0.hang_in_prepare.set(true);
         self
     }
 
-    /// The preparation fails.
+    /// Makes the preparation fail.
     #[must_use]
     pub fn failing_in_prepare(self) -> Self {
         self.0.fail_prepare.set(true);
         self
     }
 
-    /// The clean-up panics.
+    /// Makes the first [`Containment::end_everything`] panic.
     #[must_use]
     pub fn panicking_at_the_end(self) -> Self {
         self.0.panic_at_the_end.set(true);
         self
     }
 
-    /// The clean-up never ends.
+    /// Makes [`Containment::end_everything`] hang.
     #[must_use]
     pub fn hanging_at_the_end(self) -> Self {
         self.0.hang_at_the_end.set(true);
         self
     }
 
-    /// Uploads never end.
+    /// Makes uploads of artifacts hang.
     #[must_use]
     pub fn hanging_in_upload(self) -> Self {
         self.0.hang_in_upload.set(true);
         self
     }
 
-    /// The next so many callbacks are not taken.
+    /// Makes the next `number` callbacks fail.
     #[must_use]
     pub fn refusing_callbacks(self, number: u32) -> Self {
         self.0.refused_callbacks.set(number);
         self
     }
 
-    /// Each refusal of a callback takes so long.
+    /// Delays the failure of each refused callback.
     #[must_use]
     pub fn answering_callbacks_after(self, latency: Duration) -> Self {
         self.0.callback_latency.set(latency);
         self
     }
 
-    /// Everything that the actors asked of the ports so far.
+    /// Returns all calls of the ports so far, in order.
     pub fn calls(&self) -> Vec<String> {
         self.0.calls.borrow().iter().map(|(_, call)| call.clone()).collect()
     }
 
-    /// When `call` was made.
+    /// Returns the times when `call` was made.
     pub fn times_of(&self, call: &str) -> Vec<Instant> {
         let calls = self.0.calls.borrow();
         calls.iter().filter(|(_, made)| made == call).map(|(at, _)| *at).collect()
     }
 
-    /// Waits until `call` was made.
+    /// Waits until `call` has been made at least once.
     pub async fn until_called(&self, call: &str) {
         loop {
             let called = self.0.called.notified();
@@ -285,17 +286,17 @@ impl ScriptedJob {
         }
     }
 
-    /// No job could be started now, or one could again.
+    /// Sets whether [`JobPartsFactory::check`] fails.
     pub fn set_not_ready(&self, is_not_ready: bool) {
         self.0.is_not_ready.set(is_not_ready);
     }
 
-    /// The spool of the job's log, once the job has begun.
+    /// Returns the spool of the last job that was started.
     pub fn spool(&self) -> MemorySpool {
         self.0.spool.borrow().clone()
     }
 
-    /// The job's log, as text.
+    /// Returns the log of the last job that was started, as text.
     pub fn log(&self) -> String {
         String::from_utf8_lossy(&self.0.spool.borrow().contents()).into_owned()
     }
@@ -338,7 +339,7 @@ impl JumpPointFiles for ScriptedJob {
         std::future::ready(Ok(())).boxed_local()
     }
 
-    /// Somebody is always logged in.
+    /// Reports that somebody is logged in, always.
     fn close_if_unused(&self) -> LocalBoxFuture<'static, io::Result<bool>> {
         std::future::ready(Ok(false)).boxed_local()
     }
@@ -434,7 +435,7 @@ impl ExecutorBackend for ScriptedJob {
 
 struct ScriptedSession {
     job: ScriptedJob,
-    /// Each with the moment when it comes.
+    /// Events to come, each with its time.
     events: VecDeque<(Instant, SessionEvent)>,
 }
 
@@ -469,7 +470,7 @@ impl ShellSession for ScriptedSession {
 
     fn next_event(&mut self) -> LocalBoxFuture<'_, SessionEvent> {
         async {
-            // Even a sleep of no time is one.
+            // Even a sleep of zero would yield to the other tasks.
             if let Some((at, _)) = self.events.front()
                 && *at > Instant::now()
             {
@@ -514,13 +515,13 @@ impl Containment for ScriptedJob {
     }
 }
 
-/// A sink that keeps what it gets.
+/// A sink that sends each measurement to a channel, as `NAME#TAG`.
 #[derive(Clone, Debug)]
 pub struct RecordingMetrics(pub mpsc::UnboundedSender<String>);
 
 impl MetricsSink for RecordingMetrics {
     fn count(&mut self, name: &str, tag: &str) {
-        // Nobody may be listening any more.
+        // The receiver may have been dropped.
         let _ = self.0.send(format!("{name}#{tag}"));
     }
 

@@ -16,37 +16,39 @@ use crate::job::{JobId, PushTarget};
 use crate::log::buffer::LogRange;
 use crate::ports::{HubError, LogBatch, LogUplink, PushError};
 
-/// What a log server does with a [`Push`].
+/// How a log server handles a [`Push`].
 #[derive(Clone, Debug)]
 pub enum Reply {
-    /// It takes it.
+    /// The batch is stored and acknowledged.
     Taken,
-    /// It takes it, and the answer is lost.
+    /// The batch is stored, and the acknowledgement lost.
     Lost,
-    /// It does not take it.
+    /// The batch is not stored.
     Refused(PushError),
 }
 
-/// One batch on its way to the log server.
+/// A batch sent to the log server.
 #[derive(Clone, Debug)]
 pub struct Push {
-    /// The how many-th it is, from 1 on.
+    /// The batch's ordinal number, from 1 on.
     pub number: usize,
-    /// When it came.
+    /// The time when the batch was sent.
     pub at: Instant,
-    /// The number of its first line.
+    /// The number of the batch's first line, 0 based.
     pub first_line: u64,
-    /// How many lines it has.
+    /// The number of lines.
     pub lines: u64,
-    /// How many bytes.
+    /// The number of bytes.
     pub bytes: usize,
-    /// What it proves itself with.
+    /// The log token.
     pub token: String,
 }
 
-/// A log server, which takes everything unless it is told otherwise. The world's calls have `log is
-/// whole` when it has a job's last line and every byte before (`log is garbled` if they are others),
-/// `refresh`, and `keep ID`. Clones share it.
+/// A log server that stores everything unless a reply is scripted. Clones share the state.
+///
+/// Recorded in [`ScriptedJob::calls`]: `log is whole` when the last line of a job arrives and all
+/// bytes are those of the job's spool, else `log is garbled`; `refresh`, `keep ID` and `remove
+/// PATH`.
 #[derive(Clone)]
 pub struct ScriptedUplink(Rc<UplinkState>);
 
@@ -56,7 +58,7 @@ struct UplinkState {
     world: ScriptedJob,
     reply: RefCell<Decide>,
     latency: Cell<Duration>,
-    /// How many bytes it gets in a second; 0 for any number.
+    /// The bandwidth, in bytes per second; 0 for no limit.
     rate: Cell<u32>,
     refused_refreshes: Cell<u32>,
     pushes: RefCell<Vec<Push>>,
@@ -65,7 +67,7 @@ struct UplinkState {
 }
 
 impl ScriptedUplink {
-    /// A log server that reads the logs of `world`.
+    /// Creates a log server for the job of `world`, which records its calls there.
     pub fn new(world: &ScriptedJob) -> Self {
         Self(Rc::new(UplinkState {
             world: world.clone(),
@@ -79,52 +81,52 @@ impl ScriptedUplink {
         }))
     }
 
-    /// From now on it replies like this.
+    /// Sets how all further batches are handled.
     pub fn reply(&self, reply: impl FnMut(&Push) -> Reply + 'static) {
         *self.0.reply.borrow_mut() = Box::new(reply);
     }
 
-    /// Every reply takes so long.
+    /// Delays every reply from now on.
     pub fn take(&self, latency: Duration) {
         self.0.latency.set(latency);
     }
 
-    /// The line to it takes so many bytes in a second, and it cuts off what takes longer than 5 s.
+    /// Limits the bandwidth. A batch that takes longer than 5 s then fails and is not stored.
     pub fn slow_down(&self, bytes_per_second: u32) {
         self.0.rate.set(bytes_per_second);
     }
 
-    /// Its store crashes, and has nothing any more.
+    /// Removes all stored lines, as a crash of the store does.
     pub fn forget(&self) {
         self.0.lines.borrow_mut().clear();
     }
 
-    /// The next so many tokens are not given out; the others are called `fresh`.
+    /// Lets the next `times` token refreshes fail; any other returns the token `fresh`.
     pub fn refuse_refreshes(&self, times: u32) {
         self.0.refused_refreshes.set(times);
     }
 
-    /// Everything that was sent, taken or not.
+    /// Returns all batches that were sent, stored or not.
     pub fn pushes(&self) -> Vec<Push> {
         self.0.pushes.borrow().clone()
     }
 
-    /// The log as it is there.
+    /// Returns the stored log.
     pub fn log(&self) -> String {
         String::from_utf8_lossy(&self.0.lines.borrow().concat()).into_owned()
     }
 
-    /// The log that was put aside because it was not delivered.
+    /// Returns the undelivered log that is kept, if any.
     pub fn kept(&self) -> Option<String> {
         self.0.kept.borrow().clone()
     }
 }
 
-/// How long the log server waits for all of a batch.
+/// How long the log server waits for a whole batch.
 const CUT_OFF: Duration = Duration::from_secs(5);
 
 impl UplinkState {
-    /// How long so many bytes are on their way.
+    /// Returns how long a batch of `bytes` bytes takes to arrive.
     fn time_for(&self, bytes: usize) -> Duration {
         match (self.rate.get(), u32::try_from(bytes)) {
             (0, _) => Duration::ZERO,
@@ -134,7 +136,7 @@ impl UplinkState {
         }
     }
 
-    /// Puts the lines where they belong, and drops what was there and after.
+    /// Stores lines from `first_line` on, in place of everything stored there and behind.
     fn store(&self, first_line: u64, batch: &[u8]) {
         let mut lines = self.lines.borrow_mut();
         lines.resize(usize::try_from(first_line).unwrap_or(usize::MAX), Bytes::new());
