@@ -22,7 +22,7 @@ pub struct Auth {
     validation: Validation,
 }
 
-/// Any claims will do (PROTOCOL: `agent serve`).
+/// Any claims will do (docs/protocol.md: "The hosted API").
 #[derive(Clone, Deserialize)]
 struct Claims {}
 

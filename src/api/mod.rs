@@ -1,4 +1,4 @@
-//! The HTTPS API of `agent serve` (PROTOCOL: "`agent serve`: the HTTPS API"): actix-web on one side,
+//! The HTTPS API of `agent serve` (docs/protocol.md: "The hosted API"): actix-web on one side,
 //! messages to the intake on the other; no state of its own.
 
 mod admission;

@@ -449,7 +449,7 @@ fn name(settings: &Settings, environment: &Environment) -> Result<String, Config
     Err(settings.refuse(option, why))
 }
 
-/// Whether control planes take this in an agent's name (PROTOCOL: `^[A-Za-z0-9_/+-]{8,80}$`).
+/// Whether control planes take this in an agent's name (docs/protocol.md: "Registering").
 fn is_usual_in_names(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"_/+-".contains(&byte)
 }

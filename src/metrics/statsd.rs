@@ -1,4 +1,4 @@
-//! Sends metrics to a DogStatsD server (PROTOCOL: "StatsD").
+//! Sends metrics to a DogStatsD server (docs/protocol.md: "StatsD").
 //!
 //! On a thread of its own: finding the server's address may take long, and a job must not wait for
 //! it. What comes faster than it can be sent, or before the server is found, is dropped.

@@ -1,4 +1,4 @@
-//! The control plane of a self-hosted agent, over HTTP (PROTOCOL: "`agent start`: the self-hosted API").
+//! The control plane of a self-hosted agent, over HTTP (docs/protocol.md: "The self-hosted API").
 
 use std::cell::RefCell;
 use std::fmt::Write as _;
@@ -35,7 +35,7 @@ const LARGEST_REFUSAL: usize = 64 << 10;
 const LAST_WORDS: Duration = Duration::from_secs(5);
 const SHOWN: usize = 200;
 
-/// What control planes put in the place of secrets that they have given out (PROTOCOL: `GET /jobs/{id}`).
+/// What control planes put in the place of secrets that they have given out (docs/protocol.md: "Fetching a job").
 const SANITIZED: &str = "{SANITIZED}";
 
 /// Why a job is not run whose secrets are gone.

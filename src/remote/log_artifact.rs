@@ -1,5 +1,5 @@
 //! Keeps a job's whole log as an artifact, with the `artifact` program of this machine
-//! (PROTOCOL: "Job logs as an artifact").
+//! (docs/protocol.md: "Job logs as an artifact").
 
 use std::ffi::OsString;
 use std::fs::File;

@@ -1,4 +1,4 @@
-//! Reads logs from their spools and sends them to the platform (PROTOCOL: "Pushing logs").
+//! Reads logs from their spools and sends them to the platform (docs/protocol.md: "Pushing logs").
 
 use std::cell::Cell;
 use std::fs::{self, DirBuilder};

@@ -27,7 +27,7 @@ use crate::os::processes::{descendants, kill_those_with, signal_all, start_of, t
 use crate::os::shell_words::quoted;
 use crate::state;
 
-/// Where people and tools expect the script (PROTOCOL: "SSH jump point").
+/// Where people and tools expect the script (docs/protocol.md: "SSH access").
 pub const DEFAULT_SCRIPT: &str = "/tmp/ssh_jump_point";
 
 /// The script while no job can be reached through it.

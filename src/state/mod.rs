@@ -21,7 +21,7 @@ const DEAD: &str = "dead-";
 /// A file that is in the directory of a job that may own something outside of this machine.
 const ELSEWHERE: &str = "on-engine";
 
-/// The beginning of the name of a copy of a job's variables, for people on the machine (PROTOCOL: "`agent start`: the
+/// The beginning of the name of a copy of a job's variables, for people on the machine (docs/protocol.md: "The
 /// self-hosted API").
 pub const ENVIRONMENT_COPY: &str = ".env-";
 

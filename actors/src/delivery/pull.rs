@@ -1,4 +1,4 @@
-//! The end of a job whose log is pulled (PROTOCOL: "Teardown of a `pull` job"): sends the
+//! The end of a job whose log is pulled (docs/protocol.md: "Teardown of a pull job"): sends the
 //! callbacks, and waits until an archivator has fetched the whole log.
 
 use std::cell::Cell;
@@ -14,7 +14,7 @@ use crate::ports::{Callback, CallbackError, CallbackSender, LogUploads};
 /// The pause between two attempts of a callback.
 const CALLBACK_PAUSE: Duration = Duration::from_secs(1);
 
-/// How long all attempts of one callback may take together (PROTOCOL: `agent serve`).
+/// How long all attempts of one callback may take together (docs/protocol.md: "The hosted API").
 const CALLBACK_PATIENCE: Duration = Duration::from_mins(15);
 
 /// How long callbacks and archiving may take together once the job has ended and the agent was

@@ -1,4 +1,4 @@
-//! Delivery of a log that is pushed (PROTOCOL: "Pushing logs"): lines are sent from the job's start
+//! Delivery of a log that is pushed (docs/protocol.md: "Pushing logs"): lines are sent from the job's start
 //! on, and the job is not over before the platform has the last one, as long as there is progress.
 
 use std::cell::Cell;

@@ -18,7 +18,7 @@ use crate::job::PushTarget;
 use crate::log::writer::JobLog;
 use crate::ports::{LogUplink, PushError};
 
-/// The most lines of one batch (PROTOCOL: "Pushing logs").
+/// The most lines of one batch (docs/protocol.md: "Pushing logs").
 const MOST_LINES: u64 = 2000;
 
 /// The most bytes of one batch: the log server cuts off a request that takes longer than 5 s.

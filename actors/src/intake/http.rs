@@ -51,7 +51,7 @@ pub enum SubmitRefused {
     /// The request's `logger` is not valid, or asks for a log that is pushed.
     #[error("{0}")]
     Unfit(String),
-    /// Another job holds the slot. Clients match the text (PROTOCOL: "`agent serve`").
+    /// Another job holds the slot. Clients match the text (docs/protocol.md: "The hosted API").
     #[error("another job is already running")]
     Busy,
     /// The agent is about to end.
@@ -72,7 +72,7 @@ pub struct ReadJobLog {
     pub line: u64,
 }
 
-/// Why a log can't be read. Clients match `job ID is not running` (PROTOCOL: "`agent serve`").
+/// Why a log can't be read. Clients match `job ID is not running` (docs/protocol.md: "The hosted API").
 #[derive(Debug, thiserror::Error)]
 pub enum ReadRefused {
     /// No job has run yet.

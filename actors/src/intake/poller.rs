@@ -25,7 +25,7 @@ use crate::supervisor::{
     CheckReadiness, JobFinished, JobSupervisor, StartJob, StopJob, StopManner,
 };
 
-// Attempts, and the pauses between them (PROTOCOL: the self-hosted API).
+// Attempts, and the pauses between them (docs/protocol.md: "The self-hosted API").
 const REGISTER: Tries = Tries { most: 30, pause: Duration::from_secs(1) };
 const FETCH: Tries = Tries { most: 10, pause: Duration::from_secs(3) };
 const DISCONNECT: Tries = Tries { most: 100, pause: Duration::from_secs(1) };

@@ -1,5 +1,5 @@
-//! Decides what the agent reports to its control plane, and how it acts on the answers (PROTOCOL:
-//! "`agent start`: the self-hosted API"). Pure.
+//! Decides what the agent reports to its control plane, and how it acts on the answers
+//! (docs/protocol.md: "The self-hosted API"). Pure.
 //!
 //! ```text
 //!           run-job             job_started               job_over

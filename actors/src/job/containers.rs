@@ -49,7 +49,7 @@ pub struct Container {
     pub files: Vec<InjectedFile>,
 }
 
-/// Credentials for pulling images from a registry (PROTOCOL: "Docker executor").
+/// Credentials for pulling images from a registry (docs/protocol.md: "Docker executor").
 #[derive(Clone, PartialEq, Eq)]
 pub enum RegistryCredentials {
     /// Credentials for Docker Hub.
@@ -89,7 +89,7 @@ pub enum RegistryCredentials {
 }
 
 impl RegistryCredentials {
-    /// Returns the kind as the job's log shows it (PROTOCOL: "Docker executor").
+    /// Returns the kind as the job's log shows it (docs/protocol.md: "Docker executor").
     pub const fn kind(&self) -> &'static str {
         match self {
             Self::DockerHub { .. } => "DockerHub",

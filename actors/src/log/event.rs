@@ -1,6 +1,6 @@
 //! One line of a job's log: an event and its JSON.
 //!
-//! The keys and their order are the protocol's (PROTOCOL: "Log events"); clients compare key sets.
+//! The keys and their order are the protocol's (docs/protocol.md: "Log events"); clients compare key sets.
 
 use std::time::{Duration, SystemTime};
 
@@ -13,7 +13,7 @@ use crate::job::Outcome;
 pub const MAX_OUTPUT_LINE: usize = 60 * 1024;
 
 /// The longest encoded output line of a pushed log, in bytes: larger events at a log's beginning
-/// use up the log server's budget early (PROTOCOL: "Log events").
+/// use up the log server's budget early (docs/protocol.md: "Log events").
 pub const MAX_PUSHED_OUTPUT_LINE: usize = 8000;
 
 /// Returns the current time, in seconds since the epoch.

@@ -131,7 +131,7 @@ pub trait ExecutorBackend {
         variables: &'a [EnvVar],
     ) -> LocalBoxFuture<'a, Result<Script, StepError>>;
 
-    /// Returns the path of `file` as the job's log shows it (PROTOCOL: "The sequence of a job",
+    /// Returns the path of `file` as the job's log shows it (docs/protocol.md: "The sequence of a job",
     /// `Injecting Files`). Pure.
     fn shown_path(&self, file: &InjectedFile) -> String;
 
@@ -328,8 +328,8 @@ pub trait LogSpool: Send + fmt::Debug {
     }
 }
 
-/// SSH access to the place where a job runs: keys, script and login profile (PROTOCOL: "SSH jump
-/// point").
+/// SSH access to the place where a job runs: keys, script and login profile (docs/protocol.md: "SSH
+/// access").
 ///
 /// [`Self::open`] is called at most once, before the preparation; [`Self::close`] at the end of
 /// every job, whether `open` was called or not, succeeded or not. Dropping a future neither undoes
@@ -388,7 +388,7 @@ pub trait CallbackSender {
     fn send(&self, callback: &Callback) -> LocalBoxFuture<'static, Result<(), CallbackError>>;
 }
 
-/// Stores whole logs as artifacts (PROTOCOL: "Job logs as an artifact").
+/// Stores whole logs as artifacts (docs/protocol.md: "Job logs as an artifact").
 pub trait LogUploads {
     /// Uploads `log`, which is whole and sealed, if the job or the agent's configuration asks for
     /// that. `trimmed` says that the platform has not kept all of the log.
@@ -436,7 +436,7 @@ pub enum PushError {
     Failed(String),
 }
 
-/// Reads logs and sends them to the platform (PROTOCOL: "Pushing logs").
+/// Reads logs and sends them to the platform (docs/protocol.md: "Pushing logs").
 ///
 /// For one job [`Self::read`], [`Self::push`] and [`Self::refresh_token`] are called one at a time,
 /// in the order of the lines; [`Self::keep`] may come in between.
@@ -512,7 +512,7 @@ impl HubError {
     }
 }
 
-/// The control plane of a self-hosted agent (PROTOCOL: "`agent start`: the self-hosted API").
+/// The control plane of a self-hosted agent (docs/protocol.md: "The self-hosted API").
 ///
 /// Every call is one attempt that ends within a bounded time; the caller repeats it where that is
 /// safe. After a dropped future the control plane may have got the request.

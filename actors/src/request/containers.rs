@@ -26,7 +26,7 @@ raw!(RawContainer {
 });
 raw!(RawCredentials { env_vars: List<OnlyMap<RawEnvVar>>, files: List<OnlyMap<RawFile>> });
 
-/// The path by which job files give the key of a Google registry (PROTOCOL: "Docker executor").
+/// The path by which job files give the key of a Google registry (docs/protocol.md: "Docker executor").
 const GCR_KEY_FILE: &str = "/tmp/gcr/keyfile.json";
 
 const KNOWN_CREDENTIALS: &str = "DockerHub, GenericDocker, AWS_ECR, GCR";

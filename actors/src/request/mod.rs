@@ -1,4 +1,4 @@
-//! The schema of a job request (PROTOCOL: "The job request"), and its decoding into a [`Job`].
+//! The schema of a job request (docs/protocol.md: "The job request"), and its decoding into a [`Job`].
 //!
 //! [`WireRequest`] and [`HubRequest`] come over the wire; [`FileRequest`] also knows the aliases
 //! for job files. `null` and absent mean empty everywhere.

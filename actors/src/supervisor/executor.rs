@@ -31,7 +31,7 @@ use crate::ports::{
 /// How long [`FlushOutput`] waits for output to be appended.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(1);
 
-/// How output is cut into `cmd_output` events (PROTOCOL: "Log events").
+/// How output is cut into `cmd_output` events (docs/protocol.md: "Log events").
 #[derive(Clone, Copy, Debug)]
 pub struct OutputShape {
     /// How long output is collected before it is sent as an event.

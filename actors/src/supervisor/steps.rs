@@ -1,4 +1,4 @@
-//! The steps of a job, in the order of the protocol (PROTOCOL: "The sequence of a job").
+//! The steps of a job, in the order of the protocol (docs/protocol.md: "The sequence of a job").
 //!
 //! One linear function decides what runs next and logs the events of each step; the executor does
 //! the work. Every wait for the executor races the stop request.

@@ -1,4 +1,4 @@
-//! Jobs in containers, over the API of the Docker Engine (PROTOCOL: "Docker executor").
+//! Jobs in containers, over the API of the Docker Engine (docs/protocol.md: "Docker executor").
 //!
 //! Nothing of this machine's file system is needed in a container but what the user asks for with
 //! `--files`, and the engine's socket: so the engine may be on another machine, and the agent in a
