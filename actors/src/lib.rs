@@ -29,6 +29,7 @@ pub mod log;
 pub mod metrics;
 pub mod ports;
 pub mod request;
+pub mod retry;
 pub mod ssh_access;
 pub mod supervisor;
 #[cfg(feature = "testing")]

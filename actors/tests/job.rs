@@ -595,6 +595,22 @@ async fn an_agent_that_is_asked_to_end_waits_a_minute_for_its_callbacks_together
 }
 
 #[actix::test]
+async fn an_agent_that_is_asked_to_end_does_not_wait_for_an_upload_that_hangs() {
+    tokio::time::pause();
+    let world = ScriptedJob::default().hanging_in_upload();
+    let agent = hosted(&world, 1, false);
+    agent.submit("1").await.unwrap();
+    agent.until_sealed().await;
+    agent.report("1", &[Transfer::Began, Transfer::Completed]).await;
+    world.until_called("upload").await;
+    let begun = Instant::now();
+    agent.asked_to_end.send_replace(Some(begun));
+    assert_eq!(agent.intake.send(GetState).await.unwrap().waits_for, Some("upload"));
+    world.until_called("call t with {}").await;
+    assert_eq!(begun.elapsed().as_secs(), 60);
+}
+
+#[actix::test]
 async fn callbacks_that_are_never_answered_hold_the_job_for_a_bounded_time() {
     tokio::time::pause();
     let latency = Duration::from_secs(30);

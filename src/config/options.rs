@@ -213,7 +213,7 @@ impl Spec {
         let flag = Arg::new(self.key)
             .long(self.key)
             .value_name(self.value_name)
-            .help(format!("{}{default}", self.about))
+            .help(format!("{} [env: {}]{default}", self.about, self.variable()))
             .hide(self.is_hidden);
         let flag = match self.alias {
             Some(alias) => flag.alias(alias),

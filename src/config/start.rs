@@ -1,5 +1,7 @@
 //! The options of `agent start`.
 
+mod options;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -7,16 +9,21 @@ use actors::job::{EnvVar, VariableName};
 use actors::supervisor::{HookFailure, JobHooks, PostJobHook, PreJobHook};
 use awc::http::uri::Authority;
 use bytes::Bytes;
-use serde_json::Value;
 
+pub use self::options::Start;
+use self::options::{
+    CA_FILE, DISCONNECT_AFTER_IDLE_TIMEOUT, DISCONNECT_AFTER_JOB, ENDPOINT, ENV_VARS,
+    FAIL_ON_MISSING_FILES, FAIL_ON_PRE_JOB_HOOK_ERROR, HOOK_TIMEOUT, JOB_ID, KEEP_DAEMONS,
+    KUBERNETES_EXECUTOR, LOG_DELIVERY_TIMEOUT, NAME, NAME_FROM_ENV, NO_HTTPS, POST_JOB_HOOK_PATH,
+    PRE_JOB_HOOK_PATH, SHUTDOWN_HOOK_PATH, SOURCE_PRE_JOB_HOOK, TOKEN, UPLOAD_JOB_LOGS,
+};
 use super::common::{
-    CONFIG_FILE, DOCKER_SOCKET, FILES, GRACE_PERIOD, INTERRUPTION_GRACE_PERIOD,
-    SSH_JUMP_POINT_PATH, STATE_DIR, file_mounts, hook_path, jump_point, state_dir,
+    DOCKER_SOCKET, GRACE_PERIOD, INTERRUPTION_GRACE_PERIOD, STATE_DIR, file_mounts, hook_path,
+    jump_point, state_dir,
 };
 use super::layers::{Flags, OptionSet, Settings};
-use super::options::{Opt, Seconds, Spec};
-use super::secret::WaysToSecret;
-use super::{ConfigError, DockerSocket, FileMount, MASKED, Secret};
+use super::options::{Opt, Seconds};
+use super::{ConfigError, DockerSocket, FileMount, Secret};
 use crate::remote::http_client::{Proxy, trusting};
 use crate::remote::log_artifact::UploadCondition;
 use crate::service::environment::Environment;
@@ -26,227 +33,6 @@ const NAME_LENGTH: std::ops::RangeInclusive<usize> = 8..=80;
 
 /// The length of a name that the agent makes up.
 const RANDOM_NAME: usize = 20;
-
-const NAME: Opt<String> = Opt::new(
-    "name",
-    "NAME",
-    "The name of this agent, 8 to 80 characters, or a pre-signed URL that stands for one",
-)
-.default_in_words("20 random characters")
-.group("name")
-.masked(masked_url)
-.example("agent-on-this-machine");
-
-const NAME_FROM_ENV: Opt<String> =
-    Opt::new("name-from-env", "VARIABLE", "The variable of the environment that holds the name")
-        .group("name")
-        .example("AGENT_NAME");
-
-const ENDPOINT: Opt<String> = Opt::new(
-    "endpoint",
-    "HOST",
-    "The control plane: its host, and its port if that is not the usual one; needed",
-)
-.set_in_example("example.semaphoreci.com");
-
-const TOKEN: WaysToSecret = WaysToSecret {
-    what: "token",
-    itself: Opt::new(
-        "token",
-        "TOKEN",
-        "The token that the agent registers with; better not as a flag, which everybody on the machine can see",
-    )
-    .group("token")
-    .example("..."),
-    in_file: Opt::new("token-file", "FILE", "A file that holds this token")
-        .group("token")
-        .set_in_example("/etc/semaphore-agent/token"),
-    by_descriptor: Opt::new(
-        "token-fd",
-        "NUMBER",
-        "The number of an open descriptor that this token is read from; jobs can't read it, unlike a file of the agent's user",
-    )
-    .group("token")
-    .example("3"),
-};
-
-const NO_HTTPS: Opt<bool> =
-    Opt::new("no-https", "BOOL", "Speak plain HTTP to the control plane").default("false");
-
-const CA_FILE: Opt<PathBuf> = Opt::new(
-    "ca-file",
-    "FILE",
-    "Certificate authorities, in PEM, that are trusted besides those of this machine",
-)
-.example("/etc/semaphore-agent/ca.pem");
-
-const SHUTDOWN_HOOK_PATH: Opt<PathBuf> = Opt::new(
-    "shutdown-hook-path",
-    "FILE",
-    "A script that bash runs when the agent ends; it finds the reason in the variable SEMAPHORE_AGENT_SHUTDOWN_REASON",
-)
-.example("/etc/semaphore-agent/shutdown-hook");
-
-const PRE_JOB_HOOK_PATH: Opt<PathBuf> = Opt::new(
-    "pre-job-hook-path",
-    "FILE",
-    "A script that bash runs before the commands of every job",
-)
-.example("/etc/semaphore-agent/pre-job-hook");
-
-const POST_JOB_HOOK_PATH: Opt<PathBuf> =
-    Opt::new("post-job-hook-path", "FILE", "A script that bash runs at the end of every job")
-        .example("/etc/semaphore-agent/post-job-hook");
-
-const HOOK_TIMEOUT: Opt<Seconds> =
-    Opt::new("hook-timeout", "SECONDS", "How long each hook may take, in seconds").default("600");
-
-const FAIL_ON_PRE_JOB_HOOK_ERROR: Opt<bool> = Opt::new(
-    "fail-on-pre-job-hook-error",
-    "BOOL",
-    "Whether a pre-job hook that fails fails its job",
-)
-.default("false");
-
-const SOURCE_PRE_JOB_HOOK: Opt<bool> = Opt::new(
-    "source-pre-job-hook",
-    "BOOL",
-    "Whether the job's own shell runs the pre-job hook, so that what it sets stays set",
-)
-.default("false");
-
-const DISCONNECT_AFTER_JOB: Opt<bool> =
-    Opt::new("disconnect-after-job", "BOOL", "Take one job only, and end after it")
-        .default("false");
-
-const JOB_ID: Opt<String> =
-    Opt::new("job-id", "ID", "The only job that the agent is for; needs disconnect-after-job")
-        .example("5c2e7b1a-0000-0000-0000-000000000000");
-
-const DISCONNECT_AFTER_IDLE_TIMEOUT: Opt<Seconds> = Opt::new(
-    "disconnect-after-idle-timeout",
-    "SECONDS",
-    "End after so many seconds without a job; 0 for never",
-)
-.default("0");
-
-const ENV_VARS: Opt<Vec<String>> = Opt::new(
-    "env-vars",
-    "NAME=VALUE,...",
-    "Variables that every job has in its environment, as NAME=VALUE",
-)
-.masked(masked_values)
-.set_in_example("[]");
-
-const FAIL_ON_MISSING_FILES: Opt<bool> = Opt::new(
-    "fail-on-missing-files",
-    "BOOL",
-    "Whether a job in containers fails if one of the files for containers is missing",
-)
-.default("false");
-
-const UPLOAD_JOB_LOGS: Opt<UploadCondition> = Opt::new(
-    "upload-job-logs",
-    "WHEN",
-    "When a job's log is kept as an artifact: never, always or when-trimmed, which is when the control plane has not kept all of it",
-)
-.default("never");
-
-const KEEP_DAEMONS: Opt<bool> = Opt::new(
-    "keep-daemons",
-    "BOOL",
-    "Leave alone what a job that was not stopped has detached from its shell, such as build daemons",
-)
-.default("false");
-
-const LOG_DELIVERY_TIMEOUT: Opt<Seconds> = Opt::new(
-    "log-delivery-timeout",
-    "SECONDS",
-    "How long the delivery of a log may take after its job's end, in seconds",
-)
-.default("900");
-
-const KUBERNETES_EXECUTOR: Opt<bool> =
-    Opt::new("kubernetes-executor", "BOOL", "Run jobs in Kubernetes; not in this build yet")
-        .default("false");
-
-const KUBERNETES_POD_SPEC: Opt<String> =
-    Opt::new("kubernetes-pod-spec", "CONFIGMAP", "Not in this build yet").example("...").hidden();
-
-const KUBERNETES_ALLOWED_IMAGES: Opt<Vec<String>> =
-    Opt::new("kubernetes-allowed-images", "REGEX,...", "Not in this build yet")
-        .example("[\".*\"]")
-        .hidden();
-
-const KUBERNETES_POD_START_TIMEOUT: Opt<Seconds> =
-    Opt::new("kubernetes-pod-start-timeout", "SECONDS", "Not in this build yet")
-        .example("300")
-        .hidden();
-
-const KUBERNETES_LABELS: Opt<Vec<String>> =
-    Opt::new("kubernetes-labels", "KEY=VALUE,...", "Not in this build yet")
-        .example("[team=ci]")
-        .hidden();
-
-const KUBERNETES_DEFAULT_IMAGE: Opt<String> =
-    Opt::new("kubernetes-default-image", "IMAGE", "Not in this build yet").example("...").hidden();
-
-/// The options of `agent start`.
-#[derive(Clone, Debug)]
-pub struct Start;
-
-impl OptionSet for Start {
-    const HAS_FILE: bool = true;
-    const OPTIONS: &'static [&'static Spec] = &[
-        &CONFIG_FILE.spec,
-        &NAME.spec,
-        &NAME_FROM_ENV.spec,
-        &ENDPOINT.spec,
-        &TOKEN.itself.spec,
-        &TOKEN.in_file.spec,
-        &TOKEN.by_descriptor.spec,
-        &NO_HTTPS.spec,
-        &CA_FILE.spec,
-        &SHUTDOWN_HOOK_PATH.spec,
-        &PRE_JOB_HOOK_PATH.spec,
-        &POST_JOB_HOOK_PATH.spec,
-        &HOOK_TIMEOUT.spec,
-        &FAIL_ON_PRE_JOB_HOOK_ERROR.spec,
-        &SOURCE_PRE_JOB_HOOK.spec,
-        &DISCONNECT_AFTER_JOB.spec,
-        &JOB_ID.spec,
-        &DISCONNECT_AFTER_IDLE_TIMEOUT.spec,
-        &INTERRUPTION_GRACE_PERIOD.spec,
-        &GRACE_PERIOD.spec,
-        &ENV_VARS.spec,
-        &FILES.spec,
-        &FAIL_ON_MISSING_FILES.spec,
-        &DOCKER_SOCKET.spec,
-        &UPLOAD_JOB_LOGS.spec,
-        &KEEP_DAEMONS.spec,
-        &LOG_DELIVERY_TIMEOUT.spec,
-        &STATE_DIR.spec,
-        &SSH_JUMP_POINT_PATH.spec,
-        &KUBERNETES_EXECUTOR.spec,
-        &KUBERNETES_POD_SPEC.spec,
-        &KUBERNETES_ALLOWED_IMAGES.spec,
-        &KUBERNETES_POD_START_TIMEOUT.spec,
-        &KUBERNETES_LABELS.spec,
-        &KUBERNETES_DEFAULT_IMAGE.spec,
-    ];
-}
-
-/// Hides a URL, which may be pre-signed.
-fn masked_url(value: &Value) -> Value {
-    if value.as_str().is_some_and(is_url) { MASKED.into() } else { value.clone() }
-}
-
-/// Hides the values of NAME=VALUE.
-fn masked_values(value: &Value) -> Value {
-    let name = |pair: &Value| pair.as_str()?.split_once('=').map(|(name, _)| name.to_owned());
-    let masked = |pair: &Value| format!("{}={MASKED}", name(pair).unwrap_or_default());
-    value.as_array().into_iter().flatten().map(masked).collect()
-}
 
 /// A name that is one may be pre-signed: a secret then.
 pub fn is_url(name: &str) -> bool {

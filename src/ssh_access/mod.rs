@@ -5,11 +5,11 @@
 //! exactly that goes away again: at the job's teardown, by the job's first process if the agent is
 //! killed, or at the agent's next start if both are. Nothing here follows a symbolic link.
 
+mod logins;
 mod user_file;
 
-use std::fs::{self, DirBuilder, File, Permissions, TryLockError};
+use std::fs::{DirBuilder, File, Permissions, TryLockError};
 use std::io::{self, Write as _};
-use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,12 +18,10 @@ use actors::ports::JumpPointFiles;
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
+use self::logins::Logins;
 use self::user_file::{MARK, UserFile, is_not_ours, split};
-use crate::os::processes::{descendants, kill_those_with, signal_all, start_of, those_with};
 use crate::os::shell_words::quoted;
 use crate::state;
 
@@ -297,71 +295,6 @@ impl JumpPointFiles for SshAccess {
     }
 }
 
-/// Who has logged in to a job.
-struct Logins {
-    /// The number of each login shell, and when it began.
-    shells: Vec<(Pid, String)>,
-    /// What is in the environment of everything that they run, unless they remove it.
-    markers: Vec<Vec<u8>>,
-}
-
-impl Logins {
-    /// What the login shells have told.
-    fn read(access: &SshAccess) -> io::Result<Self> {
-        let told = match fs::read_to_string(access.used_file()) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Ok(Self { shells: Vec::new(), markers: Vec::new() });
-            }
-            told => told?,
-        };
-        let job = access.job_directory.as_os_str().as_bytes();
-        let mut markers = vec![[SESSION_VARIABLE.as_bytes(), b"=", job, b"\0"].concat()];
-        let mut shells = Vec::new();
-        for line in told.lines() {
-            let mut words = line.splitn(3, ' ');
-            let (Some(pid), Some(start)) = (words.next(), words.next()) else {
-                continue;
-            };
-            shells.extend(pid.parse().ok().map(|pid| (Pid::from_raw(pid), start.to_owned())));
-            if let Some(connection) = words.next().filter(|connection| !connection.is_empty()) {
-                markers.push(format!("SSH_CONNECTION={connection}\0").into_bytes());
-            }
-        }
-        Ok(Self { shells, markers })
-    }
-
-    fn living_shells(&self) -> impl Iterator<Item = Pid> {
-        let lives = |(pid, start): &&(Pid, String)| start_of(*pid).as_ref() == Some(start);
-        self.shells.iter().filter(lives).map(|(pid, _)| *pid)
-    }
-
-    fn is_anybody_there(&self) -> io::Result<bool> {
-        if self.living_shells().next().is_some() {
-            return Ok(true);
-        }
-        for marker in &self.markers {
-            if !those_with(marker)?.is_empty() {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
-    /// Kills all that they run. How much there was.
-    fn kill(&self) -> io::Result<usize> {
-        let mut killed = 0;
-        for shell in self.living_shells() {
-            let below = descendants(shell).unwrap_or_default();
-            signal_all(&below, Signal::SIGKILL);
-            killed += below.len() + usize::from(kill(shell, Signal::SIGKILL).is_ok());
-        }
-        for marker in &self.markers {
-            killed += kill_those_with(marker)?;
-        }
-        Ok(killed)
-    }
-}
-
 /// Files of the user may be far away, and somebody may hold their lock.
 fn on_a_thread<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
@@ -411,134 +344,4 @@ fn remove_marked(home: &Path, script: &Path, gone: &dyn Fn(&Path) -> bool) -> io
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    struct Place {
-        directory: tempfile::TempDir,
-    }
-
-    impl Place {
-        fn new() -> Self {
-            let directory = tempfile::tempdir().unwrap();
-            fs::create_dir(directory.path().join("job-1")).unwrap();
-            fs::create_dir(directory.path().join("job-2")).unwrap();
-            Self { directory }
-        }
-
-        fn path(&self, name: &str) -> PathBuf {
-            self.directory.path().join(name)
-        }
-
-        fn access(&self, job: &str) -> SshAccess {
-            SshAccess {
-                home: self.directory.path().to_owned(),
-                script: self.path("jump"),
-                job_directory: self.path(job),
-                without_keys: true,
-                leads_to: LeadsTo::Shell { environment: Some(self.path(job).join("environment")) },
-            }
-        }
-
-        fn read(&self, name: &str) -> Option<String> {
-            fs::read_to_string(self.path(name)).ok()
-        }
-    }
-
-    const KEY: Bytes = Bytes::from_static(b"ssh-ed25519 AAAA me@home\n");
-
-    #[test]
-    fn a_key_goes_away_whatever_bytes_it_has() {
-        let place = Place::new();
-        let access = place.access("job-1");
-        access.open_now(&[Bytes::from_static(b"ssh-ed25519 AAAA J\xfcrgen\n")]).unwrap();
-        assert!(fs::read(place.path(".ssh/authorized_keys")).unwrap().contains(&0xfc));
-        access.close_now().unwrap();
-        assert_eq!(place.read(".ssh/authorized_keys"), None);
-    }
-
-    #[test]
-    fn who_holds_the_lock_does_not_keep_a_key_where_it_is() {
-        let place = Place::new();
-        let access = place.access("job-1");
-        access.open_now(&[KEY]).unwrap();
-        let home = File::open(place.path("")).unwrap();
-        home.lock().unwrap();
-        access.close_now().unwrap();
-        assert_eq!(place.read(".ssh/authorized_keys"), None);
-    }
-
-    #[test]
-    fn a_huge_file_is_not_read() {
-        let place = Place::new();
-        let huge = File::create(place.path("jump")).unwrap();
-        huge.set_len(1 << 40).unwrap();
-        let access = place.access("job-1");
-        assert!(access.close_now().unwrap_err().to_string().contains("too large"));
-        access.open_now(&[KEY]).unwrap();
-        access.close_now().unwrap();
-        assert_eq!(place.read("jump").as_deref(), Some(NO_JOB));
-    }
-
-    #[test]
-    fn exactly_what_was_added_goes_away() {
-        for before in [None, Some(""), Some("ssh-rsa BBBB"), Some("ssh-rsa BBBB\n# x\n")] {
-            let place = Place::new();
-            if let Some(before) = before {
-                fs::create_dir(place.path(".ssh")).unwrap();
-                fs::write(place.path(".ssh/authorized_keys"), before).unwrap();
-                fs::write(place.path(".bash_profile"), before).unwrap();
-            }
-            let [one, two] = ["job-1", "job-2"].map(|job| place.access(job));
-            one.open_now(&[KEY]).unwrap();
-            two.open_now(&[KEY]).unwrap();
-            let keys = place.read(".ssh/authorized_keys").unwrap();
-            assert_eq!(keys.matches("ssh-ed25519 AAAA me@home semaphore-agent:/").count(), 2);
-            one.close_now().unwrap();
-            assert!(place.read("jump").unwrap().contains("job-2"), "the other job's script stays");
-            two.close_now().unwrap();
-            two.close_now().unwrap();
-            assert_eq!(place.read(".ssh/authorized_keys").as_deref(), before);
-            assert_eq!(place.read(".bash_profile").as_deref(), before);
-            assert_eq!(place.read("jump").as_deref(), Some(NO_JOB));
-        }
-    }
-
-    #[test]
-    fn links_are_not_followed() {
-        let place = Place::new();
-        fs::write(place.path("victim"), "mine").unwrap();
-        fs::create_dir(place.path(".ssh")).unwrap();
-        for link in [".ssh/authorized_keys", ".bash_profile", "jump"] {
-            std::os::unix::fs::symlink(place.path("victim"), place.path(link)).unwrap();
-        }
-        let access = place.access("job-1");
-        assert!(access.open_now(&[KEY]).unwrap_err().to_string().starts_with("the keys: "));
-        assert!(place.read("jump").unwrap().contains("exec"), "the link was replaced");
-        // The other links are still there, and still not followed.
-        access.close_now().unwrap();
-        assert_eq!(place.read("jump").as_deref(), Some(NO_JOB));
-        assert_eq!(place.read("victim").as_deref(), Some("mine"));
-    }
-
-    #[test]
-    fn a_linked_directory_of_keys_is_not_entered() {
-        let place = Place::new();
-        fs::create_dir(place.path("elsewhere")).unwrap();
-        std::os::unix::fs::symlink(place.path("elsewhere"), place.path(".ssh")).unwrap();
-        assert!(place.access("job-1").open_now(&[KEY]).is_err());
-        assert_eq!(fs::read_dir(place.path("elsewhere")).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn what_dead_jobs_left_is_removed() {
-        let place = Place::new();
-        let [dead, alive] = ["job-1", "job-2"].map(|job| place.access(job));
-        dead.open_now(&[KEY]).unwrap();
-        alive.open_now(&[KEY]).unwrap();
-        fs::remove_dir_all(place.path("job-1")).unwrap();
-        SshAccess::claim(&dead.home, &dead.script).unwrap();
-        let keys = place.read(".ssh/authorized_keys").unwrap();
-        assert!(keys.contains("job-2") && !keys.contains("job-1"), "{keys}");
-    }
-}
+mod tests;

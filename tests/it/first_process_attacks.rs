@@ -11,6 +11,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use tokio::time::Instant;
 
+use crate::support::daemon::spawned;
 use crate::support::hosted::{Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, job, wait_until};
 use crate::support::surroundings::{
     OPERATOR, as_user, has_other_users, in_shell, without_control_groups,
@@ -75,7 +76,7 @@ fn a_job_of_a_file_can_not_look_into_its_first_process_or_the_agent() {
     let mut agent = world.agent();
     agent.args(["run", "--output", "json"]).arg(file);
     as_user(&world, OPERATOR, &mut agent);
-    let agent = agent.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let agent = spawned(agent.stdout(Stdio::piped()).stderr(Stdio::piped()));
     assert_blind(&Finished::of(&wait_for_end(agent)).output());
 }
 

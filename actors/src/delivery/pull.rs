@@ -5,11 +5,12 @@ use std::cell::Cell;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::job::{Job, Outcome};
 use crate::log::buffer::LogRange;
 use crate::ports::{Callback, CallbackError, CallbackSender, LogUploads};
+use crate::retry::Retry;
 
 /// The pause between two attempts of a callback.
 const CALLBACK_PAUSE: Duration = Duration::from_secs(1);
@@ -20,6 +21,9 @@ const CALLBACK_PATIENCE: Duration = Duration::from_mins(15);
 /// How long callbacks and archiving may take together once the job has ended and the agent was
 /// asked to end: service managers kill after 90 s.
 const ENDING_PATIENCE: Duration = Duration::from_mins(1);
+
+/// How long an upload may take. The uploader gives up sooner.
+const UPLOAD_PATIENCE: Duration = Duration::from_hours(1);
 
 /// How long a callback may take even if `ENDING_PATIENCE` is over.
 const CALLBACK_AT_LEAST: Duration = Duration::from_secs(5);
@@ -52,6 +56,8 @@ pub enum WaitsFor {
     Callback,
     /// No archivator has fetched the whole log yet.
     Archivator,
+    /// The log is being uploaded as an artifact.
+    Upload,
 }
 
 impl WaitsFor {
@@ -60,6 +66,7 @@ impl WaitsFor {
         match self {
             Self::Callback => "callback",
             Self::Archivator => "archivator",
+            Self::Upload => "upload",
         }
     }
 }
@@ -138,7 +145,15 @@ impl PullDelivery {
         };
         let most = job.logger.as_ref().map_or(u64::MAX, |logger| logger.max_size);
         let trimmed = log.end >= most;
-        if let Err(why) = self.uploads.upload(job, &log, trimmed).await {
+        self.waits_for.set(Some(WaitsFor::Upload));
+        let uploaded = tokio::select! {
+            // An upload that is not wanted ends at once.
+            biased;
+            uploaded = self.uploads.upload(job, &log, trimmed) => uploaded,
+            () = self.time_is_up(job, Instant::now() + UPLOAD_PATIENCE, WaitsFor::Upload) => Err("it took too long".to_owned()),
+        };
+        self.waits_for.set(None);
+        if let Err(why) = uploaded {
             log::error!(job:% = job.id, why:%; "the job's log was not uploaded");
         }
     }
@@ -149,7 +164,7 @@ impl PullDelivery {
         let began = Instant::now();
         let job_ended = self.job_ended.get().unwrap_or(began);
         let at_least = match waits_for {
-            WaitsFor::Callback => CALLBACK_AT_LEAST,
+            WaitsFor::Callback | WaitsFor::Upload => CALLBACK_AT_LEAST,
             WaitsFor::Archivator => Duration::ZERO,
         };
         let mut asked_to_end = self.asked_to_end.clone();
@@ -165,9 +180,12 @@ impl PullDelivery {
                     log::info!(job:% = job.id, at_most_seconds:% = seconds; "waiting for an archivator to fetch the job's log");
                 }
                 // Most callbacks are accepted at once: not worth a line.
-                WaitsFor::Callback if asked.is_none() => {}
+                WaitsFor::Callback | WaitsFor::Upload if asked.is_none() => {}
                 WaitsFor::Callback => {
                     log::info!(job:% = job.id, at_most_seconds:% = seconds; "waiting for the platform to take a callback");
+                }
+                WaitsFor::Upload => {
+                    log::info!(job:% = job.id, at_most_seconds:% = seconds; "waiting for the upload of the job's log");
                 }
             }
             tokio::select! {
@@ -211,24 +229,20 @@ impl PullDelivery {
         last_failure: &mut Option<String>,
     ) -> Result<(), String> {
         let job = &job.id;
-        let mut tries = 0;
-        loop {
-            tries += 1;
-            match self.callbacks.send(callback).await {
-                Ok(()) => {
-                    log::info!(job:%, callback = what, tries; "callback sent");
-                    return Ok(());
-                }
-                Err(CallbackError::Failed(why)) if tries < self.attempts => {
-                    // Warn on the first failure only.
-                    let level = if tries == 1 { log::Level::Warn } else { log::Level::Debug };
-                    log::log!(level, job:%, callback = what, why:%; "callback not taken, trying again");
-                    *last_failure = Some(why);
-                }
-                Err(error) => return Err(error.to_string()),
-            }
-            sleep(CALLBACK_PAUSE).await;
-        }
+        let failed = |error: &CallbackError, tries| {
+            // Warn on the first failure only.
+            let level = if tries == 1 { log::Level::Warn } else { log::Level::Debug };
+            log::log!(level, job:%, callback = what, why:% = error; "callback not taken, trying again");
+            *last_failure = Some(error.to_string());
+        };
+        let send = async || self.callbacks.send(callback).await;
+        let retry = Retry::every(CALLBACK_PAUSE, self.attempts);
+        retry
+            .run(CallbackError::is_transient, send, failed)
+            .await
+            .map_err(|error| error.to_string())?;
+        log::info!(job:%, callback = what; "callback sent");
+        Ok(())
     }
 }
 

@@ -12,23 +12,21 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, timeout_at};
 
-use crate::delivery::push::{Urgency, target_of};
+use crate::delivery::push::Urgency;
+use crate::intake::attempts::{DISCONNECT, FETCH, NotFoundStreak, register, retried};
+use crate::intake::fetched::fitted;
 use crate::intake::protocol::{
     AgentState, Answer, Decision, Effect, Report, ShutdownReason, SyncProtocol,
 };
 use crate::job::{EnvVar, Job, JobId};
 use crate::log::event::unix_time;
 use crate::ports::{HubApi, HubError};
+use crate::retry::Retry;
 use crate::supervisor::{
     CheckReadiness, JobFinished, JobSupervisor, StartJob, StopJob, StopManner,
 };
-
-// Attempts, and the pauses between them (docs/protocol.md: "The self-hosted API").
-const REGISTER: Tries = Tries { most: 30, pause: Duration::from_secs(1) };
-const FETCH: Tries = Tries { most: 10, pause: Duration::from_secs(3) };
-const DISCONNECT: Tries = Tries { most: 100, pause: Duration::from_secs(1) };
 
 /// The pause between two reports if the control plane does not set one, in milliseconds.
 const USUAL_PAUSE: std::ops::Range<u64> = 3000..6000;
@@ -40,16 +38,6 @@ const LONGEST_PAUSE: u64 = 300_000;
 
 /// The pause after a failed report, in milliseconds.
 const AFTER_FAILURE: std::ops::Range<u64> = 1000..3000;
-
-/// How long the agent tries to register while its name is still taken, as after a crash.
-const NAME_TAKEN: Duration = Duration::from_mins(20);
-/// The longest pause between two such attempts; the first is that of `REGISTER`, and pauses double.
-const LONGEST_NAME_PAUSE: Duration = Duration::from_secs(30);
-
-/// How many 404s in a row mean that the control plane has deleted the agent...
-const NOT_FOUND: u32 = 3;
-/// ...if they are spread over at least this time.
-const NOT_FOUND_FOR: Duration = Duration::from_secs(5);
 
 /// How long a job's result is reported, at least, if no report succeeds.
 const RESULT_PATIENCE: Duration = Duration::from_mins(15);
@@ -73,12 +61,6 @@ const FOR_DISCONNECTING: Duration = Duration::from_secs(10);
 
 /// The end of [`LEAVING`] that is reserved for what comes after disconnecting: the shutdown hook.
 const FOR_THE_REST: Duration = Duration::from_secs(5);
-
-#[derive(Clone, Copy)]
-struct Tries {
-    most: u32,
-    pause: Duration,
-}
 
 /// Tells the control plane that the agent was asked to end (SIGTERM, SIGINT); the control plane
 /// decides when. A registration that is not complete yet is given up.
@@ -145,7 +127,7 @@ pub struct SyncPoller {
     /// The time of the last successful report.
     last_taken: Instant,
     /// The number of 404s in a row, and the time of the first one.
-    not_found: Option<(u32, Instant)>,
+    not_found: NotFoundStreak,
     /// The control plane has deleted the agent, which registers again when its job has ended.
     is_forgotten: bool,
     /// The agent serves a single job (`--job-id`), and leaves if that job is gone.
@@ -187,7 +169,7 @@ impl SyncPoller {
             more_to_tell: false,
             next_report: None,
             last_taken: Instant::now(),
-            not_found: None,
+            not_found: NotFoundStreak::default(),
             is_forgotten: false,
             is_for_one_job: false,
             unready_since: None,
@@ -289,7 +271,7 @@ impl SyncPoller {
             Ok(answer) => {
                 log::debug!(state:? = sent.state, action = answer.action.as_str(); "reported");
                 self.last_taken = Instant::now();
-                self.not_found = None;
+                self.not_found = NotFoundStreak::default();
                 let pause = match answer.next_sync_after {
                     0 => fastrand::u64(USUAL_PAUSE),
                     asked => asked.clamp(SHORTEST_PAUSE, LONGEST_PAUSE),
@@ -298,7 +280,7 @@ impl SyncPoller {
             }
             Err(NotTaken::Failed(error)) => {
                 log::warn!(error:%, state:? = sent.state; "report not taken");
-                if self.is_deleted(&error) {
+                if self.not_found.note(&error) && self.protocol.leaving().is_none() {
                     return self.forgotten(ctx);
                 }
                 let is_result = sent.state == AgentState::FinishedJob;
@@ -329,24 +311,11 @@ impl SyncPoller {
         }
     }
 
-    /// Counts 404s. Returns whether they mean that the control plane has deleted the agent.
-    fn is_deleted(&mut self, error: &HubError) -> bool {
-        if !matches!(error, HubError::NotFound(_)) {
-            self.not_found = None;
-            return false;
-        }
-        let (times, since) = self.not_found.unwrap_or_else(|| (0, Instant::now()));
-        self.not_found = Some((times + 1, since));
-        times + 1 >= NOT_FOUND
-            && since.elapsed() >= NOT_FOUND_FOR
-            && self.protocol.leaving().is_none()
-    }
-
     /// Registers again, once no job runs: the control plane has deleted the agent and failed its
     /// job.
     fn forgotten(&mut self, ctx: &mut Context<Self>) {
         log::warn!("the control plane has deleted this agent; registering again");
-        (self.not_found, self.more_to_tell) = (None, false);
+        (self.not_found, self.more_to_tell) = (NotFoundStreak::default(), false);
         self.registration = Registration::Pending;
         if let Some(fetching) = self.fetching.take() {
             ctx.cancel_future(fetching);
@@ -387,10 +356,10 @@ impl SyncPoller {
     fn fetch(&mut self, id: JobId, ctx: &mut Context<Self>) {
         log::info!(job:% = id; "asked to run a job");
         let (hub, wanted) = (Rc::clone(&self.hub), id.clone());
-        let job = async move { FETCH.of("job", || hub.fetch_job(&wanted)).await };
+        let job = async move { retried(FETCH, "job", async || hub.fetch_job(&wanted).await).await };
         let fetched = job.into_actor(self).map(move |job, this, ctx| {
             this.fetching = None;
-            match job.and_then(|job| this.fit(job, &id)) {
+            match job.and_then(|job| fitted(job, &id, &this.variables)) {
                 Ok(job) => this.start(job, ctx),
                 Err(HubError::JobGone) => {
                     log::info!(job:% = id; "the job is not available any more");
@@ -404,23 +373,6 @@ impl SyncPoller {
             }
         });
         self.fetching = Some(ctx.spawn(fetched));
-    }
-
-    /// Returns the job with the operator's variables added; fails if the job can't be run here.
-    fn fit(&self, mut job: Job, id: &JobId) -> Result<Job, HubError> {
-        let unusable = |why: &str| Err(HubError::Unusable(why.to_owned()));
-        if job.id != *id {
-            return unusable("the control plane sent another job than the one requested");
-        }
-        if target_of(&job).is_none_or(|target| target.url.is_empty()) {
-            return unusable("logger: a self-hosted agent needs method `push` and a `url`");
-        }
-        if let Ok(environment) = &mut job.environment {
-            environment.retain(|its| self.variables.iter().all(|ours| ours.name != its.name));
-            environment.extend(self.variables.iter().cloned());
-            environment.sort_by(|a, b| a.name.cmp(&b.name));
-        }
-        Ok(job)
     }
 
     fn start(&mut self, job: Job, ctx: &mut Context<Self>) {
@@ -464,14 +416,15 @@ impl SyncPoller {
             }
             Registration::Over => return,
         }
-        let tries = if reason == ShutdownReason::UnableToSync {
-            Tries { most: 1, ..DISCONNECT }
+        let retry = if reason == ShutdownReason::UnableToSync {
+            Retry { most: 1, ..DISCONNECT }
         } else {
             DISCONNECT
         };
         let hub = Rc::clone(&self.hub);
         let disconnected = async move {
-            match timeout_at(by - FOR_THE_REST, tries.of("disconnect", || hub.disconnect())).await {
+            let disconnected = retried(retry, "disconnect", async || hub.disconnect().await);
+            match timeout_at(by - FOR_THE_REST, disconnected).await {
                 Ok(Ok(())) => log::info!("disconnected"),
                 Ok(Err(error)) => log::error!(error:%; "not disconnected"),
                 Err(_) => log::error!("not disconnected in time"),
@@ -480,50 +433,6 @@ impl SyncPoller {
         ctx.spawn(disconnected.into_actor(self).map(move |(), this, _| {
             this.left.send_replace(Some(Left::Because { reason, by }));
         }));
-    }
-}
-
-impl Tries {
-    /// Retries until success, a permanent error, or `most` attempts. Returns the last result.
-    async fn of<T, F>(self, what: &str, mut ask: impl FnMut() -> F) -> Result<T, HubError>
-    where
-        F: Future<Output = Result<T, HubError>>,
-    {
-        let mut tries = 0;
-        loop {
-            tries += 1;
-            match ask().await {
-                Err(error) if error.may_pass() && tries < self.most => {
-                    log::warn!(what, error:%, tries; "not done, trying again");
-                }
-                answer => return answer,
-            }
-            sleep(self.pause).await;
-        }
-    }
-}
-
-/// Registers the agent. Waits up to [`NAME_TAKEN`] for a name that is still taken.
-async fn register(hub: &dyn HubApi) -> Result<(), HubError> {
-    let (mut taken_since, mut pause) = (None::<Instant>, REGISTER.pause);
-    loop {
-        let once = || async {
-            match hub.register().await {
-                // Not an attempt that `REGISTER` counts.
-                Err(error @ HubError::NameTaken(_)) => Ok(Err(error)),
-                registered => registered.map(Ok),
-            }
-        };
-        let error = match REGISTER.of("registration", once).await? {
-            Ok(()) => return Ok(()),
-            Err(error) => error,
-        };
-        if taken_since.get_or_insert_with(Instant::now).elapsed() >= NAME_TAKEN {
-            return Err(error);
-        }
-        log::warn!(error:%; "the agent's name is still taken, as after a crash; trying again");
-        sleep(pause).await;
-        pause = (pause * 2).min(LONGEST_NAME_PAUSE);
     }
 }
 
@@ -542,8 +451,13 @@ impl Handler<JobFinished> for SyncPoller {
         let JobFinished { id, outcome } = message;
         log::info!(job:% = id, outcome:%; "job finished");
         if std::mem::take(&mut self.is_forgotten) {
-            self.protocol.begin_anew();
-            return self.register(ctx);
+            return match self.protocol.leaving() {
+                Some(reason) => self.leave(reason, ctx),
+                None => {
+                    self.protocol.begin_anew();
+                    self.register(ctx);
+                }
+            };
         }
         self.result_since = Some(Instant::now());
         let decision = self.protocol.job_over(&id, outcome);
@@ -558,10 +472,14 @@ impl Handler<Interrupt> for SyncPoller {
         self.urgency.send_modify(|urgency| {
             urgency.interrupted_at.get_or_insert_with(Instant::now);
         });
-        if self.registration == Registration::Pending {
+        let decision = if self.registration != Registration::Pending {
+            self.protocol.interrupted(unix_time())
+        } else if self.is_forgotten {
+            // There is nobody to decide, and a job to bring to its end.
+            self.protocol.leave_soon(ShutdownReason::Interrupted)
+        } else {
             return self.leave(ShutdownReason::Interrupted, ctx);
-        }
-        let decision = self.protocol.interrupted(unix_time());
+        };
         self.act(decision, ctx);
     }
 }

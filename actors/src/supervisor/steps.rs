@@ -13,7 +13,7 @@ use bytes::Bytes;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::job::hooks::{HookFailure, HookPlace, HookRun, JobHooks};
+use crate::job::hooks::{HookFailure, JobHooks};
 use crate::job::{Command, EnvVar, Job, Outcome, Problem, VariableName};
 use crate::log::buffer::LogError;
 use crate::log::event::{LogEvent, unix_time};
@@ -21,8 +21,8 @@ use crate::log::writer::JobLog;
 use crate::ports::{Containment, PreparationStep, Script, ScriptEnd};
 use crate::ssh_access::{JumpPoint, OpenAccess};
 use crate::supervisor::executor::{
-    Abort, BegunStep, Executor, ExecutorError, Export, FlushOutput, GetPreparation, GoOnWithoutLog,
-    Inject, Prepare, RunCommand, ShownPath, TakeBegunStep,
+    Abort, BegunStep, Executor, ExecutorError, Export, GetPreparation, GoOnWithoutLog, Inject,
+    Prepare, RunCommand, ShownPath, TakeBegunStep,
 };
 
 /// The exit code by which a main command stops its own job.
@@ -30,9 +30,6 @@ const STOP_FROM_INSIDE: i32 = 130;
 
 /// The title of a hidden preparation step that has something to show.
 const PREPARING: &str = "Preparing the job";
-
-/// How long the shell may take to go on after its foreground hook was killed.
-const HOOK_KILL_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long a script whose output can't be logged may run on after its foreground was killed.
 const UNLOGGED_PATIENCE: Duration = Duration::from_mins(1);
@@ -51,7 +48,7 @@ pub(crate) struct Interrupts {
 
 /// Why the steps can't go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Interrupted {
+pub(super) enum Interrupted {
     Stopped,
     /// A part of the agent crashed; the text says which.
     Crashed(String),
@@ -71,7 +68,7 @@ enum MainEnd {
 }
 
 /// How a step ended; a step without a script has the default `job_result`.
-type StepEnd = Result<ScriptEnd, Interrupted>;
+pub(super) type StepEnd = Result<ScriptEnd, Interrupted>;
 
 /// Runs the steps of one job.
 pub(crate) struct JobSteps {
@@ -129,65 +126,6 @@ impl JobSteps {
         Ok(if self.log.has_problem() { Outcome::Failed } else { result })
     }
 
-    /// Runs the post-job hook of a stopped job, in a fresh shell with the job's environment.
-    pub(crate) async fn run_post_job_hook_afresh(self) {
-        // The protocol has no step for this preparation, so the job's log does not show it.
-        let Ok(Ok(steps)) = self.ask(GetPreparation).await else {
-            return;
-        };
-        for step in 0..steps.len() {
-            if let Ok(Err(error)) = self.prepare_quietly(step).await {
-                return log::error!(job:% = self.job.id, error:%; "no shell for the post-job hook");
-            }
-        }
-        if let Ok(variables) = &self.job.environment
-            && !variables.is_empty()
-        {
-            // A shell that can't export fails the hook, too, which then says why.
-            let _ = self.ask(Export { variables: variables.clone() }).await;
-        }
-        let _ = self.run_post_job_hook().await;
-    }
-
-    async fn run_post_job_hook(&self) -> Result<(), Interrupted> {
-        if let Some(hook) = &self.hooks.post_job {
-            self.hook_is_due.set(false);
-            self.hook(hook.run()).await?;
-        }
-        Ok(())
-    }
-
-    async fn hook(&self, hook: HookRun) -> StepEnd {
-        let HookRun { command, announcement, patience, place } = hook;
-        self.step(command.title(), async {
-            let first = format!("Running: {}\n{announcement}", command.directive);
-            self.log.append_output(first).await?;
-            let script = Script { text: command.directive.clone(), untraced: false };
-            let mut ended = std::pin::pin!(self.scripted(RunCommand { script }));
-            let Some(patience) = patience else {
-                return ended.await;
-            };
-            if let Ok(ended) = timeout(patience, &mut ended).await {
-                return ended;
-            }
-            let seconds = patience.as_secs();
-            log::error!(job:% = self.job.id, hook = command.title(), seconds; "a hook hangs");
-            let line = format!("The hook took longer than {seconds} s, and is ended.\n");
-            // If the executor has crashed, `ended` fails below.
-            let _ = self.executor.send(FlushOutput).await;
-            self.log.append_output(line).await?;
-            if place == HookPlace::Process {
-                self.containment.kill_foreground();
-                if let Ok(ended) = timeout(HOOK_KILL_PATIENCE, &mut ended).await {
-                    return ended.map(|_| failed());
-                }
-            }
-            self.containment.kill_all();
-            ended.await.map(|_| failed())
-        })
-        .await
-    }
-
     /// Prepares the place where commands run. Returns whether that succeeded; a failure is in the
     /// log.
     async fn prepared(&self) -> Result<bool, Interrupted> {
@@ -227,7 +165,10 @@ impl JobSteps {
     }
 
     /// Does a hidden step of the preparation: the log shows it only if it has output.
-    async fn prepare_quietly(&self, step: usize) -> Result<Result<(), ExecutorError>, Interrupted> {
+    pub(super) async fn prepare_quietly(
+        &self,
+        step: usize,
+    ) -> Result<Result<(), ExecutorError>, Interrupted> {
         let prepared = self.ask(Prepare { step, begins: Some(PREPARING) }).await;
         let Ok(Some(BegunStep { started_at, begun })) = self.executor.send(TakeBegunStep).await
         else {
@@ -388,7 +329,7 @@ impl JobSteps {
 
     /// Does `work` between `cmd_started` and `cmd_finished`; the latter is logged however `work`
     /// ends.
-    async fn step(&self, title: &str, work: impl Future<Output = StepEnd>) -> StepEnd {
+    pub(super) async fn step(&self, title: &str, work: impl Future<Output = StepEnd>) -> StepEnd {
         let (started_at, begun) = (unix_time(), Instant::now());
         self.check_interrupts()?;
         self.log.append(LogEvent::cmd_started(title)).await?;
@@ -409,7 +350,7 @@ impl JobSteps {
     }
 
     /// Has the executor run a script; its errors become output and a failed step.
-    async fn scripted<M>(&self, message: M) -> StepEnd
+    pub(super) async fn scripted<M>(&self, message: M) -> StepEnd
     where
         M: Message<Result = Result<ScriptEnd, ExecutorError>> + Send + 'static,
         Executor: Handler<M>,
@@ -424,7 +365,10 @@ impl JobSteps {
     }
 
     /// Sends `message` to the executor, and waits for its reply or an interruption.
-    async fn ask<M, T>(&self, message: M) -> Result<Result<T, ExecutorError>, Interrupted>
+    pub(super) async fn ask<M, T>(
+        &self,
+        message: M,
+    ) -> Result<Result<T, ExecutorError>, Interrupted>
     where
         M: Message<Result = Result<T, ExecutorError>> + Send + 'static,
         T: Send + 'static,
@@ -513,7 +457,7 @@ fn orphaned() -> Interrupted {
     Interrupted::Crashed("the job supervisor has crashed".into())
 }
 
-fn failed() -> ScriptEnd {
+pub(super) fn failed() -> ScriptEnd {
     ScriptEnd { exit_code: 1, ..ScriptEnd::default() }
 }
 

@@ -28,6 +28,7 @@ struct HubState {
     answers: RefCell<VecDeque<Answer>>,
     refusals: RefCell<BTreeMap<&'static str, u32>>,
     latency: Cell<Duration>,
+    denials: Cell<u32>,
 }
 
 impl ScriptedHub {
@@ -39,6 +40,7 @@ impl ScriptedHub {
             answers: RefCell::default(),
             refusals: RefCell::default(),
             latency: Cell::default(),
+            denials: Cell::default(),
         }))
     }
 
@@ -61,6 +63,11 @@ impl ScriptedHub {
     /// Lets the next `times` calls of `kind` (`register`, `report`, `fetch`, `disconnect`) fail.
     pub fn refuse(&self, kind: &'static str, times: u32) {
         self.0.refusals.borrow_mut().insert(kind, times);
+    }
+
+    /// Answers the next `times` reports as a control plane that has deleted the agent.
+    pub fn deny(&self, times: u32) {
+        self.0.denials.set(times);
     }
 
     /// Delays every answer from now on.
@@ -133,7 +140,13 @@ impl HubApi for ScriptedHub {
     }
 
     fn sync(&self, report: &Report) -> LocalBoxFuture<'static, Result<Answer, HubError>> {
-        self.called("report", words(report), || Ok(self.answer_to(report)))
+        self.called("report", words(report), || match self.0.denials.get() {
+            0 => Ok(self.answer_to(report)),
+            left => {
+                self.0.denials.set(left - 1);
+                Err(HubError::NotFound("404".to_owned()))
+            }
+        })
     }
 
     fn fetch_job(&self, id: &JobId) -> LocalBoxFuture<'static, Result<Job, HubError>> {

@@ -293,3 +293,24 @@ async fn who_lost_everybody_still_leaves_in_time() {
     assert!(after < minutes(11), "{after:?}");
     agent.assert_kept("stopped");
 }
+
+#[test]
+fn a_deleted_agent_that_is_asked_to_end_brings_its_job_to_an_end_and_does_not_register_again() {
+    for asks_twice in [false, true] {
+        case(async move {
+            let agent = Doing::Running.agent().await;
+            agent.uplink.take(seconds(5));
+            agent.hub.deny(4);
+            agent.until("end everything within 2s").await;
+            if asks_twice {
+                agent.poller.do_send(LeaveSoon);
+            } else {
+                agent.poller.do_send(Interrupt);
+            }
+            agent.left_because(ShutdownReason::Interrupted).await;
+            assert_eq!(agent.count("register"), 1, "{:#?}", agent.world.calls());
+            assert_eq!(agent.uplink.kept(), None);
+            agent.assert_order(&["end everything within 2s", "log is whole"]);
+        });
+    }
+}

@@ -1,14 +1,12 @@
 //! Runs a job in containers: the shell in the main one, behind its terminal.
 
-use std::path::Path;
-use std::process::Command;
 use std::rc::Rc;
 use std::time::Duration;
 
 use actix::Addr;
 use actors::job::containers::{Compose, Container};
 use actors::job::{EnvVar, InjectedFile, JobId, Problem};
-use actors::metrics::{Count, Metrics, Time};
+use actors::metrics::Metrics;
 use actors::ports::{
     ExecutorBackend, PreparationError, PreparationStep, Script, SessionEvent, ShellSession,
     StepError, StepLog,
@@ -18,33 +16,28 @@ use bollard::query_parameters::{
 };
 use futures_util::FutureExt as _;
 use futures_util::future::{LocalBoxFuture, try_join_all};
-use tokio::sync::{Mutex, mpsc};
-use tokio::time::{Instant, timeout};
+use tokio::sync::Mutex;
+use tokio::time::timeout;
 
-use crate::config::DockerSocket;
 use crate::executors::docker::DockerConfig;
-use crate::executors::docker::bodies::{Common, KVM, SOCKET};
+use crate::executors::docker::bodies::{Common, SOCKET};
 use crate::executors::docker::engine::Engine;
 use crate::executors::docker::hijack::ContainerTerminal;
 use crate::executors::docker::place::Place;
-use crate::executors::docker::pull::{ensure_image, words_of};
+use crate::executors::docker::pull::words_of;
 use crate::executors::docker::shell::{
     DockerSession, Inside, SharedSession, export_lines, no_shell, show_to_logins,
 };
 use crate::executors::docker::side_containers::{SideContainer, wait_for_all};
 use crate::executors::docker::upload::ContainerUser;
-use crate::executors::registries::{Login, Registries};
+use crate::executors::registries::Registries;
 use crate::executors::session::{Mark, Session};
-use crate::os::programs::output_of;
 
 /// How long the image's entrypoint and the shell's startup files may take.
 const SHELL_PATIENCE: Duration = Duration::from_mins(2);
 
 /// How much of what they print is shown if there is no shell, in bytes.
-const SHOWN: usize = 2000;
-
-/// How many of the last lines of a host setup command stand in the agent's own log.
-const SETUP_LINES: usize = 20;
+pub(super) const SHOWN: usize = 2000;
 
 /// How much of it is kept: what the agent types, and is perhaps echoed, stands before it.
 const KEPT: usize = 10_000;
@@ -55,19 +48,19 @@ const COLUMNS: i32 = 80;
 
 /// See the module.
 pub struct DockerBackend {
-    config: DockerConfig,
-    compose: Compose,
-    place: Place,
-    common: Common,
-    metrics: Addr<Metrics>,
+    pub(super) config: DockerConfig,
+    pub(super) compose: Compose,
+    pub(super) place: Place,
+    pub(super) common: Common,
+    pub(super) metrics: Addr<Metrics>,
     /// Where the shell keeps its scripts, in the container.
-    script: String,
+    pub(super) script: String,
     /// There is to be nothing but a shell, and nobody is told how it comes about.
-    is_spare: bool,
-    engine: Option<Engine>,
-    registries: Option<Registries>,
-    session: Option<SharedSession>,
-    staged: u32,
+    pub(super) is_spare: bool,
+    pub(super) engine: Option<Engine>,
+    pub(super) registries: Option<Registries>,
+    pub(super) session: Option<SharedSession>,
+    pub(super) staged: u32,
 }
 
 /// The steps of the preparation, in their order.
@@ -140,146 +133,8 @@ impl DockerBackend {
         }
     }
 
-    fn engine(&self) -> Result<Engine, StepError> {
+    pub(super) fn engine(&self) -> Result<Engine, StepError> {
         self.engine.clone().ok_or_else(|| StepError("there is no Docker Engine".into()))
-    }
-
-    async fn set_up_host(&mut self) -> Result<(), PreparationError> {
-        self.place.watch(&self.config.environment);
-        self.find_files()?;
-        if !self.is_spare {
-            for command in &self.compose.host_setup_commands {
-                self.run_on_host(&command.directive).await?;
-            }
-        }
-        let engine = Engine::connect(&self.config.environment, &self.place.scratch()).await;
-        let engine = engine.map_err(|error| StepError(error.to_string()))?;
-        self.place.is_on(&engine);
-        // Another machine's engine usually has it where everybody has it; its devices nobody can see.
-        self.common.socket = match self.config.socket {
-            DockerSocket::Always => engine.socket.clone().or_else(|| Some(SOCKET.into())),
-            DockerSocket::Never => None,
-        };
-        let is_here = engine.socket.is_some();
-        self.common.kvm = self.config.expose_kvm && is_here && Path::new(KVM).exists();
-        self.engine = Some(engine);
-        let registries = Registries::of_user(&self.config.home, &self.config.environment);
-        self.common.environment = registries.proxy_variables();
-        self.registries = Some(registries);
-        Ok(())
-    }
-
-    /// Files of the agent's machine that the main container is to have.
-    fn find_files(&mut self) -> Result<(), PreparationError> {
-        let (there, missing): (Vec<_>, Vec<_>) =
-            self.config.files.iter().cloned().partition(|mount| mount.host.exists());
-        for mount in &missing {
-            let path = mount.host.display();
-            if self.config.fail_on_missing_files {
-                log::error!(path:%; "a file that jobs are to have is missing; the job fails");
-                return Err(PreparationError::Untold);
-            }
-            log::warn!(path:%; "a file that jobs are to have is missing");
-        }
-        self.common.files = there;
-        Ok(())
-    }
-
-    async fn run_on_host(&self, directive: &str) -> Result<(), StepError> {
-        let failed = |why: &str| StepError(format!("the host setup command `{directive}` {why}"));
-        let mut command = Command::new("bash");
-        command.args(["-c", directive]).env_clear().envs(self.config.environment.iter().cloned());
-        command.current_dir(&self.config.home);
-        let ended = output_of(command, |group| self.place.has_group(group)).await;
-        self.place.has_group(None);
-        let (status, printed) = ended.map_err(|error| failed(&format!("can't be run: {error}")))?;
-        let printed = String::from_utf8_lossy(&printed);
-        // The end of it is what tells most; all of it could push everything else out of the log.
-        let all = printed.lines().count();
-        for line in printed.lines().skip(all.saturating_sub(SETUP_LINES)) {
-            let line = &line[..line.floor_char_boundary(SHOWN)];
-            log::info!(line; "host setup");
-        }
-        if all > SETUP_LINES {
-            log::info!(lines = all - SETUP_LINES; "host setup: earlier lines are left out");
-        }
-        if status.success() {
-            return Ok(());
-        }
-        Err(failed(&format!("failed: {status}; its output is in the agent's own log")))
-    }
-
-    async fn set_up_credentials(&mut self, log: &mut dyn StepLog) -> Result<(), StepError> {
-        let engine = self.engine()?;
-        let credentials = self.compose.credentials.as_ref().map_err(|problems| listed(problems))?;
-        for each in credentials {
-            log.tell(&format!("Setting up credentials for {}\n", each.kind())).await?;
-            let login = Login::of(each, &self.config.environment).await?;
-            login.check(&engine).await?;
-            if let Some(registries) = &mut self.registries {
-                registries.add(login);
-            }
-        }
-        Ok(())
-    }
-
-    async fn pull_images(&mut self, log: &mut dyn StepLog) -> Result<(), StepError> {
-        let (engine, network) = (self.engine()?, self.common.network());
-        let registries = self
-            .registries
-            .clone()
-            .unwrap_or_else(|| Registries::of_user(&self.config.home, &self.config.environment));
-        let mut images: Vec<&str> = self.compose.containers().map(|c| c.image.as_str()).collect();
-        if self.is_spare {
-            images.truncate(1);
-        }
-        images.sort_unstable();
-        images.dedup();
-        let (told, mut lines) = mpsc::unbounded_channel();
-        let pulls = try_join_all(images.into_iter().map(|image| {
-            let (engine, registries, told) = (&engine, &registries, told.clone());
-            let metrics = &self.metrics;
-            async move {
-                let begun = Instant::now();
-                let pulled = ensure_image(engine, registries, image, &told).await;
-                let tag = || format!("image:{image}");
-                let duration = begun.elapsed();
-                metrics.do_send(Time {
-                    name: "compose_ci.docker_pull.duration",
-                    duration,
-                    tag: tag(),
-                });
-                let name = if pulled.is_ok() {
-                    "compose_ci.docker_pull.success.rate"
-                } else {
-                    "compose_ci.docker_pull.failure.rate"
-                };
-                metrics.do_send(Count { name, tag: tag() });
-                pulled.map_err(|error| StepError(format!("{image}: {}", words_of(&error))))
-            }
-        }));
-        // Takes a while, and needs no image.
-        let api = engine.api.clone();
-        let networked = self.place.make(async move { api.create_network(network).await });
-        let work = async {
-            let (pulled, networked) = tokio::join!(pulls, networked);
-            pulled?;
-            let created = networked.map_err(|closed| StepError(closed.to_string()))?;
-            created.map(drop).map_err(|error| StepError(words_of(&error)))
-        };
-        tokio::pin!(work);
-        drop(told);
-        let done = loop {
-            tokio::select! {
-                biased;
-                Some(line) = lines.recv() => log.tell(&line).await?,
-                done = &mut work => break done,
-            }
-        };
-        while let Ok(line) = lines.try_recv() {
-            log.tell(&line).await?;
-        }
-        done
     }
 
     async fn start_containers(
@@ -477,7 +332,7 @@ impl StepLog for Silence {
     }
 }
 
-fn listed(problems: &[Problem]) -> StepError {
+pub(super) fn listed(problems: &[Problem]) -> StepError {
     let lines: Vec<_> = problems.iter().map(ToString::to_string).collect();
     StepError(lines.join("\n"))
 }

@@ -10,6 +10,7 @@ pub mod engine;
 pub mod hijack;
 pub(crate) mod mode;
 pub mod place;
+mod preparation;
 pub mod pull;
 mod removal;
 pub(crate) mod shell;

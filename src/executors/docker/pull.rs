@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use actors::retry::Retry;
 use bollard::errors::Error;
 use bollard::models::CreateImageInfo;
 use bollard::query_parameters::CreateImageOptions;
 use futures_util::StreamExt as _;
 use tokio::sync::mpsc::UnboundedSender;
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 
 use super::engine::Engine;
 use crate::executors::registries::Registries;
@@ -16,12 +17,11 @@ use crate::executors::registries::Registries;
 /// How often to tell how far a pull is.
 const TELL: Duration = Duration::from_secs(5);
 
-/// How often a pull is tried that fails for reasons that may pass, and the first pause; it doubles.
-const TRIES: u32 = 5;
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// The attempts to pull an image, as long as they fail for transient reasons.
+const PULLS: Retry = Retry::doubling(Duration::from_secs(1), Duration::from_secs(8), 5);
 
-/// What registries and engines say if it may be otherwise in a moment.
-const MAY_PASS: [&str; 10] = [
+/// Words of registries and engines that mean a transient failure: the engine tells no more than words.
+const TRANSIENT: [&str; 10] = [
     "timeout",
     "timed out",
     "connection refused",
@@ -52,23 +52,14 @@ pub async fn ensure_image(
         Err(error) => return Err(error),
     }
     let begun = Instant::now();
-    let mut pause = FIRST_PAUSE;
-    for tries_left in (0..TRIES).rev() {
+    let attempt = async || {
         tell("pulling".into());
-        match pull(engine, registries, image, &tell).await {
-            Ok(layers) => {
-                let seconds = begun.elapsed().as_secs();
-                tell(format!("pulled, {} in {seconds} s", layers.shown()));
-                return Ok(());
-            }
-            Err(error) if tries_left > 0 && may_pass(&error) => {
-                tell(format!("{}; trying again", words_of(&error)));
-                sleep(pause).await;
-                pause *= 2;
-            }
-            Err(error) => return Err(error),
-        }
-    }
+        pull(engine, registries, image, &tell).await
+    };
+    let failed = |error: &Error, _| tell(format!("{}; trying again", words_of(error)));
+    let layers = PULLS.run(is_transient, attempt, failed).await?;
+    let seconds = begun.elapsed().as_secs();
+    tell(format!("pulled, {} in {seconds} s", layers.shown()));
     Ok(())
 }
 
@@ -100,9 +91,9 @@ fn with_tag(image: &str) -> String {
     if name.contains([':', '@']) { image.to_owned() } else { format!("{image}:latest") }
 }
 
-fn may_pass(error: &Error) -> bool {
+fn is_transient(error: &Error) -> bool {
     let words = words_of(error).to_ascii_lowercase();
-    MAY_PASS.iter().any(|passing| words.contains(passing))
+    TRANSIENT.iter().any(|transient| words.contains(transient))
 }
 
 /// The engine's own words.
@@ -202,14 +193,16 @@ mod tests {
             status_code: 500,
             message: message.to_owned(),
         };
-        assert!(may_pass(&error("Get \"https://r/v2/\": dial tcp: connect: connection refused")));
-        assert!(may_pass(&error("Get \"https://r/v2/\": EOF")));
+        assert!(is_transient(&error(
+            "Get \"https://r/v2/\": dial tcp: connect: connection refused"
+        )));
+        assert!(is_transient(&error("Get \"https://r/v2/\": EOF")));
         for refusal in [
             "unauthorized: authentication required",
             "manifest for x:latest not found: manifest unknown",
             "pull access denied for x, repository does not exist",
         ] {
-            assert!(!may_pass(&error(refusal)), "{refusal}");
+            assert!(!is_transient(&error(refusal)), "{refusal}");
         }
     }
 }

@@ -22,7 +22,9 @@
 //! What the shell prints between two scripts, such as notices about background jobs, joins the
 //! output of the next one.
 
+mod bootstrap;
 mod frames;
+mod job_options;
 mod typed;
 
 use std::io;
@@ -38,7 +40,8 @@ use tokio::time::{Instant, timeout_at};
 
 pub use self::frames::Mark;
 use self::frames::{Frames, Piece, ScriptWords};
-use self::typed::{Typed, parts_of};
+use self::job_options::JobOptions;
+use self::typed::Typed;
 use crate::os::shell_words::quoted;
 
 /// How much is read at once, in bytes: eight times what a terminal gives, so that no read is cut
@@ -119,27 +122,6 @@ enum Phase {
     Broken,
 }
 
-/// Options that the session turns off between scripts and on again for the next one: they would show, change or
-/// skip what the agent types.
-#[derive(Debug, Default)]
-struct JobOptions {
-    aliases: bool,
-    /// `set -v`, `-x`, `-E`, `-T`.
-    set: String,
-    /// Line editors, the debugger and the history, by the signs of the frame.
-    other: String,
-}
-
-impl JobOptions {
-    fn of(flags: &str) -> Self {
-        Self {
-            aliases: flags.contains('@'),
-            set: flags.matches(['v', 'x', 'E', 'T']).collect(),
-            other: flags.matches(['+', '=', '%', '~']).collect(),
-        }
-    }
-}
-
 impl<T: Terminal> Session<T> {
     /// A session on a terminal where bash starts. `gone` is what announces the shell's end.
     pub fn new(terminal: T, gone: Mark) -> io::Result<Self> {
@@ -161,46 +143,6 @@ impl<T: Terminal> Session<T> {
             probes: 0,
             status: 0,
         })
-    }
-
-    /// The script that must be run first.
-    pub fn bootstrap(&self) -> String {
-        let functions = self.functions(include_str!("mark.bash"), include_str!("tell.bash"));
-        format!("{functions}{RESTORE}builtin readonly -f {FUNCTIONS}\n")
-    }
-
-    /// The session's functions for a shell that asks for marks by `mark`, and tells frames by `tell`.
-    fn functions(&self, mark: &str, tell: &str) -> String {
-        without_comments(include_str!("bootstrap.bash"))
-            .replace("@MARK@\n", &without_comments(mark))
-            .replace("@TELL@\n", &without_comments(tell))
-            .replace("@TAIL@", &quoted(typed::TAIL))
-            .replace("@PROMPT@", self.frames.prompt.as_str())
-    }
-
-    /// Has bash source the bootstrap script at `path` once it is ready. Its end is an event like that of any
-    /// script.
-    pub fn start_bootstrap(&mut self, path: &Path) -> io::Result<()> {
-        self.start_when_ready(&format!("\\builtin . {}", quoted(path)))
-    }
-
-    /// Types the bootstrap script, for a shell that can't read this machine's files: it keeps the scripts that
-    /// it runs in `file`, and the exit code tells whether it can. It may be called before the shell is there.
-    pub fn type_bootstrap(&mut self, file: &str) -> io::Result<()> {
-        self.typed = Typed::new(file);
-        self.frames.after_mark = typed::after_mark();
-        let typed = without_comments(include_str!("typed.bash"))
-            .replace("@TAKE@", self.frames.take.as_str())
-            .replace("@FILE@", file);
-        let script = format!(
-            "{}{typed}{RESTORE}builtin readonly -f {FUNCTIONS} __agent_receive __agent_unwritten __agent_program\n\
-             [[ -w '{file}' ]]\n",
-            self.functions(include_str!("typed_mark.bash"), include_str!("typed_tell.bash")),
-        );
-        let parts = parts_of(script.as_bytes());
-        let lines: String = parts.iter().map(|part| format!(" __agent_boot+='{part}'\n")).collect();
-        let eval = "\\builtin printf -v __agent_boot %b \"$__agent_boot\"; \\builtin eval \"$__agent_boot\"";
-        self.start_when_ready(&format!("__agent_boot=\n{lines} {eval}"))
     }
 
     fn start_when_ready(&mut self, boot: &str) -> io::Result<()> {
@@ -551,15 +493,3 @@ const UNRUN: &str = "The command was not run: its script could not be read.\r\n"
 
 /// A shell whose scripts are typed waits for this with its echo off, and then reads the line behind it.
 const GO: &str = " ";
-
-/// What the session defines for every shell.
-const FUNCTIONS: &str = "__agent_ok __agent_prompt __agent_ready __agent_begin __agent_end";
-
-/// What asking whether the shell is ready has changed.
-const RESTORE: &str = "[[ :$__agent_options: != *:posix:* ]] || builtin set -o posix\n";
-
-/// `script` without its comments, which an interactive shell may have been told not to know.
-fn without_comments(script: &str) -> String {
-    let lines = script.lines().filter(|line| !line.trim_start().starts_with('#'));
-    lines.map(|line| format!("{}\n", line.trim_start())).collect()
-}

@@ -11,6 +11,17 @@ use tempfile::TempDir;
 
 use super::{PATIENCE, Watchdog, World};
 
+/// Starts a program, even one that was copied just now: another thread's child has the copy open until that child
+/// starts its own program.
+pub fn spawned(command: &mut Command) -> Child {
+    loop {
+        match command.spawn() {
+            Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy => {}
+            child => return child.unwrap(),
+        }
+    }
+}
+
 /// See the module.
 pub struct Daemon {
     child: Child,
@@ -22,13 +33,7 @@ pub struct Daemon {
 impl Daemon {
     pub fn start(world: &World, mut command: Command) -> Self {
         command.stdout(Stdio::piped());
-        let mut child = loop {
-            match command.spawn() {
-                // A program that was copied just now: another thread's child has it open until it starts its own.
-                Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy => {}
-                child => break child.unwrap(),
-            }
-        };
+        let mut child = spawned(&mut command);
         let watchdog = Watchdog::over(&child);
         let own_log = OwnLog::collect(child.stdout.take().unwrap());
         let world = Arc::clone(&world.directory);

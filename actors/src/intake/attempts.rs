@@ -1,0 +1,83 @@
+//! How requests to the control plane are repeated (docs/protocol.md: "The self-hosted API").
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+use crate::ports::{HubApi, HubError};
+use crate::retry::Retry;
+
+/// Attempts to register.
+const REGISTER: Retry = Retry::every(Duration::from_secs(1), 30);
+
+/// Attempts to fetch a job.
+pub(super) const FETCH: Retry = Retry::every(Duration::from_secs(3), 10);
+
+/// Attempts to disconnect.
+pub(super) const DISCONNECT: Retry = Retry::every(Duration::from_secs(1), 100);
+
+/// How long the agent tries to register while its name is still taken, as after a crash.
+const NAME_TAKEN: Duration = Duration::from_mins(20);
+
+/// The longest pause between two attempts to register a name that is still taken; the first is that of [`REGISTER`], and
+/// pauses double.
+const LONGEST_NAME_PAUSE: Duration = Duration::from_secs(30);
+
+/// How many 404s in a row mean that the control plane has deleted the agent...
+const NOT_FOUND: u32 = 3;
+/// ...if they are spread over at least this time.
+const NOT_FOUND_FOR: Duration = Duration::from_secs(5);
+
+/// The 404s that reports have got in a row.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct NotFoundStreak {
+    times: u32,
+    since: Option<Instant>,
+}
+
+impl NotFoundStreak {
+    /// Counts the error of a report. Returns whether the control plane has deleted the agent.
+    pub(super) fn note(&mut self, error: &HubError) -> bool {
+        if !matches!(error, HubError::NotFound(_)) {
+            *self = Self::default();
+            return false;
+        }
+        self.times += 1;
+        let since = *self.since.get_or_insert_with(Instant::now);
+        self.times >= NOT_FOUND && since.elapsed() >= NOT_FOUND_FOR
+    }
+}
+
+/// Repeats a request. `what` names it in the agent's log.
+pub(super) async fn retried<T>(
+    retry: Retry,
+    what: &str,
+    ask: impl AsyncFnMut() -> Result<T, HubError>,
+) -> Result<T, HubError> {
+    let failed = |error: &HubError, tries| {
+        log::warn!(what, error:%, tries; "not done, trying again");
+    };
+    retry.run(HubError::is_transient, ask, failed).await
+}
+
+/// Registers the agent. Waits up to [`NAME_TAKEN`] for a name that is still taken.
+pub(super) async fn register(hub: &dyn HubApi) -> Result<(), HubError> {
+    let (mut taken_since, mut pause) = (None::<Instant>, REGISTER.pause);
+    loop {
+        let once = async || match hub.register().await {
+            // Not an attempt that `REGISTER` counts.
+            Err(error @ HubError::NameTaken(_)) => Ok(Err(error)),
+            registered => registered.map(Ok),
+        };
+        let error = match retried(REGISTER, "registration", once).await? {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        if taken_since.get_or_insert_with(Instant::now).elapsed() >= NAME_TAKEN {
+            return Err(error);
+        }
+        log::warn!(error:%; "the agent's name is still taken, as after a crash; trying again");
+        sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_NAME_PAUSE);
+    }
+}

@@ -1,0 +1,258 @@
+//! What runs a job, ends it, and lets people in.
+
+use std::io;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::LocalBoxFuture;
+
+use super::LogSpool;
+use crate::job::{EnvVar, InjectedFile, Job};
+
+/// The parts that belong to one job, made afresh for each.
+pub struct JobParts {
+    /// Prepares the place where the job's commands run. Owned by the executor.
+    pub backend: Box<dyn ExecutorBackend>,
+    /// Ends everything that the job started. Owned by the supervisor, as it must work after a crash
+    /// of the executor.
+    pub containment: Box<dyn Containment>,
+    /// The job's log file, empty.
+    pub spool: Box<dyn LogSpool>,
+    /// SSH access to the running job; `None` where it is not offered.
+    pub jump_point: Option<Rc<dyn JumpPointFiles>>,
+}
+
+/// A second place for a stopped job, whose first one is being ended: the post-job hook runs there.
+pub struct SparePlace {
+    /// Prepares the place.
+    pub backend: Box<dyn ExecutorBackend>,
+    /// Ends everything that was started in the place.
+    pub containment: Box<dyn Containment>,
+}
+
+/// Makes the parts of each job.
+pub trait JobPartsFactory {
+    /// Makes the parts of `job`, and starts nothing.
+    ///
+    /// Called when a job is admitted. If it fails, the supervisor drops the parts of the previous
+    /// job (its log may fill the disk) and calls it once more; a second failure refuses the job.
+    /// Dropping the parts must remove everything that was made for them.
+    fn make(&self, job: &Job) -> io::Result<JobParts>;
+
+    /// Checks whether [`Self::make`] would succeed now (it fails while the disk is full, for
+    /// example). Leaves nothing behind. Called before each report that asks for a job.
+    fn check(&self) -> io::Result<()>;
+
+    /// Makes a place for the post-job hook of a stopped `job`.
+    ///
+    /// Called at most once for a job, while the first place is being ended: the two share nothing.
+    fn make_spare_place(&self, job: &Job) -> io::Result<SparePlace>;
+}
+
+/// Why a step failed, in words for the job's log.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct StepError(pub String);
+
+/// Why the place for a job's commands could not be prepared.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PreparationError {
+    /// The reason is put into the job's log.
+    #[error(transparent)]
+    Failed(#[from] StepError),
+    /// The backend has put the reason into the agent's own log, and the job's log must not show it.
+    #[error("the reason is in the agent's own log")]
+    Untold,
+}
+
+/// The job's log, as a preparation step sees it.
+pub trait StepLog {
+    /// Appends `text` to the output of the current step; it may have any length, and CRLF in it
+    /// becomes LF. Resolves when the text is in the log.
+    ///
+    /// In a [hidden](PreparationStep::Hidden) step, the first call makes the step visible.
+    ///
+    /// Fails if the log can't be written; the caller need not repeat the text elsewhere.
+    fn tell<'a>(&'a mut self, text: &'a str) -> LocalBoxFuture<'a, Result<(), StepError>>;
+}
+
+/// One step of preparing the place where a job's commands run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PreparationStep {
+    /// The job's log always shows the step, with this title.
+    Shown(&'static str),
+    /// The job's log shows the step only if it fails or calls [`StepLog::tell`].
+    Hidden,
+}
+
+/// The place where a job's commands run: a shell of this machine, or containers.
+///
+/// Order of calls: [`Self::preparation`]; [`Self::prepare`] for each step until one fails; then,
+/// once the last step has opened the session and only while no script runs,
+/// [`Self::stage_variables`] and [`Self::inject`] in any number.
+///
+/// Calls never overlap. A stop drops the future at work, and no other method is called after that.
+/// Whatever a dropped future has started, or is about to start, is for the job's [`Containment`] to
+/// end, which must know of it before it exists.
+pub trait ExecutorBackend {
+    /// Returns the steps of the preparation, in their order. Pure: the same steps at every call.
+    fn preparation(&self) -> Vec<PreparationStep>;
+
+    /// Does step number `step` (from 0 on). Each step is done once, in order, and none after one
+    /// that failed.
+    ///
+    /// The last step returns the job's shell session, each earlier one `None`.
+    fn prepare<'a>(
+        &'a mut self,
+        step: usize,
+        log: &'a mut dyn StepLog,
+    ) -> LocalBoxFuture<'a, Result<Option<Box<dyn ShellSession>>, PreparationError>>;
+
+    /// Puts the variables where the shell can read them, and nobody but the job's user. Returns the
+    /// script that exports them, without their values in its text; the executor runs it next.
+    ///
+    /// Called for the job's own variables first (unless there are none), then for
+    /// `SEMAPHORE_JOB_RESULT`.
+    fn stage_variables<'a>(
+        &'a mut self,
+        variables: &'a [EnvVar],
+    ) -> LocalBoxFuture<'a, Result<Script, StepError>>;
+
+    /// Returns the path of `file` as the job's log shows it (docs/protocol.md: "The sequence of a job",
+    /// `Injecting Files`). Pure.
+    fn shown_path(&self, file: &InjectedFile) -> String;
+
+    /// Writes `file`, with its mode, and makes missing parent directories. An existing file is
+    /// replaced. On an error no further file is injected.
+    fn inject<'a>(
+        &'a mut self,
+        file: &'a InjectedFile,
+    ) -> LocalBoxFuture<'a, Result<(), StepError>>;
+}
+
+/// The next event of a shell session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SessionEvent {
+    /// Bytes that the terminal received, in order and never empty.
+    Output(Bytes),
+    /// The started script has ended. All of its output came before.
+    ScriptEnded(ScriptEnd),
+    /// The shell has ended. All of its output came before. The text says how it ended (`exit code
+    /// 1`, `killed by SIGKILL`), and is empty if that is not known.
+    ShellEnded(String),
+}
+
+/// Bash source for the job's shell.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Script {
+    /// The source, of any number of lines.
+    pub text: String,
+    /// Hides the script from the job's `set -x` and `set -v`: it is the agent's own, or reads
+    /// secrets.
+    pub untraced: bool,
+}
+
+/// How a script ended in a shell that lives on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ScriptEnd {
+    /// The shell's `$?`.
+    pub exit_code: i32,
+    /// The value of the shell's variable `SEMAPHORE_JOB_RESULT`; empty if unset.
+    pub job_result: String,
+}
+
+/// The shell that runs all scripts of a job, one after another.
+///
+/// After [`SessionEvent::ShellEnded`] the session is not used any more.
+pub trait ShellSession {
+    /// Hands `script` to the shell, and resolves without waiting for its end. Not called while a
+    /// script runs. It must be quick, as a stop does not interrupt it.
+    ///
+    /// On an error the script does not run and has no [`SessionEvent::ScriptEnded`]; the session
+    /// can be tried with another one.
+    fn start<'a>(&'a mut self, script: &'a Script) -> LocalBoxFuture<'a, io::Result<()>>;
+
+    /// Waits for the next event. Dropping the future loses no event.
+    ///
+    /// Polled while a script runs and, at the job's end, until the shell has ended: a terminal that
+    /// nobody reads would keep its processes from ending. What the shell prints between two scripts
+    /// joins the output of the second one.
+    fn next_event(&mut self) -> LocalBoxFuture<'_, SessionEvent>;
+}
+
+/// Processes or containers of a job that could not be ended.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("could not end everything that the job started: {what}")]
+pub struct LeftBehind {
+    /// What is left and why, for the agent's own log.
+    pub what: String,
+}
+
+/// Ends what a job started, in whole or in part.
+///
+/// All methods may be called at any moment, in any order, any number of times: before anything was
+/// started, during the preparation, and after a crash of the executor or of the job's task. What
+/// does not exist (any more) is skipped without an error. The `kill_` methods only send a request,
+/// and return at once.
+///
+/// [`Self::end_everything`] or [`Self::release`] is called for every job. From that call on, the
+/// place refuses to start anything new.
+pub trait Containment {
+    /// Keeps the session's shell from running any further command of the job. Its processes may
+    /// live on, and the shell may still run its EXIT trap during [`Self::end_everything`].
+    ///
+    /// The first act of every stop: whatever ends the running command next must not let the shell
+    /// go on to the one behind it.
+    fn kill_shell(&self);
+
+    /// Kills the foreground processes that the shell waits for; the shell goes on behind them.
+    ///
+    /// An implementation that can't tell these processes does nothing, so callers wait with a time
+    /// limit and then resort to [`Self::kill_all`] or an abort.
+    fn kill_foreground(&self);
+
+    /// Kills everything, the session's shell included. The session then reports
+    /// [`SessionEvent::ShellEnded`], and the job's steps go on to fail.
+    fn kill_all(&self);
+
+    /// Asks everything to end (SIGTERM, or a hangup for the shell), kills after `grace` what is
+    /// left, and removes what was made for the job. Resolves within a bounded time: with success
+    /// once nothing is left, else with what could not be ended.
+    ///
+    /// The grace begins anew for the shell's EXIT trap. A second call while one is at work can only
+    /// shorten the grace, and both resolve at the end; a later call is harmless. If the
+    /// future is dropped, another call must be made to complete the work.
+    ///
+    /// The terminal is to be read meanwhile (see [`ShellSession::next_event`]).
+    fn end_everything(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>>;
+
+    /// Hangs up on the shell, kills it after `grace`, and spares what survives the hangup
+    /// (daemons). Resolves when the shell is gone; what is left is then no part of the job any
+    /// more, and a later [`Self::end_everything`] does not touch it.
+    ///
+    /// Called instead of [`Self::end_everything`], once, and only for a job that was not stopped.
+    /// Where nothing can outlive the place, as in a container, the two are the same.
+    fn release(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>>;
+}
+
+/// SSH access to the place where a job runs: keys, script and login profile (docs/protocol.md: "SSH
+/// access").
+///
+/// [`Self::open`] is called at most once, before the preparation; [`Self::close`] at the end of
+/// every job, whether `open` was called or not, succeeded or not. Dropping a future neither undoes
+/// its work nor need stop it. Access that is not available never fails a job.
+pub trait JumpPointFiles {
+    /// Admits the owners of `keys`, each one line of `authorized_keys`.
+    ///
+    /// After an error a part may be set up, and is offered nevertheless.
+    fn open(&self, keys: Vec<Bytes>) -> LocalBoxFuture<'static, io::Result<()>>;
+
+    /// Removes exactly what `open` added, and kills what people who logged in with the job's keys
+    /// still run. Idempotent, and no error without `open`.
+    fn close(&self) -> LocalBoxFuture<'static, io::Result<()>>;
+
+    /// Closes if nobody is logged in. Returns whether it did. Polled every few seconds between the
+    /// job's clean-up and its end; after an error only [`Self::close`] is tried.
+    fn close_if_unused(&self) -> LocalBoxFuture<'static, io::Result<bool>>;
+}

@@ -1,0 +1,164 @@
+//! What must be there before a job's containers can be started: files and commands of this machine, credentials, images.
+
+use std::path::Path;
+use std::process::Command;
+
+use actors::metrics::{Count, Time};
+use actors::ports::{PreparationError, StepError, StepLog};
+use futures_util::future::try_join_all;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::backend::{DockerBackend, SHOWN, listed};
+use super::bodies::{KVM, SOCKET};
+use super::engine::Engine;
+use super::pull::{ensure_image, words_of};
+use crate::config::DockerSocket;
+use crate::executors::registries::{Login, Registries};
+use crate::os::programs::output_of;
+
+/// How many of the last lines of a host setup command stand in the agent's own log.
+const SETUP_LINES: usize = 20;
+
+impl DockerBackend {
+    pub(super) async fn set_up_host(&mut self) -> Result<(), PreparationError> {
+        self.place.watch(&self.config.environment);
+        self.find_files()?;
+        if !self.is_spare {
+            for command in &self.compose.host_setup_commands {
+                self.run_on_host(&command.directive).await?;
+            }
+        }
+        let engine = Engine::connect(&self.config.environment, &self.place.scratch()).await;
+        let engine = engine.map_err(|error| StepError(error.to_string()))?;
+        self.place.is_on(&engine);
+        // Another machine's engine usually has it where everybody has it; its devices nobody can see.
+        self.common.socket = match self.config.socket {
+            DockerSocket::Always => engine.socket.clone().or_else(|| Some(SOCKET.into())),
+            DockerSocket::Never => None,
+        };
+        let is_here = engine.socket.is_some();
+        self.common.kvm = self.config.expose_kvm && is_here && Path::new(KVM).exists();
+        self.engine = Some(engine);
+        let registries = Registries::of_user(&self.config.home, &self.config.environment);
+        self.common.environment = registries.proxy_variables();
+        self.registries = Some(registries);
+        Ok(())
+    }
+
+    /// Files of the agent's machine that the main container is to have.
+    fn find_files(&mut self) -> Result<(), PreparationError> {
+        let (there, missing): (Vec<_>, Vec<_>) =
+            self.config.files.iter().cloned().partition(|mount| mount.host.exists());
+        for mount in &missing {
+            let path = mount.host.display();
+            if self.config.fail_on_missing_files {
+                log::error!(path:%; "a file that jobs are to have is missing; the job fails");
+                return Err(PreparationError::Untold);
+            }
+            log::warn!(path:%; "a file that jobs are to have is missing");
+        }
+        self.common.files = there;
+        Ok(())
+    }
+
+    async fn run_on_host(&self, directive: &str) -> Result<(), StepError> {
+        let failed = |why: &str| StepError(format!("the host setup command `{directive}` {why}"));
+        let mut command = Command::new("bash");
+        command.args(["-c", directive]).env_clear().envs(self.config.environment.iter().cloned());
+        command.current_dir(&self.config.home);
+        let ended = output_of(command, |group| self.place.has_group(group)).await;
+        self.place.has_group(None);
+        let (status, printed) = ended.map_err(|error| failed(&format!("can't be run: {error}")))?;
+        let printed = String::from_utf8_lossy(&printed);
+        // The end of it is what tells most; all of it could push everything else out of the log.
+        let all = printed.lines().count();
+        for line in printed.lines().skip(all.saturating_sub(SETUP_LINES)) {
+            let line = &line[..line.floor_char_boundary(SHOWN)];
+            log::info!(line; "host setup");
+        }
+        if all > SETUP_LINES {
+            log::info!(lines = all - SETUP_LINES; "host setup: earlier lines are left out");
+        }
+        if status.success() {
+            return Ok(());
+        }
+        Err(failed(&format!("failed: {status}; its output is in the agent's own log")))
+    }
+
+    pub(super) async fn set_up_credentials(
+        &mut self,
+        log: &mut dyn StepLog,
+    ) -> Result<(), StepError> {
+        let engine = self.engine()?;
+        let credentials = self.compose.credentials.as_ref().map_err(|problems| listed(problems))?;
+        for each in credentials {
+            log.tell(&format!("Setting up credentials for {}\n", each.kind())).await?;
+            let login = Login::of(each, &self.config.environment).await?;
+            login.check(&engine).await?;
+            if let Some(registries) = &mut self.registries {
+                registries.add(login);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) async fn pull_images(&mut self, log: &mut dyn StepLog) -> Result<(), StepError> {
+        let (engine, network) = (self.engine()?, self.common.network());
+        let registries = self
+            .registries
+            .clone()
+            .unwrap_or_else(|| Registries::of_user(&self.config.home, &self.config.environment));
+        let mut images: Vec<&str> = self.compose.containers().map(|c| c.image.as_str()).collect();
+        if self.is_spare {
+            images.truncate(1);
+        }
+        images.sort_unstable();
+        images.dedup();
+        let (told, mut lines) = mpsc::unbounded_channel();
+        let pulls = try_join_all(images.into_iter().map(|image| {
+            let (engine, registries, told) = (&engine, &registries, told.clone());
+            let metrics = &self.metrics;
+            async move {
+                let begun = Instant::now();
+                let pulled = ensure_image(engine, registries, image, &told).await;
+                let tag = || format!("image:{image}");
+                let duration = begun.elapsed();
+                metrics.do_send(Time {
+                    name: "compose_ci.docker_pull.duration",
+                    duration,
+                    tag: tag(),
+                });
+                let name = if pulled.is_ok() {
+                    "compose_ci.docker_pull.success.rate"
+                } else {
+                    "compose_ci.docker_pull.failure.rate"
+                };
+                metrics.do_send(Count { name, tag: tag() });
+                pulled.map_err(|error| StepError(format!("{image}: {}", words_of(&error))))
+            }
+        }));
+        // Takes a while, and needs no image.
+        let api = engine.api.clone();
+        let networked = self.place.make(async move { api.create_network(network).await });
+        let work = async {
+            let (pulled, networked) = tokio::join!(pulls, networked);
+            pulled?;
+            let created = networked.map_err(|closed| StepError(closed.to_string()))?;
+            created.map(drop).map_err(|error| StepError(words_of(&error)))
+        };
+        tokio::pin!(work);
+        drop(told);
+        let done = loop {
+            tokio::select! {
+                biased;
+                Some(line) = lines.recv() => log.tell(&line).await?,
+                done = &mut work => break done,
+            }
+        };
+        while let Ok(line) = lines.try_recv() {
+            log.tell(&line).await?;
+        }
+        done
+    }
+}

@@ -1,0 +1,62 @@
+//! The script that defines the session's functions in a fresh shell.
+
+use std::io;
+use std::path::Path;
+
+use super::typed::{self, Typed, parts_of};
+use super::{Session, Terminal};
+use crate::os::shell_words::quoted;
+
+/// What the session defines for every shell.
+const FUNCTIONS: &str = "__agent_ok __agent_prompt __agent_ready __agent_begin __agent_end";
+
+/// What asking whether the shell is ready has changed.
+const RESTORE: &str = "[[ :$__agent_options: != *:posix:* ]] || builtin set -o posix\n";
+
+/// `script` without its comments, which an interactive shell may have been told not to know.
+fn without_comments(script: &str) -> String {
+    let lines = script.lines().filter(|line| !line.trim_start().starts_with('#'));
+    lines.map(|line| format!("{}\n", line.trim_start())).collect()
+}
+
+impl<T: Terminal> Session<T> {
+    /// The script that must be run first.
+    pub fn bootstrap(&self) -> String {
+        let functions = self.functions(include_str!("mark.bash"), include_str!("tell.bash"));
+        format!("{functions}{RESTORE}builtin readonly -f {FUNCTIONS}\n")
+    }
+
+    /// The session's functions for a shell that asks for marks by `mark`, and tells frames by `tell`.
+    fn functions(&self, mark: &str, tell: &str) -> String {
+        without_comments(include_str!("bootstrap.bash"))
+            .replace("@MARK@\n", &without_comments(mark))
+            .replace("@TELL@\n", &without_comments(tell))
+            .replace("@TAIL@", &quoted(typed::TAIL))
+            .replace("@PROMPT@", self.frames.prompt.as_str())
+    }
+
+    /// Has bash source the bootstrap script at `path` once it is ready. Its end is an event like that of any
+    /// script.
+    pub fn start_bootstrap(&mut self, path: &Path) -> io::Result<()> {
+        self.start_when_ready(&format!("\\builtin . {}", quoted(path)))
+    }
+
+    /// Types the bootstrap script, for a shell that can't read this machine's files: it keeps the scripts that
+    /// it runs in `file`, and the exit code tells whether it can. It may be called before the shell is there.
+    pub fn type_bootstrap(&mut self, file: &str) -> io::Result<()> {
+        self.typed = Typed::new(file);
+        self.frames.after_mark = typed::after_mark();
+        let typed = without_comments(include_str!("typed.bash"))
+            .replace("@TAKE@", self.frames.take.as_str())
+            .replace("@FILE@", file);
+        let script = format!(
+            "{}{typed}{RESTORE}builtin readonly -f {FUNCTIONS} __agent_receive __agent_unwritten __agent_program\n\
+             [[ -w '{file}' ]]\n",
+            self.functions(include_str!("typed_mark.bash"), include_str!("typed_tell.bash")),
+        );
+        let parts = parts_of(script.as_bytes());
+        let lines: String = parts.iter().map(|part| format!(" __agent_boot+='{part}'\n")).collect();
+        let eval = "\\builtin printf -v __agent_boot %b \"$__agent_boot\"; \\builtin eval \"$__agent_boot\"";
+        self.start_when_ready(&format!("__agent_boot=\n{lines} {eval}"))
+    }
+}

@@ -1,0 +1,76 @@
+//! Who is logged in to a job.
+
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::{SESSION_VARIABLE, SshAccess};
+use crate::os::processes::{descendants, kill_those_with, signal_all, start_of, those_with};
+
+/// Who has logged in to a job.
+pub(super) struct Logins {
+    /// The number of each login shell, and when it began.
+    shells: Vec<(Pid, String)>,
+    /// What is in the environment of everything that they run, unless they remove it.
+    markers: Vec<Vec<u8>>,
+}
+
+impl Logins {
+    /// What the login shells have told.
+    pub(super) fn read(access: &SshAccess) -> io::Result<Self> {
+        let told = match fs::read_to_string(access.used_file()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Self { shells: Vec::new(), markers: Vec::new() });
+            }
+            told => told?,
+        };
+        let job = access.job_directory.as_os_str().as_bytes();
+        let mut markers = vec![[SESSION_VARIABLE.as_bytes(), b"=", job, b"\0"].concat()];
+        let mut shells = Vec::new();
+        for line in told.lines() {
+            let mut words = line.splitn(3, ' ');
+            let (Some(pid), Some(start)) = (words.next(), words.next()) else {
+                continue;
+            };
+            shells.extend(pid.parse().ok().map(|pid| (Pid::from_raw(pid), start.to_owned())));
+            if let Some(connection) = words.next().filter(|connection| !connection.is_empty()) {
+                markers.push(format!("SSH_CONNECTION={connection}\0").into_bytes());
+            }
+        }
+        Ok(Self { shells, markers })
+    }
+
+    fn living_shells(&self) -> impl Iterator<Item = Pid> {
+        let lives = |(pid, start): &&(Pid, String)| start_of(*pid).as_ref() == Some(start);
+        self.shells.iter().filter(lives).map(|(pid, _)| *pid)
+    }
+
+    pub(super) fn is_anybody_there(&self) -> io::Result<bool> {
+        if self.living_shells().next().is_some() {
+            return Ok(true);
+        }
+        for marker in &self.markers {
+            if !those_with(marker)?.is_empty() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Kills all that they run. How much there was.
+    pub(super) fn kill(&self) -> io::Result<usize> {
+        let mut killed = 0;
+        for shell in self.living_shells() {
+            let below = descendants(shell).unwrap_or_default();
+            signal_all(&below, Signal::SIGKILL);
+            killed += below.len() + usize::from(kill(shell, Signal::SIGKILL).is_ok());
+        }
+        for marker in &self.markers {
+            killed += kill_those_with(marker)?;
+        }
+        Ok(killed)
+    }
+}
