@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use actix::{Actor as _, Addr};
 use actors::delivery::Delivery;
-use actors::delivery::push::{PushDelivery, Urgency};
+use actors::delivery::departure::Urgency;
+use actors::delivery::push::PushDelivery;
 use actors::intake::poller::{AwaitLeave, Interrupt, LeaveSoon, Left, SyncPoller};
 use actors::intake::protocol::ShutdownReason;
 use actors::metrics::Metrics;

@@ -1,5 +1,6 @@
 //! How a job's log and outcome get to the platform.
 
+pub mod departure;
 pub mod pull;
 pub mod push;
 mod shipper;

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::delivery::departure::Urgency;
 use crate::delivery::shipper::{Acknowledged, AwaitShipped, LogShipper, Shipped};
 use crate::job::{Job, LogMethod, PushTarget};
 use crate::log::buffer::LogRange;
@@ -19,14 +20,6 @@ use crate::ports::{LogUplink, LogUploads};
 
 /// How long after the job's end delivery may go without any progress.
 const WITHOUT_PROGRESS: Duration = Duration::from_mins(2);
-
-/// How long delivery may take once the job has ended and the agent was asked to end: service
-/// managers kill after 90 s.
-const INTERRUPTED_PATIENCE: Duration = Duration::from_mins(1);
-
-/// How long before [`Urgency::leave_by`] delivery is given up: the agent then still has to end the
-/// job, report its outcome and disconnect.
-const RESERVED_FOR_LEAVING: Duration = Duration::from_secs(15);
 
 /// How many logs may be pushed on in the background after their jobs' end.
 const MOST_IN_BACKGROUND: u32 = 20;
@@ -51,15 +44,6 @@ pub struct PushDelivery {
     pub urgency: watch::Receiver<Urgency>,
     /// How many logs are pushed on in the background. Counted here; starts as 0.
     pub in_background: Rc<Cell<u32>>,
-}
-
-/// How soon the agent has to end.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Urgency {
-    /// The time of the first SIGTERM or SIGINT; the control plane decides when the agent ends.
-    pub interrupted_at: Option<Instant>,
-    /// The time at which the agent ends, whatever is not done by then.
-    pub leave_by: Option<Instant>,
 }
 
 /// The pushing of one log; ends when this value is dropped.
@@ -185,14 +169,11 @@ impl PushDelivery {
 
     /// Resolves at the first deadline: that of the delivery, or of an agent that has to end.
     async fn time_is_up(&self, job_ended: Instant) {
+        let in_all = job_ended + self.patience;
         let mut urgency = self.urgency.clone();
         loop {
             let now = *urgency.borrow_and_update();
-            let interrupted = now.interrupted_at.map(|at| at.max(job_ended) + INTERRUPTED_PATIENCE);
-            let leaving = now.leave_by.map(|by| by - RESERVED_FOR_LEAVING);
-            let reasons = [interrupted, leaving];
-            let in_all = job_ended + self.patience;
-            let first = reasons.into_iter().flatten().min().map_or(in_all, |at| at.min(in_all));
+            let first = now.delivers_until(job_ended).map_or(in_all, |at| at.min(in_all));
             tokio::select! {
                 () = sleep_until(first) => return,
                 Ok(()) = urgency.changed() => {}

@@ -48,6 +48,17 @@ impl NotFoundStreak {
     }
 }
 
+/// The pause between two reports if the control plane does not set one, in milliseconds.
+pub(super) const USUAL_PAUSE: std::ops::Range<u64> = 3000..6000;
+
+/// The shortest pause that the control plane can set with `next_sync_after`, in milliseconds.
+pub(super) const SHORTEST_PAUSE: u64 = 100;
+/// The longest pause that the control plane can set with `next_sync_after`, in milliseconds.
+pub(super) const LONGEST_PAUSE: u64 = 300_000;
+
+/// The pause after a failed report, in milliseconds.
+pub(super) const AFTER_FAILURE: std::ops::Range<u64> = 1000..3000;
+
 /// Repeats a request. `what` names it in the agent's log.
 pub(super) async fn retried<T>(
     retry: Retry,

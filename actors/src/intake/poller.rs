@@ -14,8 +14,11 @@ use actix::prelude::*;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
-use crate::delivery::push::Urgency;
-use crate::intake::attempts::{DISCONNECT, FETCH, NotFoundStreak, register, retried};
+use crate::delivery::departure::{CUT_SHORT, FOR_DISCONNECTING, FOR_THE_REST, LEAVING, Urgency};
+use crate::intake::attempts::{
+    AFTER_FAILURE, DISCONNECT, FETCH, LONGEST_PAUSE, NotFoundStreak, SHORTEST_PAUSE, USUAL_PAUSE,
+    register, retried,
+};
 use crate::intake::fetched::fitted;
 use crate::intake::protocol::{
     AgentState, Answer, Decision, Effect, Report, ShutdownReason, SyncProtocol,
@@ -28,39 +31,14 @@ use crate::supervisor::{
     CheckReadiness, JobFinished, JobSupervisor, StartJob, StopJob, StopManner,
 };
 
-/// The pause between two reports if the control plane does not set one, in milliseconds.
-const USUAL_PAUSE: std::ops::Range<u64> = 3000..6000;
-
-/// The shortest pause that the control plane can set with `next_sync_after`, in milliseconds.
-const SHORTEST_PAUSE: u64 = 100;
-/// The longest pause that the control plane can set with `next_sync_after`, in milliseconds.
-const LONGEST_PAUSE: u64 = 300_000;
-
-/// The pause after a failed report, in milliseconds.
-const AFTER_FAILURE: std::ops::Range<u64> = 1000..3000;
-
 /// How long a job's result is reported, at least, if no report succeeds.
 const RESULT_PATIENCE: Duration = Duration::from_mins(15);
 
 /// How long after the last successful report the agent shuts down.
 const UNABLE_TO_SYNC: Duration = Duration::from_mins(10);
 
-/// How long leaving may take in all, from the decision to leave on.
-const LEAVING: Duration = Duration::from_mins(1);
-
-/// How long after the decision to leave a stopped job is killed, so that there is time to deliver
-/// its log.
-const CUT_SHORT: Duration = Duration::from_secs(25);
-
 /// How long the answer to a report is waited for if there is something new to report.
 const STALE_REPORT: Duration = Duration::from_secs(5);
-
-/// The end of [`LEAVING`] that is reserved for disconnecting and for what comes after, whatever the
-/// job does.
-const FOR_DISCONNECTING: Duration = Duration::from_secs(10);
-
-/// The end of [`LEAVING`] that is reserved for what comes after disconnecting: the shutdown hook.
-const FOR_THE_REST: Duration = Duration::from_secs(5);
 
 /// Tells the control plane that the agent was asked to end (SIGTERM, SIGINT); the control plane
 /// decides when. A registration that is not complete yet is given up.
