@@ -1,4 +1,4 @@
-//! Thin adapters to the operating system; all unsafe code is in [`sys`].
+//! Thin adapters to the operating system; all unsafe code is in `sys`.
 
 pub mod cgroup;
 pub mod open_files;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 /// A job's log for its readers: an open file, readable even after its name was removed or reused.
 ///
 /// Read concurrently by any number of threads, and while the [`LogSpool`] appends. Readers stop at
-/// the end that the log buffer has published ([`LogRange::end`]): behind it may be half a line.
+/// the end that the log buffer has published ([`LogRange::end`](crate::log::buffer::LogRange::end)): behind it may be half a line.
 pub trait LogSource: Send + Sync + fmt::Debug {
     /// Reads from byte `offset` on. Returns the number of bytes read; 0 at the end of the file.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;

@@ -1,7 +1,7 @@
 //! Owns the place where one job's commands run, and its one shell session.
 //!
 //! Receives [`GetPreparation`] and [`Prepare`], then [`Export`], [`Inject`] and [`RunCommand`] one
-//! at a time, and [`Abort`] at any moment. Sends [`Append`] with the session's output to the log
+//! at a time, and [`Abort`] at any moment. Sends `Append` with the session's output to the log
 //! buffer, awaited.
 //!
 //! The reply to a message is the only end of that work, and comes after all of its output was

@@ -58,9 +58,9 @@ pub(super) struct Output {
     pub(super) log: Addr<LogBuffer>,
     pub(super) text: TerminalText,
     pub(super) shape: OutputShape,
-    /// Set by [`GoOnWithoutLog`].
+    /// Set by [`GoOnWithoutLog`](super::executor::GoOnWithoutLog).
     pub(super) may_lose: bool,
-    /// See [`Prepare::begins`].
+    /// See [`Prepare::begins`](super::executor::Prepare::begins).
     pub(super) begins: Option<&'static str>,
     pub(super) begun: Option<BegunStep>,
     /// The last event sent. The terminal is read while it is appended: waiting first would keep the
