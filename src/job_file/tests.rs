@@ -1,17 +1,18 @@
+
 use super::*;
 
 const YAML: &str = "\
 job_id: '1'
 env_vars:
   - name: A
-value: MQ==
+    value: MQ==
   - name: A
-value: Mg==
-valeu: x
+    value: Mg==
+    valeu: x
 file:
   - path: a
-content: ''
-mode: '644'
+    content: ''
+    mode: '644'
 comands: []
 entirely_else: 1
 commands:
@@ -27,7 +28,7 @@ x-other: &other {alias: Other, directive: other}
 commands:
   - <<: *base
   - <<: *base
-directive: make test
+    directive: make test
   - <<: [*other, *base]
   - directive: '<<'
 ";
@@ -56,9 +57,9 @@ directive: make test
 const JSON: &str = r#"{
   "job_id": "1",
   "commands": [
-{"directive": "true"},
-{"directive": "true",
- "alais": "x"}
+    {"directive": "true"},
+    {"directive": "true",
+     "alais": "x"}
   ]
 }"#;
 

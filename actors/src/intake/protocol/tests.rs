@@ -1,3 +1,4 @@
+
 use proptest::prelude::*;
 
 use super::*;
@@ -40,42 +41,42 @@ fn every_state_has_an_answer_to_every_action() {
     let leave = || Some(Effect::Leave(ShutdownReason::Requested));
     let run_b = || Some(Effect::Fetch(id("b")));
     #[rustfmt::skip]
-    let table = [
-        // state, action, job: what is done, the state then
-        (WaitingForJobs, "continue",      "",  None,    WaitingForJobs),
-        (WaitingForJobs, "run-job",       "b", run_b(), StartingJob),
-        (WaitingForJobs, "run-job",       "",  None,    WaitingForJobs),
-        (WaitingForJobs, "stop-job",      "a", None,    WaitingForJobs),
-        (WaitingForJobs, "wait-for-jobs", "",  None,    WaitingForJobs),
-        (WaitingForJobs, "shutdown",      "",  leave(), WaitingForJobs),
-        (StartingJob,    "continue",      "",  None,    StartingJob),
-        (StartingJob,    "run-job",       "a", None,    StartingJob),
-        (StartingJob,    "run-job",       "b", None,    StartingJob),
-        (StartingJob,    "stop-job",      "a", stop(),  StartingJob),
-        (StartingJob,    "stop-job",      "b", None,    StartingJob),
-        (StartingJob,    "wait-for-jobs", "",  None,    StartingJob),
-        (StartingJob,    "shutdown",      "",  stop(),  StartingJob),
-        (RunningJob,     "continue",      "",  None,    RunningJob),
-        (RunningJob,     "run-job",       "a", None,    RunningJob),
-        (RunningJob,     "run-job",       "b", None,    RunningJob),
-        (RunningJob,     "stop-job",      "a", stop(),  StoppingJob),
-        (RunningJob,     "stop-job",      "",  stop(),  StoppingJob),
-        (RunningJob,     "stop-job",      "b", None,    RunningJob),
-        (RunningJob,     "wait-for-jobs", "",  None,    RunningJob),
-        (RunningJob,     "shutdown",      "",  stop(),  StoppingJob),
-        (StoppingJob,    "continue",      "",  None,    StoppingJob),
-        (StoppingJob,    "run-job",       "b", None,    StoppingJob),
-        (StoppingJob,    "stop-job",      "a", None,    StoppingJob),
-        (StoppingJob,    "wait-for-jobs", "",  None,    StoppingJob),
-        (StoppingJob,    "shutdown",      "",  None,    StoppingJob),
-        (FinishedJob,    "continue",      "",  None,    FinishedJob),
-        (FinishedJob,    "run-job",       "a", None,    FinishedJob),
-        (FinishedJob,    "run-job",       "b", None,    FinishedJob),
-        (FinishedJob,    "stop-job",      "a", None,    FinishedJob),
-        (FinishedJob,    "wait-for-jobs", "",  None,    WaitingForJobs),
-        (FinishedJob,    "shutdown",      "",  leave(), FinishedJob),
-        (FinishedJob,    "dance",         "a", None,    FinishedJob),
-    ];
+        let table = [
+            // state, action, job: what is done, the state then
+            (WaitingForJobs, "continue",      "",  None,    WaitingForJobs),
+            (WaitingForJobs, "run-job",       "b", run_b(), StartingJob),
+            (WaitingForJobs, "run-job",       "",  None,    WaitingForJobs),
+            (WaitingForJobs, "stop-job",      "a", None,    WaitingForJobs),
+            (WaitingForJobs, "wait-for-jobs", "",  None,    WaitingForJobs),
+            (WaitingForJobs, "shutdown",      "",  leave(), WaitingForJobs),
+            (StartingJob,    "continue",      "",  None,    StartingJob),
+            (StartingJob,    "run-job",       "a", None,    StartingJob),
+            (StartingJob,    "run-job",       "b", None,    StartingJob),
+            (StartingJob,    "stop-job",      "a", stop(),  StartingJob),
+            (StartingJob,    "stop-job",      "b", None,    StartingJob),
+            (StartingJob,    "wait-for-jobs", "",  None,    StartingJob),
+            (StartingJob,    "shutdown",      "",  stop(),  StartingJob),
+            (RunningJob,     "continue",      "",  None,    RunningJob),
+            (RunningJob,     "run-job",       "a", None,    RunningJob),
+            (RunningJob,     "run-job",       "b", None,    RunningJob),
+            (RunningJob,     "stop-job",      "a", stop(),  StoppingJob),
+            (RunningJob,     "stop-job",      "",  stop(),  StoppingJob),
+            (RunningJob,     "stop-job",      "b", None,    RunningJob),
+            (RunningJob,     "wait-for-jobs", "",  None,    RunningJob),
+            (RunningJob,     "shutdown",      "",  stop(),  StoppingJob),
+            (StoppingJob,    "continue",      "",  None,    StoppingJob),
+            (StoppingJob,    "run-job",       "b", None,    StoppingJob),
+            (StoppingJob,    "stop-job",      "a", None,    StoppingJob),
+            (StoppingJob,    "wait-for-jobs", "",  None,    StoppingJob),
+            (StoppingJob,    "shutdown",      "",  None,    StoppingJob),
+            (FinishedJob,    "continue",      "",  None,    FinishedJob),
+            (FinishedJob,    "run-job",       "a", None,    FinishedJob),
+            (FinishedJob,    "run-job",       "b", None,    FinishedJob),
+            (FinishedJob,    "stop-job",      "a", None,    FinishedJob),
+            (FinishedJob,    "wait-for-jobs", "",  None,    WaitingForJobs),
+            (FinishedJob,    "shutdown",      "",  leave(), FinishedJob),
+            (FinishedJob,    "dance",         "a", None,    FinishedJob),
+        ];
     for (state, action, job, effect, then) in table {
         let mut protocol = in_state(state);
         let mut answer = answer(action, job);
