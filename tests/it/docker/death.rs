@@ -7,7 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::hosted_login::leads_nowhere;
+use crate::serve::login::leads_nowhere;
 use crate::support::docker::{docker, make_images};
 use crate::support::hosted::{Hosted, RUNNING, wait_until};
 use crate::support::{Running, World, base64, lives_with, wait_for_file};

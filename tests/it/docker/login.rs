@@ -5,7 +5,7 @@ use std::process::Stdio;
 
 use serde_json::json;
 
-use crate::hosted_login::{Machine, leads_nowhere, script, text};
+use crate::serve::login::{Machine, leads_nowhere, script, text};
 use crate::support::docker::make_images;
 use crate::support::hosted::{RUNNING, wait_until};
 use crate::support::ssh::client;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::hosted_login::{Machine, script, text};
+use crate::serve::login::{Machine, script, text};
 use crate::support::hosted::{Hosted, RUN_UNTIL_GO, RUNNING, job, wait_until};
 use crate::support::ssh::client;
 use crate::support::{KilledOnFailure, World, base64, lives_with, wait_for_end};

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::docker_engine::Wire;
+use crate::docker::engine::Wire;
 use crate::support::docker;
 use crate::support::hosted::{Hosted, RUN_FOR_EVER, RUNNING};
 use crate::support::{Finished, World, job_of};

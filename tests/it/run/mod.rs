@@ -1,0 +1,31 @@
+//! Jobs as `agent run` has them, and what holds for jobs in a shell whoever hands them in.
+
+mod bad_input;
+mod clone_over_ssh;
+mod containment;
+mod example_jobs;
+mod exit_traps;
+mod files_of_others;
+mod first_process_attacks;
+mod full_disk;
+mod inherited_descriptors;
+mod job_bytes;
+mod job_file_strictness;
+mod job_tampering;
+mod job_variables;
+mod large_environments;
+mod memory_pressure;
+mod no_more_processes;
+mod odd_clocks;
+mod output;
+mod planted_files;
+mod reasons;
+mod redefined_words;
+mod session_limits;
+mod session_words;
+mod shell_session;
+mod slow_login_shells;
+mod stopping;
+mod terminal_modes;
+mod typed_ahead;
+mod whole_scripts;
