@@ -7,14 +7,10 @@
 //!
 //! Hands out the jobs of its arguments, shows their logs as they come, and takes commands.
 
-#[path = "hub/control_plane.rs"]
-#[expect(unreachable_pub, dead_code, reason = "the tests use all of it")]
-mod control_plane;
-
 use std::io::{self, Write as _};
 use std::time::Duration;
 
-use control_plane::{ControlPlane, Fault, Settings, read_job};
+use test_support::control_plane::{ControlPlane, Fault, Settings, read_job};
 
 const ADDRESS: &str = "127.0.0.1:4567";
 

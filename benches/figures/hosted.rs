@@ -18,10 +18,11 @@ use openssl::ssl::{Ssl, SslContext, SslMethod, SslStream};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::http::{Answer, Request};
 use crate::place::Place;
 use crate::table::{Figure, Target};
-use crate::{AGENT, LAST, Result, memory_in_mb, ms, wall};
+use crate::{LAST, Result, memory_in_mb, ms, wall};
+use test_support::agent_program;
+use test_support::http::{Answer, Request};
 
 const SECRET: &str = "of no use to anybody";
 
@@ -246,7 +247,7 @@ impl HostedAgent {
     pub(crate) fn start(place: &Place) -> Result<Self> {
         let callbacks = Callbacks::serve()?;
         let directory = place.directory.path();
-        let mut process = Command::new(AGENT)
+        let mut process = Command::new(agent_program())
             .args(["serve", "--host", "127.0.0.1", "--port", "0"])
             .current_dir(directory)
             .env_clear()

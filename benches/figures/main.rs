@@ -6,20 +6,8 @@
 //! Jobs run in this process where the moments of their log events matter, else in the agent's
 //! binary.
 
-#[path = "../../examples/hub/control_plane.rs"]
-#[expect(dead_code, unreachable_pub, reason = "what the example and the tests need")]
-mod control_plane;
 mod docker;
 mod hosted;
-#[path = "../../tests/it/support/http.rs"]
-#[expect(
-    dead_code,
-    unreachable_pub,
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "what the tests need"
-)]
-mod http;
 mod place;
 mod self_hosted;
 mod table;
@@ -42,14 +30,13 @@ use semaphore_agent::executors::docker::watch;
 use semaphore_agent::executors::shell::job_init;
 use semaphore_agent::state::log_file::FileSpool;
 use serde_json::json;
+use test_support::agent_program;
 use tokio::time::{Instant, sleep};
 
 use crate::place::Place;
 use crate::table::{Figure, Target};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
-
-const AGENT: &str = env!("CARGO_BIN_EXE_agent");
 
 /// A line with its newline, in bytes.
 const LINE: u32 = 80;
@@ -297,7 +284,7 @@ async fn peak_memory(place: &Place) -> Result<Figure> {
     fs::write(&job, request.to_string())?;
     let mut runs = Vec::new();
     for _ in 0..5 {
-        let mut agent = Command::new(AGENT)
+        let mut agent = Command::new(agent_program())
             .args(["run", "--output", "json"])
             .arg(&job)
             .env_clear()
@@ -335,7 +322,7 @@ fn start_up(place: &Place) -> Result<Figure> {
     let (mut floor, mut runs) = (Vec::new(), Vec::new());
     for _ in 0..200 {
         floor.push(ms(wall(&mut Command::new(&nothing))?));
-        runs.push(ms(wall(Command::new(AGENT).arg("version"))?));
+        runs.push(ms(wall(Command::new(agent_program()).arg("version"))?));
     }
     Ok(Figure { floor, runs, target: Target::AtMost(3.0) })
 }

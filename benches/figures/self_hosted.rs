@@ -6,10 +6,11 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 
-use crate::control_plane::{ControlPlane, Known, Settings};
 use crate::place::Place;
 use crate::table::Figure;
-use crate::{AGENT, OUTPUT, Result, memory_in_mb, ms};
+use crate::{OUTPUT, Result, memory_in_mb, ms};
+use test_support::agent_program;
+use test_support::control_plane::{ControlPlane, Known, Settings};
 
 /// How often agents are to report, in milliseconds: where it is of no importance, and where a wait for it
 /// would show.
@@ -106,7 +107,7 @@ impl Hub {
         let settings = Settings { next_sync_after: interval, ..Settings::default() };
         let control_plane = ControlPlane::start("127.0.0.1:0", settings, Box::new(|_| {}))?;
         let directory = place.directory.path();
-        let agent = Command::new(AGENT)
+        let agent = Command::new(agent_program())
             .args(["start", "--no-https", "--endpoint", &control_plane.endpoint()])
             .env_clear()
             .envs(place.shell.environment.clone())

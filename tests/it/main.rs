@@ -6,4 +6,3 @@ mod docker;
 mod run;
 mod serve;
 mod start;
-mod support;

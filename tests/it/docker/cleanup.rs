@@ -6,10 +6,10 @@ use std::time::{Duration, SystemTime};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::docker::{
+use test_support::docker::{
     Owned, container, docker, docker_prints, job, job_in, left_of, make_images,
 };
-use crate::support::{Finished, Running, World, unique};
+use test_support::{Finished, Running, World, unique};
 
 /// An image whose containers have an anonymous volume at `/data`.
 fn with_volume() -> Owned {

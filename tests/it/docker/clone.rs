@@ -4,9 +4,9 @@ use std::fs;
 
 use serde_json::json;
 
-use crate::support::docker::{container, file, job_in, left_of, variables};
-use crate::support::ssh::{assert_hidden, key};
-use crate::support::{Finished, World};
+use test_support::docker::{container, file, job_in, left_of, variables};
+use test_support::ssh::{assert_hidden, key};
+use test_support::{Finished, World};
 
 /// Runs a job that gets the repository of a side container with an injected key of this mode, and runs
 /// its tests; nothing of the key may be in what the agent prints.

@@ -8,10 +8,10 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::docker::{container, file, job, job_in, left_of, variables};
-use crate::support::hosted::Hosted;
-use crate::support::registry::Registry;
-use crate::support::{Finished, World};
+use test_support::docker::{container, file, job, job_in, left_of, variables};
+use test_support::hosted::Hosted;
+use test_support::registry::Registry;
+use test_support::{Finished, World};
 
 const CREDENTIALS: &str = "Setting up image pull credentials";
 
@@ -52,7 +52,7 @@ fn a_google_registry_takes_the_key_as_it_is() {
     assert_eq!(set_up(&finished), ("Setting up credentials for GCR\n".into(), 0));
     assert_eq!(finished.commands(), [("hi\n".into(), 0)]);
 
-    credentials["files"][0]["content"] = crate::support::base64(b"{\"canary\": 1}").into();
+    credentials["files"][0]["content"] = test_support::base64(b"{\"canary\": 1}").into();
     let finished = World::new().run(&with(credentials).to_string());
     let (output, exit_code) = set_up(&finished);
     assert!(exit_code == 1 && output.contains("401 Unauthorized"), "{output}");

@@ -8,9 +8,9 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::serve::login::leads_nowhere;
-use crate::support::docker::{docker, make_images};
-use crate::support::hosted::{Hosted, RUNNING, wait_until};
-use crate::support::{Running, World, base64, lives_with, wait_for_file};
+use test_support::docker::{docker, make_images};
+use test_support::hosted::{Hosted, RUNNING, wait_until};
+use test_support::{Running, World, base64, lives_with, wait_for_file};
 
 /// A job in two containers that runs without end.
 fn job() -> Value {

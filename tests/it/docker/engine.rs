@@ -12,9 +12,9 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
-use crate::support::docker::{container, job, job_in, left_of};
-use crate::support::hosted::{self, Hosted};
-use crate::support::{Finished, World, wait_for_end};
+use test_support::docker::{container, job, job_in, left_of};
+use test_support::hosted::{self, Hosted};
+use test_support::{Finished, World, wait_for_end};
 
 const ENGINE: &str = "/var/run/docker.sock";
 
@@ -123,7 +123,7 @@ fn an_engine_that_refuses_the_agents_user_is_named() {
     }
     let world = World::new();
     let job = world.file("job.json", unprepared().to_string());
-    let program = world.file("agent", fs::read(env!("CARGO_BIN_EXE_agent")).unwrap());
+    let program = world.file("agent", fs::read(test_support::agent_program()).unwrap());
     for path in [world.home().parent().unwrap(), &world.home(), &job, &program] {
         chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
     }
@@ -244,7 +244,7 @@ fn an_engine_that_goes_away_fails_the_job_and_what_is_left_goes_when_it_is_back(
     let refused = ("the job's shell has ended, so this can't run\n".into(), 1);
     assert_eq!(commands[1..], [refused]);
     assert_eq!(left_of(&job), [""; 0]);
-    let next = crate::support::docker::job("bash", &["echo hi"]);
+    let next = test_support::docker::job("bash", &["echo hi"]);
     assert_eq!(agent.run_to_end(&next).commands(), [("hi\n".into(), 0)]);
 }
 

@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::support::docker::{Owned, container, docker_prints, job, job_in, left_of, make_images};
-use crate::support::{Finished, World, unique};
+use test_support::docker::{Owned, container, docker_prints, job, job_in, left_of, make_images};
+use test_support::{Finished, World, unique};
 
 /// An entrypoint that does its work as the first process only, as some that are init systems do. Its number is
 /// read where no dollar sign is doubled.

@@ -4,9 +4,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Stdio;
 
-use crate::support::docker::make_images;
-use crate::support::registry::{PASSWORD, Registry, USER};
-use crate::support::{Finished, World, base64, wait_for_end};
+use test_support::docker::make_images;
+use test_support::registry::{PASSWORD, Registry, USER};
+use test_support::{Finished, World, base64, wait_for_end};
 
 /// Runs an example in which these texts are replaced.
 fn run(name: &str, replaced: &[(&str, &str)]) -> Finished {

@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::support::docker::{container, docker_prints, file, job, job_in, left_of};
-use crate::support::{Finished, World};
+use test_support::docker::{container, docker_prints, file, job, job_in, left_of};
+use test_support::{Finished, World};
 
 /// Runs a job of which nothing may be left.
 fn run(job: &Value) -> Finished {

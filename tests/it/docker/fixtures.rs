@@ -1,7 +1,7 @@
 //! The images and the registry of the Docker tests are what those tests take them for.
 
-use crate::support::docker::{docker, make_images};
-use crate::support::registry::Registry;
+use test_support::docker::{docker, make_images};
+use test_support::registry::Registry;
 
 /// Runs a command in a container of this test image.
 fn run(image: &str, command: &[&str]) -> (i32, String) {

@@ -9,9 +9,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::support::docker::{job, left_of};
-use crate::support::hosted::{Hosted, RUN_FOR_EVER, RUNNING, wait_until};
-use crate::support::{KilledOnFailure, Running, World, lives_with, unique, wait_for_file};
+use test_support::docker::{job, left_of};
+use test_support::hosted::{Hosted, RUN_FOR_EVER, RUNNING, wait_until};
+use test_support::{KilledOnFailure, Running, World, lives_with, unique, wait_for_file};
 
 /// Starts a job by an agent all of whose processes have a marker; `first` comes before the usual places of programs.
 fn start(world: &World, job: &Value, first: &Path) -> (Running, String) {
@@ -90,7 +90,7 @@ fn a_job_whose_guard_is_killed_goes_on() {
     let container = left_of(&job).into_iter().find_map(|line| {
         line.strip_prefix("container ").and_then(|line| line.split(' ').next()).map(str::to_owned)
     });
-    crate::support::docker::docker_prints(&["exec", &container.unwrap(), "touch", "/tmp/go"]);
+    test_support::docker::docker_prints(&["exec", &container.unwrap(), "touch", "/tmp/go"]);
     let finished = agent.finish(id);
     assert_eq!((finished.result(), finished.output()), ("passed", "running\nover\n".to_owned()));
     assert_eq!(left_of(&job), [""; 0]);

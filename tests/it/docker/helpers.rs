@@ -8,10 +8,10 @@ use std::sync::LazyLock;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::docker::{job, left_of, variables};
-use crate::support::hosted::wait_until;
-use crate::support::registry::answering;
-use crate::support::{KilledOnFailure, Running, World, lives_with, unique, wait_for_file};
+use test_support::docker::{job, left_of, variables};
+use test_support::hosted::wait_until;
+use test_support::registry::answering;
+use test_support::{KilledOnFailure, Running, World, lives_with, unique, wait_for_file};
 
 /// A registry that has nothing.
 fn registry() -> &'static str {

@@ -6,12 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Value, json};
 
-use crate::support::docker::{
+use test_support::docker::{
     Owned, container, docker, docker_prints, job, job_in, left_of, make_images, variables,
 };
-use crate::support::hosted::Hosted;
-use crate::support::registry::{PASSWORD, Registry, USER};
-use crate::support::{Finished, Step, World, base64, unique};
+use test_support::hosted::Hosted;
+use test_support::registry::{PASSWORD, Registry, USER};
+use test_support::{Finished, Step, World, base64, unique};
 
 const CREDENTIALS: &str = "Setting up image pull credentials";
 const PULL: &str = "Pulling docker images...";
@@ -377,7 +377,7 @@ fn passwords_are_in_no_log_no_arguments_and_no_file_that_stays() {
             let mut seen = Vec::new();
             while !done.load(Ordering::SeqCst) && seen.is_empty() {
                 seen = processes_with(&secrets);
-                crate::support::pause();
+                test_support::pause();
             }
             seen
         });

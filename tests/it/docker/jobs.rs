@@ -3,8 +3,8 @@
 use actors::log::event::LogEvent;
 use serde_json::{Value, json};
 
-use crate::support::docker::{container, job, job_in, left_of, variables};
-use crate::support::{Finished, World, base64};
+use test_support::docker::{container, job, job_in, left_of, variables};
+use test_support::{Finished, World, base64};
 
 /// Runs a job that must leave nothing on the engine.
 fn run(job: &Value) -> Finished {

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
-use crate::support::docker::{docker_prints, job, left_of};
-use crate::support::{Finished, World};
+use test_support::docker::{docker_prints, job, left_of};
+use test_support::{Finished, World};
 
 const RUN_FOR_EVER: &str = "echo running; sleep 1000";
 

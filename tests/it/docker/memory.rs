@@ -8,8 +8,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::support::World;
-use crate::support::docker::{file, job, left_of};
+use test_support::World;
+use test_support::docker::{file, job, left_of};
 
 /// How much a job prints, and how much the agent may need for it and all else.
 const PRINTED: &str = "150000000";

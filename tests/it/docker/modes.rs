@@ -2,8 +2,8 @@
 
 use serde_json::json;
 
-use crate::support::World;
-use crate::support::docker::{container, file, job, job_in};
+use test_support::World;
+use test_support::docker::{container, file, job, job_in};
 
 /// Output and exit code of the step that injects a file with this mode.
 fn injected(mut job: serde_json::Value, mode: &str) -> (String, i32) {

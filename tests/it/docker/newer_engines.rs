@@ -7,8 +7,8 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::support::World;
-use crate::support::docker::{container, file, job_in, left_of};
+use test_support::World;
+use test_support::docker::{container, file, job_in, left_of};
 
 const ENGINE: &str = "/var/run/docker.sock";
 

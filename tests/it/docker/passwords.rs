@@ -5,9 +5,9 @@ use std::os::unix::fs::PermissionsExt as _;
 
 use serde_json::{Value, json};
 
-use crate::support::docker::{file, job, variables};
-use crate::support::registry::answering;
-use crate::support::{Finished, World, base64};
+use test_support::docker::{file, job, variables};
+use test_support::registry::answering;
+use test_support::{Finished, World, base64};
 
 /// What a value may have behind it that is no part of it.
 const LINE_ENDS: [&str; 4] = ["", "\n", "\r\n", "\n\n"];

@@ -4,10 +4,10 @@ use std::sync::Mutex;
 
 use serde_json::json;
 
-use crate::support::changed_shell::with_startup_file;
-use crate::support::docker::{file, job, left_of, variables};
-use crate::support::hosted::Hosted;
-use crate::support::{Finished, World};
+use test_support::changed_shell::with_startup_file;
+use test_support::docker::{file, job, left_of, variables};
+use test_support::hosted::Hosted;
+use test_support::{Finished, World};
 
 fn run(job: &serde_json::Value) -> Finished {
     let finished = World::new().run(&job.to_string());

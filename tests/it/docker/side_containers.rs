@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::support::docker::{container, docker_prints, job_in, left_of, variables};
-use crate::support::{Finished, World};
+use test_support::docker::{container, docker_prints, job_in, left_of, variables};
+use test_support::{Finished, World};
 
 const START: &str = "Starting the docker image...";
 

@@ -4,10 +4,10 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::support::World;
-use crate::support::docker::{job, make_images};
-use crate::support::hosted::{self, Hosted};
-use crate::support::start_agent::{self, StartAgent, finished, hub};
+use test_support::World;
+use test_support::docker::{job, make_images};
+use test_support::hosted::{self, Hosted};
+use test_support::start_agent::{self, StartAgent, finished, hub};
 
 /// Passes where there is a socket.
 fn needs_socket() -> Value {

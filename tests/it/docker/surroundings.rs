@@ -7,10 +7,10 @@ use actors::log::event::LogEvent;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::docker::{Owned, container, job, job_in, left_of, make_images, variables};
-use crate::support::hosted::{Hosted, RUN_FOR_EVER, RUNNING, wait_until};
-use crate::support::start_agent::{StartAgent, finished, hub, wait_for_log};
-use crate::support::{Finished, Running, World, lives_with, unique, wait_for_file};
+use test_support::docker::{Owned, container, job, job_in, left_of, make_images, variables};
+use test_support::hosted::{Hosted, RUN_FOR_EVER, RUNNING, wait_until};
+use test_support::start_agent::{StartAgent, finished, hub, wait_for_log};
+use test_support::{Finished, Running, World, lives_with, unique, wait_for_file};
 
 const PRE_JOB: &str = "Running the pre-job hook configured in the agent";
 const POST_JOB: &str = "Running the post-job hook configured in the agent";

@@ -3,8 +3,8 @@
 
 use serde_json::{Value, json};
 
-use crate::support::docker::{container, file, job, job_in, left_of, variables};
-use crate::support::{Finished, World};
+use test_support::docker::{container, file, job, job_in, left_of, variables};
+use test_support::{Finished, World};
 
 /// Names that no shell takes, but `docker run -e` does.
 const STRANGE: [(&str, &[u8]); 6] = [

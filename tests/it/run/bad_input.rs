@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Output, Stdio};
 
-use crate::support::{World, base64, feed, wait_for_end};
+use test_support::{World, base64, feed, wait_for_end};
 
 /// What no variable's value and no file's content may show up as.
 const SECRET: &str = "hunter2";

@@ -4,8 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use crate::support::ssh::{SshServer, assert_hidden, key, run, user};
-use crate::support::{Finished, World, base64, wait_for_end};
+use test_support::ssh::{SshServer, assert_hidden, key, run, user};
+use test_support::{Finished, World, base64, wait_for_end};
 
 /// Makes a bare repository with a test script in it.
 fn repository(directory: &Path) -> PathBuf {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use nix::sys::signal::Signal;
 
-use crate::support::{self, Finished, World, job_of, lives_with};
+use test_support::{Finished, World, job_of, lives_with};
 
 /// Ways to get away from a shell; each prints `away` when it has.
 const ESCAPES: [&str; 8] = [
@@ -27,7 +27,7 @@ const NOBODY: u32 = 65534;
 
 /// A job of these commands, as JSON, all of whose processes have a marker.
 fn marked(commands: &[&str]) -> (String, String) {
-    let (job, marker) = support::marked(serde_json::from_str(&job_of(commands)).unwrap());
+    let (job, marker) = test_support::marked(serde_json::from_str(&job_of(commands)).unwrap());
     (job.to_string(), marker)
 }
 
@@ -51,7 +51,7 @@ fn nothing_survives_where_the_agent_has_no_privileges() {
     let (job, marker) = marked(&commands);
     let world = World::new();
     let path = world.file("job.json", job);
-    let program = world.file("agent", std::fs::read(env!("CARGO_BIN_EXE_agent")).unwrap());
+    let program = world.file("agent", std::fs::read(test_support::agent_program()).unwrap());
     for path in [world.home().parent().unwrap(), &world.home(), &path, &program] {
         std::os::unix::fs::chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
     }
@@ -219,6 +219,6 @@ fn wait_until(done: impl Fn() -> bool) {
     let deadline = std::time::SystemTime::now() + std::time::Duration::from_secs(20);
     while !done() {
         assert!(std::time::SystemTime::now() < deadline, "it took too long");
-        crate::support::pause();
+        test_support::pause();
     }
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use crate::support::{Finished, World, lives_with, wait_for_end};
+use test_support::{Finished, World, lives_with, wait_for_end};
 
 /// What bash makes in a home directory by itself.
 const BASHS_OWN: [&str; 1] = [".bash_history"];

@@ -8,9 +8,9 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use tokio::time::Instant;
 
-use crate::support::hosted::{Hosted, job, refusal};
-use crate::support::self_hosted::{Hub, SOON, SelfHosted};
-use crate::support::{World, job_of, lives_with, marked, start_agent, wait_for_end};
+use test_support::hosted::{Hosted, job, refusal};
+use test_support::self_hosted::{Hub, SOON, SelfHosted};
+use test_support::{World, job_of, lives_with, marked, start_agent, wait_for_end};
 
 const VARIABLE: &str = "SEMAPHORE_AGENT_GRACE_PERIOD";
 

@@ -10,11 +10,11 @@ use std::process::Stdio;
 use nix::libc::O_NONBLOCK;
 use serde_json::{Value, json};
 
-use crate::support::docker::file;
-use crate::support::surroundings::{
+use test_support::docker::file;
+use test_support::surroundings::{
     OPERATOR, STRANGER, as_user, done_by, has_other_users, open_to_all,
 };
-use crate::support::{Finished, World, job_of, wait_for_end};
+use test_support::{Finished, World, job_of, wait_for_end};
 
 /// What is in a file of the job.
 const CONTENT: &str = "private key";

@@ -11,12 +11,12 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use tokio::time::Instant;
 
-use crate::support::daemon::spawned;
-use crate::support::hosted::{Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, job, wait_until};
-use crate::support::surroundings::{
+use test_support::daemon::spawned;
+use test_support::hosted::{Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, job, wait_until};
+use test_support::surroundings::{
     OPERATOR, as_user, has_other_users, in_shell, without_control_groups,
 };
-use crate::support::{Finished, KilledOnFailure, World, job_of, lives_with, marked, wait_for_end};
+use test_support::{Finished, KilledOnFailure, World, job_of, lives_with, marked, wait_for_end};
 
 /// Sets `$agent` in a job; its first process is `$PPID`.
 const FIND_AGENT: &str = "agent=$(awk '/^PPid:/ {print $2}' /proc/$PPID/status)";

@@ -9,9 +9,9 @@ use actors::log::event::LogEvent;
 use nix::unistd::geteuid;
 use serde_json::json;
 
-use crate::support::hosted::{Hosted, job, wait_until};
-use crate::support::self_hosted::{Hub, SOON, SelfHosted};
-use crate::support::{Finished, World, wait_for_file};
+use test_support::hosted::{Hosted, job, wait_until};
+use test_support::self_hosted::{Hub, SOON, SelfHosted};
+use test_support::{Finished, World, wait_for_file};
 
 /// What the system calls it.
 const FULL: &str = "No space left";

@@ -5,11 +5,11 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use crate::support::docker::{self, left_of};
-use crate::support::hosted::{Hosted, job};
-use crate::support::self_hosted::{Hub, SOON, SelfHosted};
-use crate::support::surroundings::in_shell;
-use crate::support::{Finished, World, job_of, wait_for_end};
+use test_support::docker::{self, left_of};
+use test_support::hosted::{Hosted, job};
+use test_support::self_hosted::{Hub, SOON, SelfHosted};
+use test_support::surroundings::in_shell;
+use test_support::{Finished, World, job_of, wait_for_end};
 
 /// Prints where all descriptors of these processes lead.
 fn show(processes: &str) -> String {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use actors::log::event::{LogEvent, MAX_OUTPUT_LINE};
 
-use crate::support::{Finished, World};
+use test_support::{Finished, World};
 
 const SIZE: usize = 50 * 1024 * 1024;
 

@@ -5,8 +5,8 @@ use std::process::{Output, Stdio};
 
 use serde_json::json;
 
-use crate::support::hosted::{Hosted, job};
-use crate::support::{Finished, World, wait_for_end};
+use test_support::hosted::{Hosted, job};
+use test_support::{Finished, World, wait_for_end};
 
 /// The end of every job here: proof that it ran.
 const MARK: &str = "commands: [{directive: touch ~/executed}]\n";

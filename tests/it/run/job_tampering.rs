@@ -7,10 +7,10 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::time::Instant;
 
-use crate::support::hosted::{
+use test_support::hosted::{
     Answer, Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, good_authorization, job, wait_until,
 };
-use crate::support::{World, wait_for_file};
+use test_support::{World, wait_for_file};
 
 /// The directory that the agent keeps for a job, as that job finds it.
 const DIRECTORY: &str = "~/../state/job-*";

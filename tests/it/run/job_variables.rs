@@ -4,8 +4,8 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::support::docker::{self, left_of};
-use crate::support::{Finished, World, base64, job_of};
+use test_support::docker::{self, left_of};
+use test_support::{Finished, World, base64, job_of};
 
 /// Variables that bash has for itself and lets nobody set.
 const OF_THE_SHELL: [&str; 6] = ["UID", "EUID", "PPID", "BASHOPTS", "SHELLOPTS", "BASH_VERSINFO"];

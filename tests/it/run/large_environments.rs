@@ -2,7 +2,7 @@
 
 use actors::log::event::LogEvent;
 
-use crate::support::{Finished, World, job_of};
+use test_support::{Finished, World, job_of};
 
 /// How many seconds the slowest command took, the first one not counted.
 fn slowest(finished: &Finished) -> u64 {

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::support::{World, unique};
+use test_support::{World, unique};
 
 /// What is told then.
 const TOLD: &str = "memory ran out";

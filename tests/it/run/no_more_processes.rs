@@ -5,9 +5,9 @@ use std::fs::{self, File};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::World;
-use crate::support::hosted::{CallbackServer, Hosted, RUN_UNTIL_GO, RUNNING, job};
-use crate::support::surroundings::{as_user, done_by, has_other_users, in_shell};
+use test_support::World;
+use test_support::hosted::{CallbackServer, Hosted, RUN_UNTIL_GO, RUNNING, job};
+use test_support::surroundings::{as_user, done_by, has_other_users, in_shell};
 
 /// Users who run nothing else on this machine, one for each test: what they run is counted.
 const NARROW: u32 = 12_361;

@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use actors::log::event::LogEvent;
 
-use crate::support::{Finished, World, job_of, wait_for_end};
+use test_support::{Finished, World, job_of, wait_for_end};
 
 /// A library that shows programs another time of day: as many seconds off as a file says.
 const CLOCK: &str = r#"

@@ -9,7 +9,7 @@ use nix::pty::{OpenptyResult, openpty};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::support::{World, job_of, lives_with, wait_for_end, wait_for_file};
+use test_support::{World, job_of, lives_with, wait_for_end, wait_for_file};
 
 const COLOURFUL: &str = r"printf '\033[31mred\033[0m and \033[2Kcleared\n'";
 
@@ -336,7 +336,7 @@ fn a_slow_reader_gets_everything_and_holds_up_nothing() {
             0 => break,
             read => shown.extend_from_slice(&some[..read]),
         }
-        crate::support::pause();
+        test_support::pause();
     }
     assert_eq!(wait_for_end(child).status.code(), Some(0));
     let shown = text(&shown);

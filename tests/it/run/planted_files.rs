@@ -12,11 +12,11 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::support::hosted::{Hosted, RUN_UNTIL_GO, RUNNING, job, wait_until};
-use crate::support::surroundings::{
+use test_support::hosted::{Hosted, RUN_UNTIL_GO, RUNNING, job, wait_until};
+use test_support::surroundings::{
     OPERATOR, STRANGER, as_user, done_by, has_other_users, open_to_all,
 };
-use crate::support::{World, base64};
+use test_support::{World, base64};
 
 const KEY: &str = "ssh-ed25519 AAAA of-the-job";
 

@@ -3,9 +3,9 @@
 use serde_json::{Value, json};
 
 use crate::docker::engine::Wire;
-use crate::support::docker;
-use crate::support::hosted::{Hosted, RUN_FOR_EVER, RUNNING};
-use crate::support::{Finished, World, job_of};
+use test_support::docker;
+use test_support::hosted::{Hosted, RUN_FOR_EVER, RUNNING};
+use test_support::{Finished, World, job_of};
 
 /// How a command ends its shell, and a word that the reason must have.
 const ENDS: [(&str, &str); 6] = [

@@ -5,12 +5,12 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::support::changed_shell::{
+use test_support::changed_shell::{
     DOCKER_JOB, SECOND, SHORT_JOB, THIRD, assert_none, harm, harmed, harmed_by, run_within,
     silent_harm, with_change, with_startup_file, without_change, words_of_bash,
 };
-use crate::support::docker::{job, left_of};
-use crate::support::{World, job_of};
+use test_support::docker::{job, left_of};
+use test_support::{World, job_of};
 
 fn shell_job(commands: &[&str]) -> Value {
     serde_json::from_str(&job_of(commands)).unwrap()
@@ -369,7 +369,7 @@ fn a_startup_file_of_a_container_changes_nothing_of_the_session() {
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
 fn the_environment_of_a_container_changes_nothing_of_the_session() {
     let hijack = "() { /bin/echo hijacked; }";
-    let named = |name: &str, value: &str| json!({ "name": name, "value": crate::support::base64(value.as_bytes()) });
+    let named = |name: &str, value: &str| json!({ "name": name, "value": test_support::base64(value.as_bytes()) });
     let environments = [
         json!(
             words()

@@ -2,12 +2,12 @@
 
 use serde_json::Value;
 
-use crate::support::changed_shell::{
+use test_support::changed_shell::{
     DOCKER_JOB, SHORT_JOB, VAIN_WAIT, assert_none, harmed_by, run_within, silent_harm, with_change,
     words_of_bash,
 };
-use crate::support::docker::{job, left_of};
-use crate::support::{World, job_of};
+use test_support::docker::{job, left_of};
+use test_support::{World, job_of};
 
 fn shell_job(commands: &[&str]) -> Value {
     serde_json::from_str(&job_of(commands)).unwrap()

@@ -1,6 +1,6 @@
 //! One shell for the whole job: what persists, what ends it, and jobs that subvert it.
 
-use crate::support::World;
+use test_support::World;
 
 /// Runs commands; answers output and exit code of each.
 fn run(commands: &[&str]) -> Vec<(String, i32)> {
@@ -392,11 +392,11 @@ fn a_file_that_can_not_be_written_fails_its_step_and_says_why() {
 #[test]
 fn a_job_does_not_see_the_agents_secrets() {
     let world = World::new();
-    let path = world.file("job.json", crate::support::job_of(&["env"]));
+    let path = world.file("job.json", test_support::job_of(&["env"]));
     let mut agent = world.agent();
     agent.env("SEMAPHORE_AGENT_TOKEN", "hunter2").env("VISIBLE", "yes");
     let output = agent.args(["run", "--output", "json"]).arg(path).output().unwrap();
-    let printed = crate::support::Finished::of(&output).output();
+    let printed = test_support::Finished::of(&output).output();
     assert!(printed.contains("VISIBLE=yes") && !printed.contains("hunter2"));
 }
 

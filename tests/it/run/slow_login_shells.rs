@@ -6,8 +6,8 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use tokio::time::Instant;
 
-use crate::support::hosted::{Hosted, job, wait_until};
-use crate::support::{World, job_of};
+use test_support::hosted::{Hosted, job, wait_until};
+use test_support::{World, job_of};
 
 /// When what a profile prints is there at the latest. Much less than what a profile may take.
 const SECONDS: Duration = Duration::from_secs(40);

@@ -2,7 +2,7 @@
 
 use nix::sys::signal::Signal;
 
-use crate::support::{World, job_of};
+use test_support::{World, job_of};
 
 #[test]
 fn a_stopped_command_finishes_with_1_and_nothing_follows() {
@@ -42,7 +42,7 @@ fn a_stop_while_the_profile_hangs_is_heeded() {
     std::fs::write(world.home().join(".bash_profile"), profile).unwrap();
     let running = world.start(&job_of(&["echo x"]));
     while !reached.exists() {
-        crate::support::pause();
+        test_support::pause();
     }
     running.signal(Signal::SIGTERM);
     let finished = running.finish();
@@ -87,7 +87,7 @@ fn a_stop_in_the_first_moments_is_never_lost() {
             None => assert!(output.stdout.is_empty()),
             code => {
                 assert_eq!(code, Some(130), "after {delay} ms");
-                assert_eq!(crate::support::Finished::of(&output).result(), "stopped");
+                assert_eq!(test_support::Finished::of(&output).result(), "stopped");
             }
         }
     }
@@ -138,10 +138,10 @@ fn signals_that_were_ignored_at_the_start_stay_ignored() {
     protected.stdin(std::process::Stdio::null());
     let child = protected.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
     let child = child.spawn().unwrap();
-    crate::support::wait_for_file(&world.home().join("running"));
+    test_support::wait_for_file(&world.home().join("running"));
     let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
     nix::sys::signal::kill(pid, Signal::SIGHUP).unwrap();
     std::fs::write(world.home().join("go"), "").unwrap();
-    let output = crate::support::wait_for_end(child);
-    assert_eq!(crate::support::Finished::of(&output).result(), "passed");
+    let output = test_support::wait_for_end(child);
+    assert_eq!(test_support::Finished::of(&output).result(), "passed");
 }

@@ -2,11 +2,11 @@
 
 use serde_json::Value;
 
-use crate::support::changed_shell::{
+use test_support::changed_shell::{
     DOCKER_JOB, SHORT_JOB, THIRD, assert_none, harm, harmed, run_within, with_change,
 };
-use crate::support::docker::{job, left_of};
-use crate::support::{World, job_of};
+use test_support::docker::{job, left_of};
+use test_support::{World, job_of};
 
 /// Each is what `stty` sets.
 const MODES: [&str; 37] = [

@@ -2,12 +2,12 @@
 
 use serde_json::{Value, json};
 
-use crate::support::changed_shell::{
+use test_support::changed_shell::{
     DOCKER_JOB, SHORT_JOB, assert_none, harm, harmed, run_within, set_up_by, with_startup_file,
     without_change,
 };
-use crate::support::docker::{job, left_of};
-use crate::support::{World, job_of};
+use test_support::docker::{job, left_of};
+use test_support::{World, job_of};
 
 /// Each takes what it finds within a second or so.
 const READERS: [&str; 8] = [

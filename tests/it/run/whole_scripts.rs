@@ -2,9 +2,9 @@
 
 use serde_json::Value;
 
-use crate::support::changed_shell::{DOCKER_JOB, SHORT_JOB, assert_none, harmed, run_within};
-use crate::support::docker::{job, left_of};
-use crate::support::{Finished, World, job_of};
+use test_support::changed_shell::{DOCKER_JOB, SHORT_JOB, assert_none, harmed, run_within};
+use test_support::docker::{job, left_of};
+use test_support::{Finished, World, job_of};
 
 /// A command that fails after so many lines that do nothing.
 fn failing_command(lines: usize) -> String {

@@ -4,8 +4,8 @@ use std::io::{self, Read, Write as _};
 use std::net::TcpStream;
 use std::process::Command;
 
-use crate::support::World;
-use crate::support::hosted::{
+use test_support::World;
+use test_support::hosted::{
     Hosted, RUN_UNTIL_GO, RUNNING, encode_request, good_authorization, job, wait_until,
 };
 

@@ -4,8 +4,8 @@ use std::sync::Barrier;
 
 use serde_json::{Value, json};
 
-use crate::support::World;
-use crate::support::hosted::{
+use test_support::World;
+use test_support::hosted::{
     Answer, Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, good_authorization, job,
 };
 

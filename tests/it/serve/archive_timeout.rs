@@ -7,8 +7,8 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::support::World;
-use crate::support::hosted::{
+use test_support::World;
+use test_support::hosted::{
     CallbackServer, Hosted, RUN_FOR_EVER, RUNNING, job, refusal, wait_until,
 };
 

@@ -4,10 +4,10 @@ use std::process::Stdio;
 
 use serde_json::{Value, json};
 
-use crate::support::hosted::{
+use test_support::hosted::{
     Hosted, SECRET, command, good_authorization, job, token, token_with_header,
 };
-use crate::support::{World, wait_for_end};
+use test_support::{World, wait_for_end};
 
 /// Seconds since the epoch.
 fn from_now(seconds: i64) -> i64 {

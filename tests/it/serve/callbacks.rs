@@ -5,8 +5,8 @@ use std::sync::mpsc;
 
 use serde_json::{Value, json};
 
-use crate::support::World;
-use crate::support::hosted::{
+use test_support::World;
+use test_support::hosted::{
     Answer, Callback, CallbackServer, Hosted, RUN_FOR_EVER, RUNNING, encode_request, events,
     good_authorization, job,
 };

@@ -8,8 +8,8 @@ use std::process::Command;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::support::World;
-use crate::support::hosted::{CallbackServer, Hosted, RUN_UNTIL_GO, RUNNING, SECRET, job, refusal};
+use test_support::World;
+use test_support::hosted::{CallbackServer, Hosted, RUN_UNTIL_GO, RUNNING, SECRET, job, refusal};
 
 const SECRET_VARIABLE: &str = "SEMAPHORE_AGENT_AUTH_TOKEN_SECRET";
 

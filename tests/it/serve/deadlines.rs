@@ -9,9 +9,9 @@ use std::time::Duration;
 use openssl::ssl::SslStream;
 use tokio::time::Instant;
 
-use crate::support::World;
-use crate::support::hosted::{Answer, Hosted, encode_request, good_authorization, job, wait_until};
-use crate::support::surroundings::in_shell;
+use test_support::World;
+use test_support::hosted::{Answer, Hosted, encode_request, good_authorization, job, wait_until};
+use test_support::surroundings::in_shell;
 
 /// How long a request's headers may take, and some time for a busy machine.
 const HEADERS: Duration = Duration::from_secs(20);

@@ -13,10 +13,8 @@ use semaphore_agent::api::ROUTES;
 use semaphore_agent::commands::cli::Cli;
 use serde_json::{Value, json};
 
-use crate::support::hosted::{
-    Answer, Hosted, RUN_FOR_EVER, SECRET, good_authorization, job, token,
-};
-use crate::support::{World, config_keys, wait_for_end};
+use test_support::hosted::{Answer, Hosted, RUN_FOR_EVER, SECRET, good_authorization, job, token};
+use test_support::{World, config_keys, wait_for_end};
 
 /// Documented, but not to be had at will: a broken or slow body, one that has not come when the agent
 /// ends, and bugs. Other tests have these.
@@ -238,7 +236,7 @@ fn what_the_readme_says_to_try_works() {
     let port = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr()).unwrap().port();
     let block = block.replace(":8000", &format!(":{port}"));
     let world = World::new();
-    let agent = Path::new(env!("CARGO_BIN_EXE_agent")).parent().unwrap();
+    let agent = test_support::agent_program().parent().unwrap();
     let path = format!("{}:{}", agent.display(), std::env::var("PATH").unwrap());
     let beside = |name| world.home().with_file_name(name);
     let mut bash = Command::new("bash");

@@ -7,8 +7,8 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use serde_json::{Value, json};
 
-use crate::support::World;
-use crate::support::hosted::{Answer, Hosted, encode_request, good_authorization, wait_until};
+use test_support::World;
+use test_support::hosted::{Answer, Hosted, encode_request, good_authorization, wait_until};
 
 fn for_many<S: Strategy>(
     cases: u32,

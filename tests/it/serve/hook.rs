@@ -5,8 +5,8 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::support::hosted::{Hosted, job};
-use crate::support::{Finished, World};
+use test_support::hosted::{Hosted, job};
+use test_support::{Finished, World};
 
 const TITLE: &str = "Running the pre-job hook configured in the agent";
 

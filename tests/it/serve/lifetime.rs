@@ -12,11 +12,11 @@ use openssl::ssl::SslStream;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::support::hosted::{
+use test_support::hosted::{
     Answer, CallbackServer, Hosted, RUN_UNTIL_GO, RUNNING, encode_request, good_authorization, job,
     wait_until,
 };
-use crate::support::{self, World, base64, lives_with};
+use test_support::{World, base64, lives_with};
 
 /// Long enough for a busy machine, and much shorter than all that an end could wait for.
 const AT_ONCE: Duration = Duration::from_secs(5);
@@ -45,7 +45,7 @@ fn world() -> World {
 fn marked(commands: &[&str]) -> (Value, String) {
     let mut job = job("1", commands);
     job["ssh_public_keys"] = json!([base64(b"ssh-ed25519 AAAA of-the-job")]);
-    support::marked(job)
+    test_support::marked(job)
 }
 
 fn telling(server: &CallbackServer, mut job: Value) -> Value {

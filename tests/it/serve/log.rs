@@ -4,8 +4,8 @@ use std::io::{BufReader, Read as _, Write as _};
 
 use serde_json::Value;
 
-use crate::support::World;
-use crate::support::hosted::{
+use test_support::World;
+use test_support::hosted::{
     Answer, Hosted, RUN_FOR_EVER, RUNNING, encode_request, events, good_authorization, job,
 };
 

@@ -9,9 +9,9 @@ use std::process::{Command, Output, Stdio};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::hosted::{Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, job, wait_until};
-use crate::support::ssh::{SshServer, client, key};
-use crate::support::{World, base64, feed, lives_with, wait_for_end};
+use test_support::hosted::{Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, job, wait_until};
+use test_support::ssh::{SshServer, client, key};
+use test_support::{World, base64, feed, lives_with, wait_for_end};
 
 const WARNING: &str = "not everything for SSH access to this job is there";
 

@@ -11,11 +11,11 @@ use std::time::{Duration, SystemTime};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::docker;
-use crate::support::hosted::{
+use test_support::docker;
+use test_support::hosted::{
     CallbackServer, Hosted, RUN_FOR_EVER, RUNNING, SECRET, job, wait_until,
 };
-use crate::support::{World, base64, lives_with, wait_for_file};
+use test_support::{World, base64, lives_with, wait_for_file};
 
 fn metrics_to(host: &str, port: u16) -> impl FnOnce(&mut Command) {
     move |command| {

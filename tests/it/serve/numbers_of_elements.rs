@@ -4,8 +4,8 @@ use std::fs;
 use std::process::Stdio;
 use std::time::SystemTime;
 
-use crate::support::hosted::{Hosted, job};
-use crate::support::{World, wait_for_end};
+use test_support::hosted::{Hosted, job};
+use test_support::{World, wait_for_end};
 
 /// How often the least element is in a list: 4 MB of text at most.
 const MANY: usize = 1_000_000;

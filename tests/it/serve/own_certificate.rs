@@ -17,9 +17,9 @@ use openssl::ssl::{SslConnector, SslMethod};
 use openssl::x509::extension::{BasicConstraints, ExtendedKeyUsage, SubjectAlternativeName};
 use openssl::x509::{X509, X509Name};
 
-use crate::support::World;
-use crate::support::hosted::{Hosted, SECRET, refusal, wait_until};
-use crate::support::surroundings::{OPERATOR, STRANGER, as_user, has_other_users};
+use test_support::World;
+use test_support::hosted::{Hosted, SECRET, refusal, wait_until};
+use test_support::surroundings::{OPERATOR, STRANGER, as_user, has_other_users};
 
 const SECRET_VARIABLE: &str = "SEMAPHORE_AGENT_AUTH_TOKEN_SECRET";
 

@@ -11,10 +11,10 @@ use std::time::{Duration, SystemTime};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::support::hosted::{
+use test_support::hosted::{
     Answer, Hosted, command, encode_request, good_authorization, job, refusal, wait_until,
 };
-use crate::support::{World, wait_for_end};
+use test_support::{World, wait_for_end};
 
 const CANARY: &str = "canary";
 

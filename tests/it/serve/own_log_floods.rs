@@ -6,8 +6,8 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::json;
 
-use crate::support::World;
-use crate::support::hosted::{Answer, Hosted, encode_request, good_authorization, job};
+use test_support::World;
+use test_support::hosted::{Answer, Hosted, encode_request, good_authorization, job};
 
 /// The size at which the log is rotated: two of that are kept.
 const SIZE: usize = 200_000;

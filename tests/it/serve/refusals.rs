@@ -4,8 +4,8 @@ use std::io::{BufReader, Write as _};
 
 use serde_json::{Value, json};
 
-use crate::support::hosted::{Answer, Hosted, encode_request, good_authorization, job};
-use crate::support::{Finished, World, base64};
+use test_support::hosted::{Answer, Hosted, encode_request, good_authorization, job};
+use test_support::{Finished, World, base64};
 
 const SECRET_TEXT: &str = "hunter2-wordlike";
 const SECRET_NUMBER: u64 = 481_516_234_200;

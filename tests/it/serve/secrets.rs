@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::support::hosted::{
+use test_support::hosted::{
     CallbackServer, Hosted, SECRET, good_authorization, job, refusal, token,
 };
-use crate::support::{World, base64};
+use test_support::{World, base64};
 
 const SECRET_VARIABLE: &str = "SEMAPHORE_AGENT_AUTH_TOKEN_SECRET";
 

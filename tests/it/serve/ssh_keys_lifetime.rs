@@ -8,9 +8,9 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::serve::login::{Machine, script, text};
-use crate::support::hosted::{Hosted, RUN_UNTIL_GO, RUNNING, job, wait_until};
-use crate::support::ssh::client;
-use crate::support::{KilledOnFailure, World, base64, lives_with, wait_for_end};
+use test_support::hosted::{Hosted, RUN_UNTIL_GO, RUNNING, job, wait_until};
+use test_support::ssh::client;
+use test_support::{KilledOnFailure, World, base64, lives_with, wait_for_end};
 
 const KEY: &str = "ssh-ed25519 AAAA of-the-job";
 

@@ -4,8 +4,8 @@ use std::ffi::OsStr;
 use std::fs;
 use std::process::Stdio;
 
-use crate::support::hosted::{Hosted, RUN_UNTIL_GO, RUNNING, command, job};
-use crate::support::{World, base64, wait_for_end};
+use test_support::hosted::{Hosted, RUN_UNTIL_GO, RUNNING, command, job};
+use test_support::{World, base64, wait_for_end};
 
 /// The exit code of an agent that does not start and names `value` and `why`.
 fn refusal(world: &World, flag: &str, value: impl AsRef<OsStr>, why: &str) -> Option<i32> {

@@ -4,10 +4,10 @@ use std::io::{BufReader, Write as _};
 
 use serde_json::{Value, json};
 
-use crate::support::hosted::{
+use test_support::hosted::{
     Answer, Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, encode_request, good_authorization, job,
 };
-use crate::support::{Finished, World, lives_with, marked};
+use test_support::{Finished, World, lives_with, marked};
 
 const EXPORTS: &str = "Exporting environment variables";
 

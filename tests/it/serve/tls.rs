@@ -17,8 +17,8 @@ use openssl::ssl::{Ssl, SslContext, SslContextBuilder, SslMethod, SslStream, Ssl
 use openssl::symm::Cipher;
 use openssl::x509::X509;
 
-use crate::support::World;
-use crate::support::hosted::{Answer, Hosted, encode_request, refusal, wait_until};
+use test_support::World;
+use test_support::hosted::{Answer, Hosted, encode_request, refusal, wait_until};
 
 /// A certificate and its key.
 struct Pair {

@@ -4,9 +4,9 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::support::World;
-use crate::support::hosted::{RUN_FOR_EVER, RUNNING, job};
-use crate::support::self_hosted::{Hub, SOON, SelfHosted};
+use test_support::World;
+use test_support::hosted::{RUN_FOR_EVER, RUNNING, job};
+use test_support::self_hosted::{Hub, SOON, SelfHosted};
 
 /// Waits for the end of an agent that is told to end like this; why it ended, in its hook's words.
 fn end(answer: Value) -> String {

@@ -6,10 +6,10 @@ use std::net::{Ipv4Addr, TcpListener};
 
 use serde_json::json;
 
-use crate::support::World;
-use crate::support::control_plane::{Asked, Fault};
-use crate::support::hosted::{Hosted, RUN_UNTIL_GO, RUNNING, job};
-use crate::support::self_hosted::{Hub, SOON, SelfHosted};
+use test_support::World;
+use test_support::control_plane::{Asked, Fault};
+use test_support::hosted::{Hosted, RUN_UNTIL_GO, RUNNING, job};
+use test_support::self_hosted::{Hub, SOON, SelfHosted};
 
 #[test]
 fn a_connection_that_the_log_server_closed_is_told_as_that() {

@@ -9,10 +9,10 @@ use clap::CommandFactory as _;
 use semaphore_agent::commands::cli::Cli;
 use serde_json::{Map, Value};
 
-use crate::support::start_agent::{
+use test_support::start_agent::{
     StartAgent, TOKEN, command, finished, hub, job, refusal, run, wait_for_log,
 };
-use crate::support::{World, config_keys};
+use test_support::{World, config_keys};
 
 /// What is needed, in a file.
 const NEEDED: &str = "endpoint: hub.example.com\ntoken: canary-registration-token\n";

@@ -11,10 +11,10 @@ use actors::log::event::LogEvent;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::support::World;
-use crate::support::control_plane::{Asked, Fault, Known};
-use crate::support::hosted::{job, wait_until};
-use crate::support::self_hosted::{Hub, SOON, SelfHosted, go, in_parts, wait_for_part};
+use test_support::World;
+use test_support::control_plane::{Asked, Fault, Known};
+use test_support::hosted::{job, wait_until};
+use test_support::self_hosted::{Hub, SOON, SelfHosted, go, in_parts, wait_for_part};
 
 /// What one line of output may be long, in bytes, without its end.
 const LONGEST: usize = 8000;

@@ -9,11 +9,11 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::control_plane::Known;
-use crate::support::docker;
-use crate::support::hosted::{Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, job, wait_until};
-use crate::support::self_hosted::{Hub, SOON, SelfHosted};
-use crate::support::{World, base64, job_of};
+use test_support::control_plane::Known;
+use test_support::docker;
+use test_support::hosted::{Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, job, wait_until};
+use test_support::self_hosted::{Hub, SOON, SelfHosted};
+use test_support::{World, base64, job_of};
 
 const SHOW_PAGERS: &str = r#"echo "$PAGER,$GIT_PAGER""#;
 

@@ -8,10 +8,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::support::control_plane::ControlPlane;
-use crate::support::hosted::{RUN_FOR_EVER, RUNNING};
-use crate::support::start_agent::{StartAgent, TOKEN, finished, hub, job, wait_for_log};
-use crate::support::{Finished, World, lives_with};
+use test_support::control_plane::ControlPlane;
+use test_support::hosted::{RUN_FOR_EVER, RUNNING};
+use test_support::start_agent::{StartAgent, TOKEN, finished, hub, job, wait_for_log};
+use test_support::{Finished, World, lives_with};
 
 const PRE_JOB: &str = "Running the pre-job hook configured in the agent";
 const POST_JOB: &str = "Running the post-job hook configured in the agent";

@@ -5,10 +5,10 @@ use std::fs;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::control_plane::Fault;
-use crate::support::hosted::{CallbackServer, RUN_FOR_EVER, RUNNING, job};
-use crate::support::self_hosted::{FAR_OFF, Hub, NAME, SOON, SelfHosted, go, in_parts, jump_point};
-use crate::support::{Finished, World, base64, lives_with, marked};
+use test_support::control_plane::Fault;
+use test_support::hosted::{CallbackServer, RUN_FOR_EVER, RUNNING, job};
+use test_support::self_hosted::{FAR_OFF, Hub, NAME, SOON, SelfHosted, go, in_parts, jump_point};
+use test_support::{Finished, World, base64, lives_with, marked};
 
 const EXPORTS: &str = "Exporting environment variables";
 

@@ -1,8 +1,8 @@
 //! Settings that look right to who wrote them: logins of proxies, and files from editors that mark them.
 
-use crate::support::World;
-use crate::support::hosted::{self, Hosted};
-use crate::support::start_agent::{TOKEN, command, refusal, run};
+use test_support::World;
+use test_support::hosted::{self, Hosted};
+use test_support::start_agent::{TOKEN, command, refusal, run};
 
 /// What many editors put before a text.
 const MARK: &str = "\u{feff}";

@@ -6,10 +6,10 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
-use crate::support::World;
-use crate::support::control_plane::{Fault, Known};
-use crate::support::hosted::{RUN_FOR_EVER, RUNNING, job};
-use crate::support::self_hosted::{FAR_OFF, Hub, SOON, SelfHosted};
+use test_support::World;
+use test_support::control_plane::{Fault, Known};
+use test_support::hosted::{RUN_FOR_EVER, RUNNING, job};
+use test_support::self_hosted::{FAR_OFF, Hub, SOON, SelfHosted};
 
 /// What it says of a name that an agent has which it believes alive.
 const TAKEN: &str = "agent can't be registered\n";

@@ -7,10 +7,10 @@ use std::process::Command;
 
 use nix::unistd::{Pid, geteuid};
 
-use crate::support::World;
-use crate::support::hosted::{self, Hosted, SECRET};
-use crate::support::start_agent::{self, StartAgent, TOKEN, finished, hub};
-use crate::support::surroundings::in_shell;
+use test_support::World;
+use test_support::hosted::{self, Hosted, SECRET};
+use test_support::start_agent::{self, StartAgent, TOKEN, finished, hub};
+use test_support::surroundings::in_shell;
 
 const SECRET_VARIABLE: &str = "SEMAPHORE_AGENT_AUTH_TOKEN_SECRET";
 const TOKEN_VARIABLE: &str = "SEMAPHORE_AGENT_TOKEN";

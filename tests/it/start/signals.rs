@@ -6,10 +6,10 @@ use std::process::{Command, Stdio};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::support::control_plane::{Asked, Fault};
-use crate::support::hosted::{RUN_UNTIL_GO, RUNNING, job, wait_until};
-use crate::support::self_hosted::{FAR_OFF, Hub, SOON, SelfHosted};
-use crate::support::{World, lives_with, marked, unique};
+use test_support::control_plane::{Asked, Fault};
+use test_support::hosted::{RUN_UNTIL_GO, RUNNING, job, wait_until};
+use test_support::self_hosted::{FAR_OFF, Hub, SOON, SelfHosted};
+use test_support::{World, lives_with, marked, unique};
 
 /// Longer than any test.
 const LONG_GRACE: u64 = 10_000;

@@ -16,11 +16,11 @@ use openssl::x509::extension::{BasicConstraints, SubjectAlternativeName};
 use openssl::x509::{X509, X509Name};
 use serde_json::json;
 
-use crate::support::World;
-use crate::support::control_plane::ControlPlane;
-use crate::support::hosted::encode_request;
-use crate::support::http::{Answer, Request};
-use crate::support::start_agent::{StartAgent, TOKEN, command, finished, hub, job, refusal};
+use test_support::World;
+use test_support::control_plane::ControlPlane;
+use test_support::hosted::encode_request;
+use test_support::http::{Answer, Request};
+use test_support::start_agent::{StartAgent, TOKEN, command, finished, hub, job, refusal};
 
 /// A name that nobody but a proxy here knows.
 const UNKNOWN_HOST: &str = "hub.invalid";

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 pub fn make_images() {
     static MADE: OnceLock<()> = OnceLock::new();
     MADE.get_or_init(|| {
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/images/build");
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/images/build");
         assert!(Command::new(script).stdin(Stdio::null()).status().unwrap().success());
     });
 }

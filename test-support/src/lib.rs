@@ -1,8 +1,17 @@
-//! Runs the real binary in a world of its own: a private HOME, a private state directory.
+//! What tests, benches and the example control plane share: agents in a world of their own, and the real or
+//! scripted things around them.
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::missing_panics_doc,
+    reason = "a failed test is a panic"
+)]
+#![expect(
+    missing_docs,
+    reason = "only for this repository, and many names say all there is to say"
+)]
 
 pub mod changed_shell;
-#[path = "../../../examples/hub/control_plane.rs"]
-#[expect(dead_code, reason = "the example uses all of it")]
 pub mod control_plane;
 pub mod daemon;
 pub mod docker;
@@ -20,7 +29,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Once, mpsc};
+use std::sync::{Arc, Once, OnceLock, mpsc};
 use std::time::Duration;
 
 use actors::log::event::LogEvent;
@@ -54,9 +63,27 @@ pub fn pause() {
     std::thread::park_timeout(Duration::from_millis(5));
 }
 
+/// The agent's program. Cargo builds it for tests and benches of its package, and puts it into the directory
+/// above theirs: `target/debug/agent` for `target/debug/deps/it-0123`.
+pub fn agent_program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let own = std::env::current_exe().unwrap();
+        let program = own.ancestors().nth(2).unwrap().join("agent");
+        assert!(program.is_file(), "{} is missing: `cargo build` makes it", program.display());
+        program
+    })
+}
+
 /// A machine's user who runs jobs.
 pub struct World {
     directory: Arc<TempDir>,
+}
+
+impl Default for World {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl World {
@@ -84,7 +111,7 @@ impl World {
 
     /// The agent with nothing of the outer environment but PATH.
     pub fn agent(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_agent"));
+        let mut command = Command::new(agent_program());
         command.env_clear().env("PATH", std::env::var_os("PATH").unwrap());
         command.env("HOME", self.home()).env("SEMAPHORE_AGENT_STATE_DIR", self.state());
         command.stdin(Stdio::null());
@@ -318,7 +345,7 @@ pub fn config_keys(text: &str) -> BTreeSet<String> {
 }
 
 /// As values and contents are written in job files.
-pub(crate) fn base64(bytes: &[u8]) -> String {
+pub fn base64(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut encoded = String::new();
     for group in bytes.chunks(3) {
@@ -332,7 +359,7 @@ pub(crate) fn base64(bytes: &[u8]) -> String {
 }
 
 /// Waits for a child's end; one that does not come fails the test, and leaves nothing running.
-pub(crate) fn wait_for_end(child: Child) -> Output {
+pub fn wait_for_end(child: Child) -> Output {
     let pid = Pid::from_raw(child.id().try_into().unwrap());
     let (sender, ended) = std::sync::mpsc::channel();
     let waiter = std::thread::spawn(move || sender.send(child.wait_with_output().unwrap()));
@@ -345,7 +372,7 @@ pub(crate) fn wait_for_end(child: Child) -> Output {
 }
 
 /// Waits for a file that a job makes.
-pub(crate) fn wait_for_file(path: &Path) {
+pub fn wait_for_file(path: &Path) {
     let deadline = std::time::SystemTime::now() + PATIENCE;
     while !path.exists() {
         assert!(std::time::SystemTime::now() < deadline, "{} does not appear", path.display());

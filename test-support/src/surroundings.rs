@@ -46,7 +46,7 @@ pub fn without_control_groups(command: &mut Command) {
 pub fn as_user(world: &World, user: u32, command: &mut Command) {
     let directory = world.directory.path();
     // The usual place may be one that only the tests' own user gets to.
-    let usual = env!("CARGO_BIN_EXE_agent");
+    let usual = crate::agent_program();
     let program = directory.join("agent");
     if !program.exists() {
         fs::copy(usual, &program).unwrap();

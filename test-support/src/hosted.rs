@@ -222,7 +222,7 @@ pub fn wait_until(mut done: impl FnMut() -> bool, what: impl FnOnce() -> String)
     let deadline = SystemTime::now() + PATIENCE;
     while !done() {
         assert!(SystemTime::now() <= deadline, "{}", what());
-        crate::support::pause();
+        crate::pause();
     }
 }
 
