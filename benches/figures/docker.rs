@@ -8,8 +8,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::hosted::HostedAgent;
 use crate::place::Place;
+use crate::serve::ServeAgent;
 use crate::table::{Figure, Target};
 use crate::{LINES, OUTPUT, Result, ms};
 
@@ -101,7 +101,7 @@ pub(crate) async fn clean_up(place: &Place) -> Result<Figure> {
 /// the engine has no container of the job any more, in s.
 pub(crate) fn stop(place: &Place, until_gone: bool) -> Result<Figure> {
     make_images()?;
-    let mut agent = HostedAgent::start(place)?;
+    let mut agent = ServeAgent::start(place)?;
     let mut runs = Vec::new();
     for _ in 0..RUNS {
         agent.post_job(request(1, &["sleep 1000"]))?;

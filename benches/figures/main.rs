@@ -7,9 +7,9 @@
 //! binary.
 
 mod docker;
-mod hosted;
 mod place;
-mod self_hosted;
+mod serve;
+mod start;
 mod table;
 
 use std::error::Error;
@@ -78,45 +78,36 @@ async fn measure_all(part: &str) -> Result<()> {
         ("last 10 of 500,000 events, ms", Box::pin(last_events(place))),
         ("peak memory over the 50 MB job, MB", Box::pin(peak_memory(place))),
         ("`agent version`, ms", Box::pin(async { start_up(place) })),
-        ("serve: start to first answer, ms", Box::pin(async { hosted::start_up(place) })),
+        ("serve: start to first answer, ms", Box::pin(async { serve::start_up(place) })),
         (
             "serve: job `true` to `finished`, ms",
-            Box::pin(async { hosted::short_job(place, "true", 10.0) }),
+            Box::pin(async { serve::short_job(place, "true", 10.0) }),
         ),
         (
             "serve: job `echo hi` to `finished`, ms",
-            Box::pin(async { hosted::short_job(place, "echo hi", 11.0) }),
+            Box::pin(async { serve::short_job(place, "echo hi", 11.0) }),
         ),
-        ("serve: archived to `teardown_finished`, ms", Box::pin(async { hosted::teardown(place) })),
-        ("serve: stop to `finished`, ms", Box::pin(async { hosted::stop(place) })),
+        ("serve: archived to `teardown_finished`, ms", Box::pin(async { serve::teardown(place) })),
+        ("serve: stop to `finished`, ms", Box::pin(async { serve::stop(place) })),
         (
             "serve: GET last 10 of 30,000 events, ms",
-            Box::pin(async { hosted::last_events(place, 1, 1.0) }),
+            Box::pin(async { serve::last_events(place, 1, 1.0) }),
         ),
         (
             "serve: the same, 10 readers, p99, ms",
-            Box::pin(async { hosted::last_events(place, 10, 5.0) }),
+            Box::pin(async { serve::last_events(place, 10, 5.0) }),
         ),
-        ("serve: a whole log of 79 MB, MB/s", Box::pin(async { hosted::whole_log(place) })),
-        ("serve: memory, idle, MB", Box::pin(async { hosted::memory(place, 0, 14.0) })),
-        ("serve: memory after 100 jobs, MB", Box::pin(async { hosted::memory(place, 100, 14.0) })),
-        (
-            "start: `run-job` to first command, ms",
-            Box::pin(async { self_hosted::first_command(place) }),
-        ),
-        (
-            "start: last command to result known, ms",
-            Box::pin(async { self_hosted::result_known(place) }),
-        ),
-        (
-            "start: job's end to next job's command, ms",
-            Box::pin(async { self_hosted::next_job(place) }),
-        ),
-        ("start: 50 MB at the control plane, s", Box::pin(async { self_hosted::large_log(place) })),
-        ("start: memory, idle, MB", Box::pin(async { self_hosted::memory(place, false, 12.0) })),
+        ("serve: a whole log of 79 MB, MB/s", Box::pin(async { serve::whole_log(place) })),
+        ("serve: memory, idle, MB", Box::pin(async { serve::memory(place, 0, 14.0) })),
+        ("serve: memory after 100 jobs, MB", Box::pin(async { serve::memory(place, 100, 14.0) })),
+        ("start: `run-job` to first command, ms", Box::pin(async { start::first_command(place) })),
+        ("start: last command to result known, ms", Box::pin(async { start::result_known(place) })),
+        ("start: job's end to next job's command, ms", Box::pin(async { start::next_job(place) })),
+        ("start: 50 MB at the control plane, s", Box::pin(async { start::large_log(place) })),
+        ("start: memory, idle, MB", Box::pin(async { start::memory(place, false, 12.0) })),
         (
             "start: memory after the 50 MB job, MB",
-            Box::pin(async { self_hosted::memory(place, true, 24.0) }),
+            Box::pin(async { start::memory(place, true, 24.0) }),
         ),
         (
             "docker: arrival to first command, s",

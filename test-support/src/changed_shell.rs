@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use super::{Finished, World};
+use crate::{Finished, World};
 
 /// A command that runs after the change. Absolute paths and literal words: a job can redefine none of it.
 pub const SECOND: &str = "/bin/echo second";
@@ -158,7 +158,7 @@ pub fn assert_none(harmed: &[String]) {
 /// A script for `base64 -d`, which wants no end cut short.
 fn encoded(script: &str) -> String {
     let ends = script.len().next_multiple_of(3) - script.len();
-    super::base64(format!("{script}{}", "\n".repeat(ends)).as_bytes())
+    crate::base64(format!("{script}{}", "\n".repeat(ends)).as_bytes())
 }
 
 /// Below an entrypoint that does this in the container, before it becomes the shell. Its text has no `$`,
@@ -168,7 +168,7 @@ pub fn set_up_by(job: &mut Value, set_up: &str) {
     main["entrypoint"] =
         r#"/bin/sh -c 'eval "`env | sed -n s/^SET_UP=//p | base64 -d`"' set-up"#.into();
     let set_up = format!("{set_up}\nunset SET_UP; exec \"$@\"");
-    main["env_vars"] = super::docker::variables(&[("SET_UP", encoded(&set_up).as_bytes())]);
+    main["env_vars"] = crate::docker::variables(&[("SET_UP", encoded(&set_up).as_bytes())]);
 }
 
 /// Gives the shell of the job's container this startup file.

@@ -1,4 +1,4 @@
-//! A running agent that goes on until it is asked to end, and what it says about itself.
+//! A running agent that goes on until it is asked to end, and its own log.
 
 use std::io;
 use std::os::unix::process::ExitStatusExt as _;
@@ -9,7 +9,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use super::{PATIENCE, Watchdog, World};
+use crate::World;
+use crate::waiting::PATIENCE;
+use crate::world::Watchdog;
 
 /// Starts a program, even one that was copied just now: another thread's child has the copy open until that child
 /// starts its own program.
@@ -22,7 +24,7 @@ pub fn spawned(command: &mut Command) -> Child {
     }
 }
 
-/// See the module.
+/// An `agent serve` or `agent start`. It is killed with this value.
 pub struct Daemon {
     child: Child,
     own_log: Arc<OwnLog>,
@@ -36,7 +38,7 @@ impl Daemon {
         let mut child = spawned(&mut command);
         let watchdog = Watchdog::over(&child);
         let own_log = OwnLog::collect(child.stdout.take().unwrap());
-        let world = Arc::clone(&world.directory);
+        let world = world.keep();
         Self { child, own_log, _watchdog: watchdog, _world: world }
     }
 

@@ -42,8 +42,8 @@ pub fn container(name: &str, image: &str) -> Value {
 #[expect(clippy::needless_pass_by_value, reason = "written where it is passed")]
 pub fn job_in(containers: Value, commands: &[&str]) -> Value {
     make_images();
-    let mut job: Value = serde_json::from_str(&super::job_of(commands)).unwrap();
-    job["job_id"] = super::unique().into();
+    let mut job: Value = serde_json::from_str(&crate::job_of(commands)).unwrap();
+    job["job_id"] = crate::unique().into();
     job["executor"] = "dockercompose".into();
     job["compose"] = json!({ "containers": containers });
     job
@@ -52,13 +52,13 @@ pub fn job_in(containers: Value, commands: &[&str]) -> Value {
 /// Variables as jobs have them.
 pub fn variables(variables: &[(&str, &[u8])]) -> Value {
     let named =
-        |(name, value): &(&str, &[u8])| json!({ "name": name, "value": super::base64(value) });
+        |(name, value): &(&str, &[u8])| json!({ "name": name, "value": crate::base64(value) });
     variables.iter().map(named).collect()
 }
 
 /// A file as jobs have them.
 pub fn file(path: &str, content: &[u8], mode: &str) -> Value {
-    json!({ "path": path, "content": super::base64(content), "mode": mode })
+    json!({ "path": path, "content": crate::base64(content), "mode": mode })
 }
 
 /// The containers and networks that a job has on the engine.

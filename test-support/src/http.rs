@@ -1,6 +1,21 @@
 //! HTTP messages as they come over a connection.
 
-use std::io::{self, BufRead, Read as _};
+use std::io::{self, BufRead, Read as _, Write as _};
+
+/// A request as it goes over the wire.
+pub fn encode_request(method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
+    let mut bytes = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n").into_bytes();
+    for (name, value) in headers {
+        write!(bytes, "{name}: {value}\r\n").unwrap();
+    }
+    let chunked = headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("transfer-encoding"));
+    if !chunked && (method == "POST" || !body.is_empty()) {
+        write!(bytes, "Content-Length: {}\r\n", body.len()).unwrap();
+    }
+    bytes.extend_from_slice(b"\r\n");
+    bytes.extend_from_slice(body);
+    bytes
+}
 
 /// What a server answered.
 #[derive(Clone, Debug)]

@@ -7,8 +7,8 @@ use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
-use super::feed;
-use super::http::Request;
+use crate::feed;
+use crate::http::Request;
 
 /// Who may push and pull.
 pub const USER: &str = "tester";

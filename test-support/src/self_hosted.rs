@@ -1,16 +1,16 @@
 //! A running `agent start`, and the control plane that it works for.
 
 use std::ops::{Deref, DerefMut};
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use actors::log::event::LogEvent;
 use serde_json::Value;
 
-use super::control_plane::{Asked, ControlPlane, Fault, Known, Settings};
-use super::daemon::Daemon;
-use super::{Finished, World};
+use crate::control_plane::{Asked, ControlPlane, Fault, Known, Settings};
+use crate::daemon::Daemon;
+use crate::finished::events;
+use crate::{Finished, World};
 
 /// The name of all agents here.
 pub const NAME: &str = "agent-of-a-test";
@@ -125,12 +125,6 @@ impl Hub {
     }
 }
 
-/// The events of a log.
-pub fn events(log: &[u8]) -> Vec<LogEvent> {
-    let lines = log.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
-    lines.map(|line| LogEvent::decode(line).unwrap()).collect()
-}
-
 fn state(report: &Value) -> String {
     let words = ["state", "job_id", "job_result"].map(|key| report[key].as_str().unwrap());
     words.join(" ").trim_end().to_owned()
@@ -167,7 +161,7 @@ impl SelfHosted {
         command.env("SEMAPHORE_AGENT_ENDPOINT", hub.endpoint());
         command.env("SEMAPHORE_AGENT_NO_HTTPS", "true").env("SEMAPHORE_AGENT_TOKEN", "dev");
         command.env("SEMAPHORE_AGENT_NAME", NAME);
-        command.env("SEMAPHORE_AGENT_SSH_JUMP_POINT_PATH", jump_point(world));
+        command.env("SEMAPHORE_AGENT_SSH_JUMP_POINT_PATH", world.jump_point());
         command.env("SEMAPHORE_AGENT_LOG_FILE_PATH", world.home().with_file_name("agent_log"));
         adapt(&mut command);
         Self { daemon: Daemon::start(world, command) }
@@ -191,27 +185,4 @@ impl DerefMut for SelfHosted {
     fn deref_mut(&mut self) -> &mut Daemon {
         &mut self.daemon
     }
-}
-
-/// What people start over SSH.
-pub fn jump_point(world: &World) -> PathBuf {
-    world.home().with_file_name("ssh_jump_point")
-}
-
-/// A command of parts, each of which prints and waits then until [`go`] lets it go on.
-pub fn in_parts(parts: &[&str]) -> String {
-    let part = |(number, part): (usize, &&str)| {
-        format!("{part}; touch ~/did-{number}; until [[ -e ~/go-{number} ]]; do sleep 0.01; done; ")
-    };
-    parts.iter().enumerate().map(part).collect()
-}
-
-/// Waits until a part of such a command is done.
-pub fn wait_for_part(world: &World, number: usize) {
-    super::wait_for_file(&world.home().join(format!("did-{number}")));
-}
-
-/// Lets it go on after this part.
-pub fn go(world: &World, number: usize) {
-    std::fs::write(world.home().join(format!("go-{number}")), "").unwrap();
 }

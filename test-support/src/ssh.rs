@@ -102,7 +102,7 @@ pub fn key(directory: &Path, name: &str, kind: &[&str]) -> PathBuf {
 
 /// Nothing of a private key may be in what was printed, neither as it is nor as jobs have it.
 pub fn assert_hidden(private_key: &str, printed: &str) {
-    let encoded = super::base64(private_key.as_bytes());
+    let encoded = crate::base64(private_key.as_bytes());
     let encoded = encoded.as_bytes().chunks(64).map(|part| str::from_utf8(part).unwrap());
     for secret in private_key.lines().chain(encoded) {
         assert!(!printed.contains(secret), "the key is in the log: {secret:?}");

@@ -4,25 +4,18 @@ use std::process::{Command, Output, Stdio};
 
 use actors::log::event::LogEvent;
 use nix::sys::signal::Signal;
-use serde_json::Value;
 
-use super::control_plane::{ControlPlane, HubJob, Known, Settings};
-use super::daemon::Daemon;
-use super::{Finished, PATIENCE, World, wait_for_end};
+use crate::control_plane::{ControlPlane, HubJob, Known, Settings};
+use crate::daemon::Daemon;
+use crate::waiting::PATIENCE;
+use crate::{Finished, World, wait_for_end};
 
 /// What agents register with; no output may ever show it.
 pub const TOKEN: &str = "canary-registration-token";
 
 /// `agent start` with private places for all that it writes, and nothing else that it needs.
 pub fn command(world: &World) -> Command {
-    let directory = world.directory.path();
-    let working = directory.join("working");
-    std::fs::create_dir_all(&working).unwrap();
-    let mut command = world.agent();
-    command.arg("start").current_dir(working);
-    command.env("SEMAPHORE_AGENT_SSH_JUMP_POINT_PATH", directory.join("ssh_jump_point"));
-    command.env("SEMAPHORE_AGENT_LOG_FILE_PATH", directory.join("agent_log"));
-    command
+    world.daemon("start")
 }
 
 /// What an agent prints that soon ends by itself.
@@ -102,9 +95,4 @@ impl StartAgent {
     pub fn wait_for_own_log(&self, text: &str) -> String {
         self.daemon.wait_for_own_log(text)
     }
-}
-
-/// A job of these commands and nothing else.
-pub fn job(id: &str, commands: &[&str]) -> Value {
-    super::hosted::job(id, commands)
 }

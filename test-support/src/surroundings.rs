@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use nix::unistd::geteuid;
 use tempfile::TempDir;
 
-use super::World;
+use crate::World;
 
 /// A user who runs agents and has no other rights.
 pub const OPERATOR: u32 = 12_345;
@@ -44,7 +44,7 @@ pub fn without_control_groups(command: &mut Command) {
 /// Has the agent start as this user, to whom the world belongs from now on. Others can look into it where its
 /// own directories let them.
 pub fn as_user(world: &World, user: u32, command: &mut Command) {
-    let directory = world.directory.path();
+    let directory = world.directory();
     // The usual place may be one that only the tests' own user gets to.
     let usual = crate::agent_program();
     let program = directory.join("agent");

@@ -9,8 +9,8 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use test_support::docker::{container, file, job, job_in, left_of, variables};
-use test_support::hosted::Hosted;
 use test_support::registry::Registry;
+use test_support::serve::ServeAgent;
 use test_support::{Finished, World};
 
 const CREDENTIALS: &str = "Setting up image pull credentials";
@@ -129,7 +129,7 @@ fn every_image_is_measured() {
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     let port = socket.local_addr().unwrap().port().to_string();
-    let agent = Hosted::start_with(&World::new(), |command| {
+    let agent = ServeAgent::start_with(&World::new(), |command| {
         command.args(["--statsd-host", "127.0.0.1", "--statsd-port", &port]);
     });
     let receive = || {

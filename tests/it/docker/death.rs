@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 
 use crate::serve::login::leads_nowhere;
 use test_support::docker::{docker, make_images};
-use test_support::hosted::{Hosted, RUNNING, wait_until};
-use test_support::{Running, World, base64, lives_with, wait_for_file};
+use test_support::serve::ServeAgent;
+use test_support::{RUNNING, Running, World, base64, lives_with, wait_for_file, wait_until};
 
 /// A job in two containers that runs without end.
 fn job() -> Value {
@@ -107,7 +107,7 @@ fn the_next_agent_takes_back_the_keys_of_a_dead_job_at_once() {
     let world = World::new();
     let mut job = job();
     job["ssh_public_keys"] = json!([base64(b"ssh-ed25519 AAAA me")]);
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     agent.post_job(&job).of_status(200);
     agent.wait_for_log("killed", RUNNING);
     let place = place(&world);
@@ -116,7 +116,7 @@ fn the_next_agent_takes_back_the_keys_of_a_dead_job_at_once() {
     kill_watch(&world);
     agent.signal(Signal::SIGKILL);
     drop(agent);
-    let _next = Hosted::start(&world);
+    let _next = ServeAgent::start(&world);
     assert!(!keys.exists());
     assert!(leads_nowhere(&world));
     wait_until_nothing_is_left(&world, &place);
@@ -141,7 +141,7 @@ fn a_setup_command_of_the_host_does_not_outlive_an_agent_that_is_killed() {
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine and its client")]
 fn variables_of_containers_are_not_in_the_agents_own_log() {
     let world = World::new();
-    let agent = Hosted::start_with(&world, |command| {
+    let agent = ServeAgent::start_with(&world, |command| {
         command.env("SEMAPHORE_AGENT_LOG_LEVEL", "trace");
     });
     let mut job = job();

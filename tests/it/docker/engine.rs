@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use serde_json::{Value, json};
 
 use test_support::docker::{container, job, job_in, left_of};
-use test_support::hosted::{self, Hosted};
+use test_support::serve::ServeAgent;
 use test_support::{Finished, World, wait_for_end};
 
 const ENGINE: &str = "/var/run/docker.sock";
@@ -143,7 +143,7 @@ fn an_engine_that_refuses_the_agents_user_is_named() {
 fn an_agent_without_an_engine_goes_on() {
     let world = World::new();
     let missing = world.home().join("missing.sock");
-    let agent = Hosted::start_with(&world, |command| {
+    let agent = ServeAgent::start_with(&world, |command| {
         command.env("DOCKER_HOST", at(&missing));
     });
     for _ in 0..2 {
@@ -151,7 +151,7 @@ fn an_agent_without_an_engine_goes_on() {
         assert_eq!(finished.result(), "failed");
         assert!(finished.output().contains("missing.sock"), "{finished:#?}");
     }
-    assert_eq!(agent.run_to_end(&hosted::job("1", &["echo hi"])).result(), "passed");
+    assert_eq!(agent.run_to_end(&test_support::job("1", &["echo hi"])).result(), "passed");
 }
 
 /// A socket that leads to the engine until it is cut.
@@ -210,16 +210,16 @@ fn forward(from: &UnixStream, to: &UnixStream) {
 }
 
 /// An agent behind a wire, with a job of which one command runs.
-fn running_behind(world: &World) -> (Wire, Hosted, Value) {
+fn running_behind(world: &World) -> (Wire, ServeAgent, Value) {
     let wire = Wire::new(world.home().join("engine.sock"));
-    let agent = Hosted::start_with(world, |command| {
+    let agent = ServeAgent::start_with(world, |command| {
         command.env("DOCKER_HOST", at(&wire.socket));
     });
     let containers = json!([container("main", "bash"), container("web", "service")]);
-    let mut job = job_in(containers, &[hosted::RUN_FOR_EVER, "echo not reached"]);
+    let mut job = job_in(containers, &[test_support::RUN_FOR_EVER, "echo not reached"]);
     job["epilogue_always_commands"] = json!([{ "directive": "echo epilogue" }]);
     agent.post_job(&job).of_status(200);
-    agent.wait_for_log(job["job_id"].as_str().unwrap(), hosted::RUNNING);
+    agent.wait_for_log(job["job_id"].as_str().unwrap(), test_support::RUNNING);
     (wire, agent, job)
 }
 

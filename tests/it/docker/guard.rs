@@ -10,8 +10,11 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use test_support::docker::{job, left_of};
-use test_support::hosted::{Hosted, RUN_FOR_EVER, RUNNING, wait_until};
-use test_support::{KilledOnFailure, Running, World, lives_with, unique, wait_for_file};
+use test_support::serve::ServeAgent;
+use test_support::{
+    KilledOnFailure, RUN_FOR_EVER, RUNNING, Running, World, lives_with, unique, wait_for_file,
+    wait_until,
+};
 
 /// Starts a job by an agent all of whose processes have a marker; `first` comes before the usual places of programs.
 fn start(world: &World, job: &Value, first: &Path) -> (Running, String) {
@@ -76,7 +79,7 @@ fn a_guard_that_is_killed_has_a_successor() {
 fn a_job_whose_guard_is_killed_goes_on() {
     let world = World::new();
     let value = unique();
-    let agent = Hosted::start_with(&world, |command| {
+    let agent = ServeAgent::start_with(&world, |command| {
         command.env("TEST_MARKER", &value);
     });
     let marker = format!("TEST_MARKER={value}");

@@ -9,9 +9,10 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use test_support::docker::{job, left_of, variables};
-use test_support::hosted::wait_until;
 use test_support::registry::answering;
-use test_support::{KilledOnFailure, Running, World, lives_with, unique, wait_for_file};
+use test_support::{
+    KilledOnFailure, Running, World, lives_with, unique, wait_for_file, wait_until,
+};
 
 /// A registry that has nothing.
 fn registry() -> &'static str {

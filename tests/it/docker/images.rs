@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use test_support::docker::{
     Owned, container, docker, docker_prints, job, job_in, left_of, make_images, variables,
 };
-use test_support::hosted::Hosted;
 use test_support::registry::{PASSWORD, Registry, USER};
+use test_support::serve::ServeAgent;
 use test_support::{Finished, Step, World, base64, unique};
 
 const CREDENTIALS: &str = "Setting up image pull credentials";
@@ -29,8 +29,8 @@ fn run_in(world: &World, job: &Value) -> Finished {
 }
 
 /// The same as a job that came over the wire.
-fn hosted(job: &Value) -> Finished {
-    let finished = Hosted::start(&World::new()).run_to_end(job);
+fn served(job: &Value) -> Finished {
+    let finished = ServeAgent::start(&World::new()).run_to_end(job);
     assert_eq!(left_of(job), [""; 0]);
     finished
 }
@@ -148,7 +148,7 @@ fn containers_that_can_not_be_fail_the_job_with_the_reason() {
         (json!([container("a", "bash"), { "name": "b", "image": " " }]), "an image is needed"),
     ] {
         let job = job_in(containers, &["echo not reached"]);
-        let (_, output, _) = failed_step(&hosted(&job));
+        let (_, output, _) = failed_step(&served(&job));
         assert!(output.contains(reason), "{output}");
         // Who has a file is told at once.
         let finished = run(&job);
@@ -225,7 +225,7 @@ fn credentials_that_lack_something_fail_the_job_with_its_name() {
     for (credentials, reason) in [(credentials, "DOCKER_URL is missing"), (unknown, "`Quay`")] {
         let mut job = with_image("agent-test/bash");
         job["compose"]["image_pull_credentials"] = json!([credentials]);
-        let finished = hosted(&job);
+        let finished = served(&job);
         let (title, output, _) = failed_step(&finished);
         assert_eq!(title, CREDENTIALS);
         assert!(output.contains(reason) && !output.contains("canary"), "{output}");
@@ -368,7 +368,7 @@ fn passwords_are_in_no_log_no_arguments_and_no_file_that_stays() {
     let secrets: Vec<_> = plain.iter().cloned().chain(encoded).chain([basic]).collect();
 
     let world = World::new();
-    let agent = Hosted::start_with(&world, |command| {
+    let agent = ServeAgent::start_with(&world, |command| {
         command.env("SEMAPHORE_AGENT_LOG_LEVEL", "trace");
     });
     let (done, mut seen) = (AtomicBool::new(false), Vec::new());

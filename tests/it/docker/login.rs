@@ -7,9 +7,8 @@ use serde_json::json;
 
 use crate::serve::login::{Machine, leads_nowhere, script, text};
 use test_support::docker::make_images;
-use test_support::hosted::{RUNNING, wait_until};
 use test_support::ssh::client;
-use test_support::wait_for_end;
+use test_support::{RUNNING, wait_for_end, wait_until};
 
 /// The same as on the machine itself, but the home is that of the container.
 const RUN_UNTIL_GO: &str = "echo running; until [[ -e /go/go ]]; do sleep 0.1; done";

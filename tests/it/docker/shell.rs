@@ -6,7 +6,7 @@ use serde_json::json;
 
 use test_support::changed_shell::with_startup_file;
 use test_support::docker::{file, job, left_of, variables};
-use test_support::hosted::Hosted;
+use test_support::serve::ServeAgent;
 use test_support::{Finished, World};
 
 fn run(job: &serde_json::Value) -> Finished {
@@ -172,7 +172,7 @@ fn startup_files_of_the_container_print_nothing_into_the_log() {
     for startup in startup {
         let world = World::new();
         let host = world.file("bashrc", format!("{startup}\n"));
-        let agent = Hosted::start_with(&world, |command| {
+        let agent = ServeAgent::start_with(&world, |command| {
             command.arg("--files").arg(format!("{}:/root/.bashrc", host.display()));
         });
         let mut job = job("bash", &["builtin echo a", "builtin pwd; builtin echo $V"]);
@@ -197,7 +197,7 @@ fn startup_files_of_the_container_print_nothing_into_the_log() {
 fn a_startup_file_that_ends_the_shell_fails_the_start_with_what_it_printed() {
     let world = World::new();
     let host = world.file("bashrc", "yes | head -100000; echo no such luck; exit 3\n");
-    let agent = Hosted::start_with(&world, |command| {
+    let agent = ServeAgent::start_with(&world, |command| {
         command.arg("--files").arg(format!("{}:/root/.bashrc", host.display()));
     });
     let finished = agent.run_to_end(&job("bash", &["echo not reached"]));

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use test_support::World;
 use test_support::docker::{job, make_images};
-use test_support::hosted::{self, Hosted};
+use test_support::serve::{self, ServeAgent};
 use test_support::start_agent::{self, StartAgent, finished, hub};
 
 /// Passes where there is a socket.
@@ -24,9 +24,9 @@ const CASES: [(&[&str], &str); 3] = [
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn jobs_of_a_hosted_agent_have_the_socket_unless_they_must_never() {
+fn jobs_of_agent_serve_have_the_socket_unless_they_must_never() {
     for (options, result) in CASES {
-        let agent = Hosted::start_with(&World::new(), |command| {
+        let agent = ServeAgent::start_with(&World::new(), |command| {
             command.args(options);
         });
         let finished = agent.run_to_end(&needs_socket());
@@ -39,7 +39,7 @@ fn jobs_of_a_hosted_agent_have_the_socket_unless_they_must_never() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn jobs_of_a_self_hosted_agent_have_the_socket_unless_they_must_never() {
+fn jobs_of_agent_start_have_the_socket_unless_they_must_never() {
     for (options, expected) in CASES {
         let control_plane = hub();
         let agent = StartAgent::start(&World::new(), &control_plane, |command| {
@@ -75,7 +75,7 @@ fn a_wrong_word_for_the_socket_names_those_that_are_right() {
     let world = World::new();
     let mut start = start_agent::command(&world);
     wrong(&mut start);
-    for message in [hosted::refusal(&World::new(), wrong), start_agent::refusal(&mut start)] {
+    for message in [serve::refusal(&World::new(), wrong), start_agent::refusal(&mut start)] {
         for word in ["docker-socket", "sometimes", "always", "never"] {
             assert!(message.contains(word), "no {word}: {message}");
         }

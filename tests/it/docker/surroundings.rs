@@ -8,9 +8,11 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use test_support::docker::{Owned, container, job, job_in, left_of, make_images, variables};
-use test_support::hosted::{Hosted, RUN_FOR_EVER, RUNNING, wait_until};
+use test_support::serve::ServeAgent;
 use test_support::start_agent::{StartAgent, finished, hub, wait_for_log};
-use test_support::{Finished, Running, World, lives_with, unique, wait_for_file};
+use test_support::{
+    Finished, RUN_FOR_EVER, RUNNING, Running, World, lives_with, unique, wait_for_file, wait_until,
+};
 
 const PRE_JOB: &str = "Running the pre-job hook configured in the agent";
 const POST_JOB: &str = "Running the post-job hook configured in the agent";
@@ -62,7 +64,7 @@ fn host_setup_commands_run_on_the_machine_before_anything_is_pulled() {
 fn a_host_setup_command_that_fails_fails_the_job_and_its_output_is_in_the_agents_log() {
     let job = after(&["echo out of; echo space >&2; exit 3", "touch ~/next"], &["echo hi"]);
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     let finished = agent.run_to_end(&job);
     assert_eq!(finished.result(), "failed");
     let steps = finished.steps();
@@ -114,7 +116,7 @@ fn the_main_container_has_the_agents_files_and_a_missing_one_is_a_warning() {
         "wget -q -O - http://web:8080",
     ];
     let job = job_in(json!([container("main", "bash"), web]), &commands);
-    let agent = Hosted::start_with(&world, |command| {
+    let agent = ServeAgent::start_with(&world, |command| {
         let files = [(&there, "/opt/agents/file"), (&missing, "/opt/missing")];
         let files = files.map(|(host, path)| format!("{}:{path}", host.display()));
         command.args(["--files", &files.join(",")]);
@@ -167,14 +169,14 @@ fn with_hooks(world: &World, pre: &str, post: &str) -> String {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn the_hook_of_a_hosted_agent_is_sourced_in_the_container() {
+fn the_hook_of_agent_serve_is_sourced_in_the_container() {
     let world = World::new();
     for (script, code, printed) in [
         ("HOOK=mine; cd /tmp; id -un; echo $A", 0, Some("mine /tmp\n")),
         ("echo why; return 3", 3, None),
     ] {
         let files = with_hooks(&world, script, "");
-        let agent = Hosted::start_with(&world, |command| {
+        let agent = ServeAgent::start_with(&world, |command| {
             command.args(["--files", &files, "--pre-job-hook-path", "/opt/hooks/pre.sh"]);
         });
         let mut job = job("bash:dev", &["echo $HOOK $PWD"]);
@@ -197,7 +199,7 @@ fn the_hook_of_a_hosted_agent_is_sourced_in_the_container() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn hooks_of_a_self_hosted_agent_run_in_the_container_even_after_a_stop() {
+fn hooks_of_agent_start_run_in_the_container_even_after_a_stop() {
     let world = World::new();
     let files = with_hooks(&world, "echo pre $(id -un)", "echo post $(id -un) $A $B; ls ~");
     let control_plane = hub();
@@ -237,7 +239,7 @@ fn hooks_of_a_self_hosted_agent_run_in_the_container_even_after_a_stop() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_self_hosted_job_is_gone_from_the_engine_before_its_result_is_reported() {
+fn a_job_of_agent_start_is_gone_from_the_engine_before_its_result_is_reported() {
     let world = World::new();
     let control_plane = hub();
     let _agent = StartAgent::start(&world, &control_plane, |_| {});
@@ -251,11 +253,11 @@ fn a_self_hosted_job_is_gone_from_the_engine_before_its_result_is_reported() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn the_machines_kvm_is_for_jobs_of_a_hosted_agent_unless_it_is_told_otherwise() {
+fn the_machines_kvm_is_for_jobs_of_agent_serve_unless_it_is_told_otherwise() {
     let there = Path::new("/dev/kvm").exists();
     for (flag, expected) in [("true", there), ("false", false)] {
         let world = World::new();
-        let agent = Hosted::start_with(&world, |command| {
+        let agent = ServeAgent::start_with(&world, |command| {
             command.arg(format!("--expose-kvm-device={flag}"));
         });
         let finished = agent.run_to_end(&job("bash", &["ls /dev/kvm"]));

@@ -8,9 +8,9 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use tokio::time::Instant;
 
-use test_support::hosted::{Hosted, job, refusal};
 use test_support::self_hosted::{Hub, SOON, SelfHosted};
-use test_support::{World, job_of, lives_with, marked, start_agent, wait_for_end};
+use test_support::serve::{ServeAgent, refusal};
+use test_support::{World, job, job_of, lives_with, marked, start_agent, wait_for_end};
 
 const VARIABLE: &str = "SEMAPHORE_AGENT_GRACE_PERIOD";
 
@@ -51,7 +51,7 @@ fn the_running_directives_own_trap_runs_when_a_job_is_stopped() {
     assert!(has(&world.home().join("cleaned"), "cleaned\n"));
 
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     agent.post_job(&job("1", &[STUBBORN, &ends_after(1)])).of_status(200);
     agent.wait_for_log("1", r#""output":"running\n""#);
     agent.post("/stop", b"").of_status(200);
@@ -76,7 +76,7 @@ fn who_needs_longer_to_end_gets_the_time_that_the_operator_allows() {
         });
         scope.spawn(|| {
             let world = World::new();
-            let agent = Hosted::start_with(&world, |agent| {
+            let agent = ServeAgent::start_with(&world, |agent| {
                 agent.env(VARIABLE, "8");
             });
             agent.post_job(&job("1", &[&command])).of_status(200);

@@ -12,11 +12,14 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use test_support::daemon::spawned;
-use test_support::hosted::{Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, job, wait_until};
+use test_support::serve::ServeAgent;
 use test_support::surroundings::{
     OPERATOR, as_user, has_other_users, in_shell, without_control_groups,
 };
-use test_support::{Finished, KilledOnFailure, World, job_of, lives_with, marked, wait_for_end};
+use test_support::{
+    Finished, KilledOnFailure, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, World, job, job_of, lives_with,
+    marked, wait_for_end, wait_until,
+};
 
 /// Sets `$agent` in a job; its first process is `$PPID`.
 const FIND_AGENT: &str = "agent=$(awk '/^PPid:/ {print $2}' /proc/$PPID/status)";
@@ -62,7 +65,7 @@ fn a_served_job_can_not_look_into_its_first_process_or_the_agent() {
         return;
     }
     let world = World::new();
-    let agent = Hosted::start_with(&world, |command| as_user(&world, OPERATOR, command));
+    let agent = ServeAgent::start_with(&world, |command| as_user(&world, OPERATOR, command));
     assert_blind(&agent.run_to_end(&job("1", &[&looking()])).output());
 }
 
@@ -94,7 +97,7 @@ fn the_first_process_holds_nothing_of_the_agents_own_output() {
         return;
     }
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     agent.post_job(&job("1", &["echo $PPID > ~/first", RUN_UNTIL_GO])).of_status(200);
     let first = number_in(&world, "first");
     let descriptor = |number| fs::read_link(format!("/proc/{first}/fd/{number}")).unwrap();
@@ -119,7 +122,7 @@ fn memory_is_taken_from_the_job_first_and_from_its_first_moment_on() {
     for (number, surroundings) in surroundings.into_iter().enumerate() {
         let world = World::new();
         fs::write(world.home().join(".bash_profile"), format!("{look} > ~/at-first\n")).unwrap();
-        let agent = Hosted::start_with(&world, |command| surroundings(&world, command));
+        let agent = ServeAgent::start_with(&world, |command| surroundings(&world, command));
         let own = fs::read_to_string(format!("/proc/{}/oom_score_adj", agent.pid())).unwrap();
         assert!(number == 0 || own == "77\n", "{own}");
         let commands = [look, "bash -c 'cat /proc/$$/oom_score_adj'"];
@@ -157,13 +160,13 @@ fn assert_cleaned_up_after(attack: &str, surroundings: fn(&World, &mut Command))
         &format!("{attack}; : > ~/done; sleep 1000"),
     ];
     let (request, marker) = marked(job("1", &commands.map(String::as_str)));
-    let first_agent = Hosted::start_with(&world, |command| surroundings(&world, command));
+    let first_agent = ServeAgent::start_with(&world, |command| surroundings(&world, command));
     first_agent.post_job(&request).of_status(200);
     let (first, sleeper) = (number_in(&world, "first"), number_in(&world, "sleeper"));
     wait_until(|| is_gone(first_agent.pid()), || "the agent lives on".into());
     drop(first_agent);
 
-    let agent = Hosted::start_with(&world, |command| surroundings(&world, command));
+    let agent = ServeAgent::start_with(&world, |command| surroundings(&world, command));
     let left = || (is_gone(sleeper), is_gone(first), lives_with(&marker), job_directories(&world));
     let nothing = (true, true, Vec::new(), Vec::new());
     wait_until(|| left() == nothing, || format!("left after {attack}: {:?}", left()));
@@ -223,7 +226,7 @@ fn a_first_process_that_is_stopped_again_and_again_does_not_keep_the_job_alive()
     for last in [RUN_UNTIL_GO, RUN_FOR_EVER] {
         let world = World::new();
         let _killed = KilledOnFailure(format!("HOME={}", world.home().display()));
-        let agent = Hosted::start(&world);
+        let agent = ServeAgent::start(&world);
         let (request, marker): (Value, String) = marked(job("1", &[&stops, last]));
         agent.post_job(&request).of_status(200);
         agent.wait_for_log("1", RUNNING);

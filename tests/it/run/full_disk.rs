@@ -9,9 +9,9 @@ use actors::log::event::LogEvent;
 use nix::unistd::geteuid;
 use serde_json::json;
 
-use test_support::hosted::{Hosted, job, wait_until};
 use test_support::self_hosted::{Hub, SOON, SelfHosted};
-use test_support::{Finished, World, wait_for_file};
+use test_support::serve::ServeAgent;
+use test_support::{Finished, World, job, wait_for_file, wait_until};
 
 /// What the system calls it.
 const FULL: &str = "No space left";
@@ -97,10 +97,10 @@ fn assert_failed_for_want_of_space(finished: &Finished) {
 }
 
 #[test]
-fn a_hosted_agent_takes_no_job_while_its_disk_is_full() {
+fn agent_serve_takes_no_job_while_its_disk_is_full() {
     let world = World::new();
     let Some(disk) = SmallDisk::mount(&world) else { return };
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     disk.fill();
     let request = job("1", &["touch ~/ran"]);
     for _ in 0..2 {
@@ -119,7 +119,7 @@ fn a_hosted_agent_takes_no_job_while_its_disk_is_full() {
 fn a_job_that_fills_the_disk_fails_with_the_reason_and_the_agent_goes_on() {
     let world = World::new();
     let Some(disk) = SmallDisk::mount(&world) else { return };
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     // One whose output finds no room.
     let mut filling = job("1", &[&disk.filling(), MUCH, "touch ~/went-on"]);
     filling["epilogue_always_commands"] = json!([{ "directive": "touch ~/epilogue-1" }]);
@@ -189,7 +189,7 @@ fn the_log_that_filled_the_disk_makes_room_for_the_next_job() {
     let Some(_disk) = SmallDisk::mount(&world) else {
         return;
     };
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     let loud = agent.run_to_end(&job("loud", &["yes | head -c 20000000"]));
     assert_failed_for_want_of_space(&loud);
     // Refused at first: the log is in somebody's hands for a moment longer.

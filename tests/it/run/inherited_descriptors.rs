@@ -6,10 +6,10 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 
 use test_support::docker::{self, left_of};
-use test_support::hosted::{Hosted, job};
 use test_support::self_hosted::{Hub, SOON, SelfHosted};
+use test_support::serve::ServeAgent;
 use test_support::surroundings::in_shell;
-use test_support::{Finished, World, job_of, wait_for_end};
+use test_support::{Finished, World, job, job_of, wait_for_end};
 
 /// Prints where all descriptors of these processes lead.
 fn show(processes: &str) -> String {
@@ -67,7 +67,7 @@ fn a_job_from_a_file_has_no_descriptor_that_the_agent_inherited() {
 #[test]
 fn a_job_of_a_platform_has_none_either() {
     let world = World::new();
-    let agent = Hosted::start_with(&world, |command| with_descriptors(&world, command));
+    let agent = ServeAgent::start_with(&world, |command| with_descriptors(&world, command));
     assert_closed(&world, &agent.run_to_end(&job("1", &[&show_all()])));
 
     let world = World::new();

@@ -5,8 +5,8 @@ use std::process::{Output, Stdio};
 
 use serde_json::json;
 
-use test_support::hosted::{Hosted, job};
-use test_support::{Finished, World, wait_for_end};
+use test_support::serve::ServeAgent;
+use test_support::{Finished, World, job, wait_for_end};
 
 /// The end of every job here: proof that it ran.
 const MARK: &str = "commands: [{directive: touch ~/executed}]\n";
@@ -134,7 +134,7 @@ fn a_job_without_any_command_is_an_error() {
 /// Platforms may send such jobs.
 #[test]
 fn a_request_without_a_command_is_a_job_all_the_same() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     assert_eq!(agent.run_to_end(&json!({ "job_id": "1" })).result(), "passed");
 }
 
@@ -200,7 +200,7 @@ fn lines_with<'a>(log: &'a str, parts: &[&str]) -> Vec<&'a str> {
 
 #[test]
 fn unknown_fields_of_a_request_are_ignored_and_noted_without_their_values() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let mut request = job("1", &["echo hi"]);
     request["unheard_of"] = json!({ "token": "canary" });
     request["commands"][0]["colour"] = "canary".into();
@@ -225,7 +225,7 @@ fn unknown_fields_of_a_request_are_ignored_and_noted_without_their_values() {
 
 #[test]
 fn many_unknown_fields_are_one_short_line() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let mut request = job("1", &["true"]);
     for number in 0..2000 {
         request[format!("unheard_of_{number}")] = "canary".into();

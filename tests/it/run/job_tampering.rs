@@ -7,10 +7,9 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::time::Instant;
 
-use test_support::hosted::{
-    Answer, Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, good_authorization, job, wait_until,
-};
-use test_support::{World, wait_for_file};
+use test_support::http::Answer;
+use test_support::serve::{ServeAgent, good_authorization};
+use test_support::{RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, World, job, wait_for_file, wait_until};
 
 /// The directory that the agent keeps for a job, as that job finds it.
 const DIRECTORY: &str = "~/../state/job-*";
@@ -21,7 +20,7 @@ const SOON: Duration = Duration::from_secs(10);
 /// A running job that has done something to the agent's files, and goes on when it may.
 struct Tampered {
     world: World,
-    agent: Hosted,
+    agent: ServeAgent,
     /// Its log before it did.
     before: Answer,
 }
@@ -34,7 +33,7 @@ impl Tampered {
 
     fn followed_by(tampering: &str, then: &str) -> Self {
         let world = World::new();
-        let agent = Hosted::start(&world);
+        let agent = ServeAgent::start(&world);
         let log = format!("log=$(echo {DIRECTORY}/log.jsonl)");
         let tampering = format!("{log}; {tampering}\n: > ~/tampered; {then}");
         let commands = ["echo first", RUN_UNTIL_GO, &tampering, "echo last"];

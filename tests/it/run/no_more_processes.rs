@@ -5,9 +5,10 @@ use std::fs::{self, File};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use test_support::World;
-use test_support::hosted::{CallbackServer, Hosted, RUN_UNTIL_GO, RUNNING, job};
+use test_support::callbacks::CallbackServer;
+use test_support::serve::ServeAgent;
 use test_support::surroundings::{as_user, done_by, has_other_users, in_shell};
+use test_support::{RUN_UNTIL_GO, RUNNING, World, job};
 
 /// Users who run nothing else on this machine, one for each test: what they run is counted.
 const NARROW: u32 = 12_361;
@@ -26,9 +27,9 @@ fn telling(server: &CallbackServer, mut job: Value) -> Value {
 }
 
 /// An agent of this user whose standard error goes to a file.
-fn start(world: &World, user: u32, first: &str) -> Hosted {
+fn start(world: &World, user: u32, first: &str) -> ServeAgent {
     let errors = File::create(world.home().with_file_name("errors")).unwrap();
-    Hosted::start_with(world, |command| {
+    ServeAgent::start_with(world, |command| {
         in_shell(command, first);
         as_user(world, user, command);
         command.stderr(errors);
@@ -36,7 +37,7 @@ fn start(world: &World, user: u32, first: &str) -> Hosted {
 }
 
 /// The job is over for everybody, and the agent ends when it is asked to.
-fn assert_ends_well(world: &World, agent: &mut Hosted, server: &CallbackServer, id: &str) {
+fn assert_ends_well(world: &World, agent: &mut ServeAgent, server: &CallbackServer, id: &str) {
     let finished = agent.finish(id);
     assert_eq!(finished.result(), "passed", "{finished:?}");
     assert_eq!(server.next().path, "/finished");

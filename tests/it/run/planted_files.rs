@@ -12,11 +12,11 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use test_support::hosted::{Hosted, RUN_UNTIL_GO, RUNNING, job, wait_until};
+use test_support::serve::ServeAgent;
 use test_support::surroundings::{
     OPERATOR, STRANGER, as_user, done_by, has_other_users, open_to_all,
 };
-use test_support::{World, base64};
+use test_support::{RUN_UNTIL_GO, RUNNING, World, base64, job, wait_until};
 
 const KEY: &str = "ssh-ed25519 AAAA of-the-job";
 
@@ -76,8 +76,8 @@ impl Place {
     }
 
     /// An agent of a user who can't remove what is another's.
-    fn start(&self) -> Hosted {
-        Hosted::start_with(&self.world, |command| {
+    fn start(&self) -> ServeAgent {
+        ServeAgent::start_with(&self.world, |command| {
             command.arg("--ssh-jump-point-path").arg(&self.script);
             as_user(&self.world, OPERATOR, command);
         })
@@ -154,8 +154,8 @@ fn the_place_of_the_script_is_the_agents_as_long_as_it_lives() {
 }
 
 /// An agent whose own log is to be in this file.
-fn logging_to(world: &World, path: &Path, user: Option<u32>) -> Hosted {
-    Hosted::start_with(world, |command| {
+fn logging_to(world: &World, path: &Path, user: Option<u32>) -> ServeAgent {
+    ServeAgent::start_with(world, |command| {
         command.env("SEMAPHORE_AGENT_LOG_FILE_PATH", path);
         if let Some(user) = user {
             as_user(world, user, command);
@@ -196,7 +196,7 @@ fn the_agents_own_log_is_not_written_to_what_somebody_else_owns() {
 fn the_agents_own_log_comes_back_when_it_is_removed() {
     let world = World::new();
     let path = world.home().with_file_name("agent_log");
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     for number in 0..3 {
         fs::remove_file(&path).unwrap();
         agent.get(&format!("/nothing-{number}")).of_status(404);

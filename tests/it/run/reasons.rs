@@ -3,9 +3,8 @@
 use serde_json::{Value, json};
 
 use crate::docker::engine::Wire;
-use test_support::docker;
-use test_support::hosted::{Hosted, RUN_FOR_EVER, RUNNING};
-use test_support::{Finished, World, job_of};
+use test_support::serve::ServeAgent;
+use test_support::{Finished, RUN_FOR_EVER, RUNNING, World, docker, job_of};
 
 /// How a command ends its shell, and a word that the reason must have.
 const ENDS: [(&str, &str); 6] = [
@@ -70,7 +69,7 @@ fn a_command_whose_helper_was_killed_says_so() {
 fn a_command_whose_terminal_was_cut_off_says_so() {
     let world = World::new();
     let wire = Wire::new(world.home().join("engine.sock"));
-    let agent = Hosted::start_with(&world, |command| {
+    let agent = ServeAgent::start_with(&world, |command| {
         command.env("DOCKER_HOST", format!("unix://{}", wire.socket.display()));
     });
     let job = docker::job("bash", &[RUN_FOR_EVER, "echo not reached"]);

@@ -6,8 +6,8 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use tokio::time::Instant;
 
-use test_support::hosted::{Hosted, job, wait_until};
-use test_support::{World, job_of};
+use test_support::serve::ServeAgent;
+use test_support::{World, job, job_of, wait_until};
 
 /// When what a profile prints is there at the latest. Much less than what a profile may take.
 const SECONDS: Duration = Duration::from_secs(40);
@@ -43,7 +43,7 @@ fn what_an_endless_profile_prints_is_in_the_log_while_it_waits() {
 #[test]
 fn a_platform_sees_it_too() {
     let (profile, text) = ENDLESS[0];
-    let agent = Hosted::start(&with_profile(profile));
+    let agent = ServeAgent::start(&with_profile(profile));
     agent.post_job(&job("1", &["true"])).of_status(200);
     agent.wait_for_log("1", text);
     let log = agent.get("/jobs/1/log").text();
@@ -57,7 +57,7 @@ fn a_platform_sees_it_too() {
 #[test]
 fn a_profile_that_asks_once_holds_up_no_job_in_silence() {
     let world = with_profile("read -p \"who? \" x");
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     agent.post_job(&job("1", &["echo from the job"])).of_status(200);
     let mut log = String::new();
     let goes_on = || {

@@ -4,25 +4,24 @@ use std::io::{self, Read, Write as _};
 use std::net::TcpStream;
 use std::process::Command;
 
-use test_support::World;
-use test_support::hosted::{
-    Hosted, RUN_UNTIL_GO, RUNNING, encode_request, good_authorization, job, wait_until,
-};
+use test_support::http::encode_request;
+use test_support::serve::{ServeAgent, good_authorization};
+use test_support::{RUN_UNTIL_GO, RUNNING, World, job, wait_until};
 
 /// An agent whose job runs until it is told to go on.
-fn busy(world: &World) -> Hosted {
-    let agent = Hosted::start(world);
+fn busy(world: &World) -> ServeAgent {
+    let agent = ServeAgent::start(world);
     agent.post_job(&job("1", &[RUN_UNTIL_GO, "echo next"])).of_status(200);
     agent.wait_for_log("1", RUNNING);
     agent
 }
 
-fn assert_well(agent: &Hosted) {
+fn assert_well(agent: &ServeAgent) {
     assert_eq!(agent.request("GET", "/is_alive", &[], b"").text(), "yes");
     assert_eq!(agent.get("/status").of_status(200).json()["state"], "job-received");
 }
 
-fn assert_goes_on(world: &World, agent: &Hosted) {
+fn assert_goes_on(world: &World, agent: &ServeAgent) {
     assert_well(agent);
     std::fs::write(world.home().join("go"), "").unwrap();
     let finished = agent.finish("1");
@@ -40,7 +39,7 @@ fn assert_closed(what: &str, mut stream: impl Read) {
     }
 }
 
-fn raw(agent: &Hosted) -> TcpStream {
+fn raw(agent: &ServeAgent) -> TcpStream {
     let stream = TcpStream::connect(agent.address()).unwrap();
     stream.set_read_timeout(Some(std::time::Duration::from_mins(1))).unwrap();
     stream
@@ -116,7 +115,7 @@ fn connections_that_break_off_anywhere_do_not_matter() {
 #[test]
 fn a_body_that_comes_slowly_is_a_body_all_the_same() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     let authorization = [("Authorization", good_authorization()), ("Connection", "close")];
     let request = job("1", &["echo hi"]).to_string();
     let request = encode_request("POST", "/jobs", &authorization, request.as_bytes());
@@ -146,7 +145,7 @@ fn a_thousand_idle_connections_keep_out_nobody() {
 #[test]
 fn an_agent_that_may_open_few_files_lives_through_many_connections() {
     let world = World::new();
-    let agent = Hosted::start_with(&world, |command| limited(command, "ulimit -n 128"));
+    let agent = ServeAgent::start_with(&world, |command| limited(command, "ulimit -n 128"));
     agent.post_job(&job("1", &[RUN_UNTIL_GO, "(echo next > ~/next)"])).of_status(200);
     agent.wait_for_log("1", RUNNING);
     let many: Vec<_> = (0..300).map(|_| raw(&agent)).collect();
@@ -159,7 +158,7 @@ fn an_agent_that_may_open_few_files_lives_through_many_connections() {
 
 #[test]
 fn a_job_has_the_limit_of_open_files_that_the_agent_came_with() {
-    let agent = Hosted::start_with(&World::new(), |command| limited(command, "ulimit -Sn 100"));
+    let agent = ServeAgent::start_with(&World::new(), |command| limited(command, "ulimit -Sn 100"));
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", agent.pid())).unwrap();
     let own = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
     assert!(!own.contains(" 100 "), "{own}");
@@ -177,7 +176,7 @@ fn limited(command: &mut Command, first: &str) {
 }
 
 /// The most memory that the agent ever had, in KiB.
-fn peak(agent: &Hosted) -> u64 {
+fn peak(agent: &ServeAgent) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", agent.pid())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
     line.trim().trim_end_matches(" kB").parse().unwrap()

@@ -1,13 +1,12 @@
-//! The routes of the hosted mode, and its one place for a job.
+//! The routes of `agent serve`, and its one place for a job.
 
 use std::sync::Barrier;
 
 use serde_json::{Value, json};
 
-use test_support::World;
-use test_support::hosted::{
-    Answer, Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, good_authorization, job,
-};
+use test_support::http::Answer;
+use test_support::serve::{ServeAgent, good_authorization};
+use test_support::{RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, World, job};
 
 /// A job whose runs can be counted with [`runs`].
 fn counted(id: &str) -> Value {
@@ -41,7 +40,7 @@ fn busy() -> (u16, String) {
 
 #[test]
 fn whether_it_is_alive_is_told_to_everybody() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     for headers in [&[][..], &[("Authorization", "Bearer nonsense")]] {
         for path in ["/is_alive", "/is_alive/", "/is_alive?x=y"] {
             let answer = agent.request("GET", path, headers, b"");
@@ -52,7 +51,7 @@ fn whether_it_is_alive_is_told_to_everybody() {
 
 #[test]
 fn the_status_has_two_states_and_the_version() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let of_state = |state| json!({ "state": state, "version": env!("CARGO_PKG_VERSION") });
     assert_eq!(agent.get("/status").of_status(200).json(), of_state("waiting-for-job"));
     agent.post_job(&job("1", &[RUN_FOR_EVER])).of_status(200);
@@ -64,7 +63,7 @@ fn the_status_has_two_states_and_the_version() {
 #[test]
 fn every_path_may_end_in_a_slash() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     agent.get("/status/").of_status(200);
     agent.get("/agent_logs/").of_status(200);
     agent.post("/stop/", b"").of_status(200);
@@ -77,7 +76,7 @@ fn every_path_may_end_in_a_slash() {
 
 #[test]
 fn unknown_paths_and_methods_are_refused_as_json() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let authorization = [("Authorization", good_authorization())];
     let cases = [
         ("GET", "/", 404),
@@ -110,7 +109,7 @@ fn unknown_paths_and_methods_are_refused_as_json() {
 
 #[test]
 fn http_2_is_not_offered() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let mut connector =
         openssl::ssl::SslConnector::builder(openssl::ssl::SslMethod::tls()).unwrap();
     connector.set_verify(openssl::ssl::SslVerifyMode::NONE);
@@ -122,7 +121,7 @@ fn http_2_is_not_offered() {
 
 #[test]
 fn a_job_runs_from_its_request_to_its_log() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let finished = agent.run_to_end(&job("1", &["echo hi", "exit 3", "echo never"]));
     assert_eq!(finished.result(), "failed");
     let reason = "The job's shell has ended (exit code 3), so this counts as failed.\n";
@@ -131,7 +130,7 @@ fn a_job_runs_from_its_request_to_its_log() {
 
 #[test]
 fn a_request_needs_no_content_type_and_may_have_a_wrong_one() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     for (number, kind) in ["", "application/x-www-form-urlencoded"].iter().enumerate() {
         let id = number.to_string();
         let headers = [("Authorization", good_authorization()), ("Content-Type", *kind)];
@@ -145,7 +144,7 @@ fn a_request_needs_no_content_type_and_may_have_a_wrong_one() {
 
 #[test]
 fn fields_that_are_null_or_unknown_do_not_matter() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let mut request = json!({
         "job_id": "1", "job_name": null, "executor": null, "compose": null, "commands": null,
         "epilogue_always_commands": null, "epilogue_on_pass_commands": null,
@@ -168,7 +167,7 @@ fn fields_that_are_null_or_unknown_do_not_matter() {
 #[test]
 fn the_same_job_again_is_not_run_again() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     assert_eq!(status_and_message(&agent.post_job(&counted("1"))), ok());
     assert_eq!(status_and_message(&agent.post_job(&counted("1"))), same_again());
     agent.wait_for_log("1", RUNNING);
@@ -186,7 +185,7 @@ fn the_same_job_again_is_not_run_again() {
 #[test]
 fn another_job_waits_for_the_teardown_of_the_one_before() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     agent.post_job(&counted("1")).of_status(200);
     assert_eq!(status_and_message(&agent.post_job(&counted("2"))), busy());
     go(&world);
@@ -203,7 +202,7 @@ fn another_job_waits_for_the_teardown_of_the_one_before() {
 }
 
 /// The answers to posts of these jobs, all at the same moment.
-fn post_at_once(agent: &Hosted, jobs: &[Value]) -> Vec<(u16, String)> {
+fn post_at_once(agent: &ServeAgent, jobs: &[Value]) -> Vec<(u16, String)> {
     let barrier = Barrier::new(jobs.len());
     std::thread::scope(|scope| {
         let posts = jobs.iter().map(|job| {
@@ -220,7 +219,7 @@ fn post_at_once(agent: &Hosted, jobs: &[Value]) -> Vec<(u16, String)> {
 #[test]
 fn of_two_posts_at_the_same_moment_exactly_one_runs() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     go(&world);
     for round in 1..=10 {
         let same: Vec<_> = (0..4).map(|_| counted(&format!("same-{round}"))).collect();
@@ -240,7 +239,7 @@ fn of_two_posts_at_the_same_moment_exactly_one_runs() {
 
 #[test]
 fn a_log_is_there_until_the_next_job_begins() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let no_such_job = |status| (status, "job ID is not running".to_owned());
     let log_of = |id: &str| agent.get(&format!("/jobs/{id}/log"));
     assert_eq!(status_and_message(&log_of("1")), no_such_job(404));
@@ -255,7 +254,7 @@ fn a_log_is_there_until_the_next_job_begins() {
 
 #[test]
 fn ids_of_any_kind_have_their_log() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let ids = [
         ("a b", "a%20b"),
         ("ü", "%C3%BC"),
@@ -277,7 +276,7 @@ fn ids_of_any_kind_have_their_log() {
 #[test]
 fn the_agents_own_log_can_be_read() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     agent.run_to_end(&job("job-of-this-test", &["true"]));
     let answer = agent.get("/agent_logs");
     let kind = answer.of_status(200).header("content-type").unwrap();

@@ -7,10 +7,9 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use test_support::World;
-use test_support::hosted::{
-    CallbackServer, Hosted, RUN_FOR_EVER, RUNNING, job, refusal, wait_until,
-};
+use test_support::callbacks::CallbackServer;
+use test_support::serve::{ServeAgent, refusal};
+use test_support::{RUN_FOR_EVER, RUNNING, World, job, wait_until};
 
 const VARIABLE: &str = "SEMAPHORE_AGENT_ARCHIVE_TIMEOUT";
 
@@ -27,7 +26,7 @@ fn paths(server: &CallbackServer, count: usize) -> Vec<String> {
 }
 
 /// The warnings in an agent's own log that name this job.
-fn warnings(agent: &Hosted, id: &str) -> Vec<String> {
+fn warnings(agent: &ServeAgent, id: &str) -> Vec<String> {
     let log = agent.own_log();
     let is_about = |line: &&str| line.contains(" WARN ") && line.contains(&format!("job={id}"));
     log.lines().filter(is_about).map(str::to_owned).collect()
@@ -50,7 +49,7 @@ fn a_slot_is_free_though_nobody_fetched_the_log() {
     for (number, way) in ways.into_iter().enumerate() {
         let world = World::new();
         let server = CallbackServer::start();
-        let agent = Hosted::start_with(&world, |command| way(&world, command));
+        let agent = ServeAgent::start_with(&world, |command| way(&world, command));
         let id = format!("abandoned-{number}");
         agent.post_job(&telling(&server, job(&id, &["true"]))).of_status(200);
         assert_eq!(paths(&server, 2), ["/finished", "/teardown_finished"]);
@@ -62,7 +61,7 @@ fn a_slot_is_free_though_nobody_fetched_the_log() {
 #[test]
 fn who_asks_is_told_what_the_agent_waits_for() {
     let server = CallbackServer::start();
-    let agent = Hosted::start_with(&World::new(), |command| {
+    let agent = ServeAgent::start_with(&World::new(), |command| {
         command.args(["--archive-timeout", "600"]);
     });
     let assert_status = |state: &str, waits_for: Option<&str>| {
@@ -96,7 +95,7 @@ fn who_asks_is_told_what_the_agent_waits_for() {
 #[test]
 fn an_agent_that_is_asked_to_end_waits_no_longer_either() {
     let server = CallbackServer::start();
-    let mut agent = Hosted::start_with(&World::new(), |command| {
+    let mut agent = ServeAgent::start_with(&World::new(), |command| {
         command.args(["--archive-timeout", "5"]);
     });
     agent.post_job(&telling(&server, job("1", &["true"]))).of_status(200);

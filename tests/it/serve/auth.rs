@@ -1,13 +1,13 @@
-//! Who may use the hosted mode.
+//! Which tokens the API of `agent serve` accepts.
 
 use std::process::Stdio;
 
 use serde_json::{Value, json};
 
-use test_support::hosted::{
-    Hosted, SECRET, command, good_authorization, job, token, token_with_header,
+use test_support::serve::{
+    SECRET, ServeAgent, command, good_authorization, token, token_with_header,
 };
-use test_support::{World, wait_for_end};
+use test_support::{World, job, wait_for_end};
 
 /// Seconds since the epoch.
 fn from_now(seconds: i64) -> i64 {
@@ -19,7 +19,7 @@ fn good_token() -> String {
 }
 
 /// Status and, for a refusal, its reason.
-fn ask(agent: &Hosted, authorization: &str) -> (u16, Option<String>) {
+fn ask(agent: &ServeAgent, authorization: &str) -> (u16, Option<String>) {
     let answer = agent.request("GET", "/status", &[("Authorization", authorization)], b"");
     let why = (answer.status == 401).then(|| match answer.json() {
         Value::String(why) => why,
@@ -28,7 +28,7 @@ fn ask(agent: &Hosted, authorization: &str) -> (u16, Option<String>) {
     (answer.status, why)
 }
 
-fn assert_refused(agent: &Hosted, authorization: &str) -> String {
+fn assert_refused(agent: &ServeAgent, authorization: &str) -> String {
     let (status, why) = ask(agent, authorization);
     assert_eq!(status, 401, "{authorization}");
     let why = why.unwrap();
@@ -39,7 +39,7 @@ fn assert_refused(agent: &Hosted, authorization: &str) -> String {
 #[test]
 fn nothing_but_being_alive_is_shown_without_a_token() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     let requests = [
         ("GET", "/status"),
         ("GET", "/status/"),
@@ -66,7 +66,7 @@ fn nothing_but_being_alive_is_shown_without_a_token() {
 
 #[test]
 fn every_hmac_algorithm_is_good() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     for algorithm in ["HS256", "HS384", "HS512"] {
         let authorization = format!("Bearer {}", token(algorithm, SECRET, &json!({})));
         assert_eq!(ask(&agent, &authorization), (200, None), "{algorithm}");
@@ -75,7 +75,7 @@ fn every_hmac_algorithm_is_good() {
 
 #[test]
 fn claims_count_only_where_they_say_when() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let good = [
         json!({}),
         json!({ "aud": "somebody else", "iss": "unknown", "sub": "nobody", "jti": "1" }),
@@ -106,7 +106,7 @@ fn claims_count_only_where_they_say_when() {
 
 #[test]
 fn a_wrong_signature_is_called_that() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let good = good_token();
     let (signed, signature) = good.rsplit_once('.').unwrap();
     let other = if signature.starts_with('A') { "B" } else { "A" };
@@ -134,7 +134,7 @@ fn a_wrong_signature_is_called_that() {
 
 #[test]
 fn other_algorithms_are_refused() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let algorithms =
         ["none", "None", "NONE", "nOnE", "", "RS256", "ES256", "PS256", "EdDSA", "HS1", "hs256"];
     for algorithm in algorithms {
@@ -152,7 +152,7 @@ fn other_algorithms_are_refused() {
 
 #[test]
 fn what_else_a_header_says_does_not_matter() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let headers =
         [json!({ "alg": "HS256" }), json!({ "typ": "other", "alg": "HS256", "kid": "1", "x": [] })];
     for header in headers {
@@ -163,7 +163,7 @@ fn what_else_a_header_says_does_not_matter() {
 
 #[test]
 fn what_is_not_a_bearer_token_is_refused() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let good = good_token();
     let (signed, _) = good.rsplit_once('.').unwrap();
     let refused = [
@@ -193,7 +193,7 @@ fn what_is_not_a_bearer_token_is_refused() {
 
 #[test]
 fn no_secret_is_in_the_agents_own_log() {
-    let agent = Hosted::start_with(&World::new(), |command| {
+    let agent = ServeAgent::start_with(&World::new(), |command| {
         command.env("SEMAPHORE_AGENT_LOG_LEVEL", "trace");
     });
     let foreign = token("HS256", "another secret", &json!({ "who": "me" }));

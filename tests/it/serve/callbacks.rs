@@ -5,11 +5,10 @@ use std::sync::mpsc;
 
 use serde_json::{Value, json};
 
-use test_support::World;
-use test_support::hosted::{
-    Answer, Callback, CallbackServer, Hosted, RUN_FOR_EVER, RUNNING, encode_request, events,
-    good_authorization, job,
-};
+use test_support::callbacks::{Callback, CallbackServer};
+use test_support::http::{Answer, encode_request};
+use test_support::serve::{ServeAgent, events, good_authorization};
+use test_support::{RUN_FOR_EVER, RUNNING, World, job};
 
 /// More than a connection takes that nobody reads.
 const LARGE: &str = "head -c 40000000 /dev/zero | tr '\\0' x | fold -w 1000";
@@ -37,8 +36,8 @@ fn assert_torn_down(server: &CallbackServer) {
 }
 
 /// An agent whose job has a large log that is sealed, and whose teardown waits.
-fn with_large_log(server: &CallbackServer) -> Hosted {
-    let agent = Hosted::start(&World::new());
+fn with_large_log(server: &CallbackServer) -> ServeAgent {
+    let agent = ServeAgent::start(&World::new());
     agent.post_job(&telling(server, job("1", &[LARGE]))).of_status(200);
     agent.wait_for_log("1", "job_finished");
     assert_finished(server, "passed");
@@ -46,7 +45,7 @@ fn with_large_log(server: &CallbackServer) -> Hosted {
 }
 
 /// Begins to read as the archivator and breaks off after `bytes`.
-fn break_off(agent: &Hosted, bytes: usize, more: &[(&str, &str)]) {
+fn break_off(agent: &ServeAgent, bytes: usize, more: &[(&str, &str)]) {
     let mut headers =
         vec![("Authorization", good_authorization()), ("X-Client-Name", "archivator")];
     headers.extend(more);
@@ -64,7 +63,7 @@ fn finished_is_told_before_the_log_says_so() {
         }
         200
     });
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     agent.post_job(&telling(&server, job("1", &["echo hi"]))).of_status(200);
     assert_finished(&server, "passed");
     let early = agent.archive("1");
@@ -88,7 +87,7 @@ fn the_next_job_may_come_as_an_answer_to_the_end_of_the_last_one() {
         }
         200
     });
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     agent.post_job(&telling(&server, job("1", &["true"]))).of_status(200);
     assert_finished(&server, "passed");
     agent.wait_for_log("1", "job_finished");
@@ -105,7 +104,7 @@ fn the_next_job_may_come_as_an_answer_to_the_end_of_the_last_one() {
 #[test]
 fn finished_has_the_jobs_result() {
     let server = CallbackServer::start();
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let cases = [("passed", "true"), ("failed", "false"), ("stopped", RUN_FOR_EVER)];
     for (result, command) in cases {
         agent.post_job(&telling(&server, job(result, &[command]))).of_status(200);
@@ -123,7 +122,7 @@ fn finished_has_the_jobs_result() {
 #[test]
 fn without_a_token_there_is_no_authorization() {
     let server = CallbackServer::start();
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     for (id, token) in [("a", json!(null)), ("b", json!(""))] {
         let mut request = telling(&server, job(id, &["true"]));
         request["callbacks"]["token"] = token;
@@ -138,7 +137,7 @@ fn without_a_token_there_is_no_authorization() {
 #[test]
 fn a_job_that_was_accepted_only_to_fail_tells_so() {
     let server = CallbackServer::start();
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let mut request = telling(&server, job("1", &["true"]));
     request["executor"] = json!("unheard of");
     agent.run_to_end(&request);
@@ -149,7 +148,7 @@ fn a_job_that_was_accepted_only_to_fail_tells_so() {
 #[test]
 fn an_empty_url_is_no_callback() {
     let server = CallbackServer::start();
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let urls = [("", ""), (server.url("/a").as_str(), ""), ("", server.url("/b").as_str())]
         .map(|(finished, torn_down)| (finished.to_owned(), torn_down.to_owned()));
     for (number, (finished, torn_down)) in urls.into_iter().enumerate() {
@@ -164,7 +163,7 @@ fn an_empty_url_is_no_callback() {
 #[test]
 fn without_an_archivator_the_teardown_waits() {
     let server = CallbackServer::start();
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     agent.post_job(&telling(&server, job("1", &["true"]))).of_status(200);
     agent.wait_for_log("1", "job_finished");
     assert_finished(&server, "passed");
@@ -185,7 +184,7 @@ fn without_an_archivator_the_teardown_waits() {
 #[test]
 fn an_archivator_that_is_early_does_not_count() {
     let server = CallbackServer::start();
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     agent.post_job(&telling(&server, job("1", &[RUN_FOR_EVER]))).of_status(200);
     agent.wait_for_log("1", RUNNING);
     let early = agent.archive("1");
@@ -203,7 +202,7 @@ fn an_archivator_that_is_early_does_not_count() {
 #[test]
 fn an_archivator_may_start_at_the_sealed_end() {
     let server = CallbackServer::start();
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     agent.post_job(&telling(&server, job("1", &["true"]))).of_status(200);
     agent.wait_for_log("1", "job_finished");
     let log = agent.log_events("1");
@@ -273,7 +272,7 @@ fn an_archivator_may_read_packed() {
 #[test]
 fn a_packed_transfer_that_breaks_off_does_not_count() {
     let server = CallbackServer::start();
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let random = "head -c 30000000 /dev/urandom | base64";
     agent.post_job(&telling(&server, job("1", &[random]))).of_status(200);
     agent.wait_for_log("1", "job_finished");
@@ -288,7 +287,7 @@ fn a_packed_transfer_that_breaks_off_does_not_count() {
 fn a_callback_is_repeated_until_it_is_taken() {
     let statuses = [500, 404, 204, 503, 302, 201];
     let server = CallbackServer::answering(move |number| statuses[number]);
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     agent.post_job(&telling(&server, job("1", &["true"]))).of_status(200);
     for number in 0..3 {
         assert_finished(&server, "passed");
@@ -306,7 +305,7 @@ fn a_callback_is_repeated_until_it_is_taken() {
 }
 
 /// The agent's own log has something bad to say about a callback.
-fn complaints(agent: &Hosted) -> usize {
+fn complaints(agent: &ServeAgent) -> usize {
     let own_log = agent.own_log();
     let bad = own_log.lines().filter(|line| line.contains("ERROR"));
     bad.filter(|line| line.contains("callback")).count()
@@ -315,7 +314,7 @@ fn complaints(agent: &Hosted) -> usize {
 #[test]
 fn a_job_is_finished_when_its_callbacks_fail_for_good() {
     let server = CallbackServer::answering(|_| 500);
-    let agent = Hosted::start_with(&World::new(), |command| {
+    let agent = ServeAgent::start_with(&World::new(), |command| {
         command.args(["--callback-retry-attempts", "2"]);
     });
     agent.post_job(&telling(&server, job("1", &["echo hi"]))).of_status(200);
@@ -334,7 +333,7 @@ fn a_platform_that_cannot_be_reached_or_makes_no_sense_holds_up_nothing() {
     let server = CallbackServer::start();
     let gone = server.url("/gone");
     drop(server);
-    let agent = Hosted::start_with(&World::new(), |command| {
+    let agent = ServeAgent::start_with(&World::new(), |command| {
         command.env("SEMAPHORE_AGENT_CALLBACK_RETRY_ATTEMPTS", "1");
     });
     let urls = [
@@ -357,7 +356,7 @@ fn a_platform_that_cannot_be_reached_or_makes_no_sense_holds_up_nothing() {
 #[test]
 fn who_reads_beyond_the_end_archives_nothing() {
     let server = CallbackServer::start();
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     agent.post_job(&telling(&server, job("1", &["true"]))).of_status(200);
     assert_finished(&server, "passed");
     agent.wait_for_log("1", "job_finished");

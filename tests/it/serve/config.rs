@@ -1,4 +1,4 @@
-//! How the hosted mode is set up: flags, variables, a file, the secret, the hook.
+//! The configuration of `agent serve`: flags, variables, a file, the secret, the hook.
 
 use std::fs;
 use std::net::UdpSocket;
@@ -8,8 +8,9 @@ use std::process::Command;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use test_support::World;
-use test_support::hosted::{CallbackServer, Hosted, RUN_UNTIL_GO, RUNNING, SECRET, job, refusal};
+use test_support::callbacks::CallbackServer;
+use test_support::serve::{SECRET, ServeAgent, refusal};
+use test_support::{RUN_UNTIL_GO, RUNNING, World, job};
 
 const SECRET_VARIABLE: &str = "SEMAPHORE_AGENT_AUTH_TOKEN_SECRET";
 
@@ -20,11 +21,11 @@ fn with_config(path: &Path) -> impl FnOnce(&mut Command) {
 }
 
 /// The agent has this secret and is open to those who know it.
-fn assert_open(agent: &Hosted) {
+fn assert_open(agent: &ServeAgent) {
     assert_eq!(agent.get("/status").of_status(200).json()["state"], "waiting-for-job");
 }
 
-fn body_limit(agent: &Hosted) -> usize {
+fn body_limit(agent: &ServeAgent) -> usize {
     let answer = agent.post("/jobs", &[b' '; 4000]);
     let message = answer.of_status(413).message();
     message.split_whitespace().find_map(|word| word.parse().ok()).unwrap()
@@ -35,7 +36,7 @@ fn a_flag_wins_over_the_environment_and_that_over_the_file() {
     let world = World::new();
     let file = world.file("config.yaml", "max-body-size: 3000\nport: 1\nsingle-job: true\n");
     let start = |variable: bool, flag: bool| {
-        Hosted::start_with(&world, |command| {
+        ServeAgent::start_with(&world, |command| {
             command.env("SEMAPHORE_AGENT_CONFIG_FILE", &file);
             if variable {
                 command.env("SEMAPHORE_AGENT_MAX_BODY_SIZE", "2000");
@@ -58,7 +59,7 @@ fn a_flag_wins_over_the_environment_and_that_over_the_file() {
 
 #[test]
 fn a_body_may_be_as_large_as_is_set_and_no_larger() {
-    let agent = Hosted::start_with(&World::new(), |command| {
+    let agent = ServeAgent::start_with(&World::new(), |command| {
         command.args(["--max-body-size", "200"]);
     });
     let mut request = job("1", &["true"]).to_string().into_bytes();
@@ -72,7 +73,7 @@ fn a_body_may_be_as_large_as_is_set_and_no_larger() {
 #[test]
 fn every_key_of_the_file_means_something() {
     let world = World::new();
-    drop(Hosted::start(&world));
+    drop(ServeAgent::start(&world));
     let made = world.state().join("tls");
     let metrics = UdpSocket::bind("127.0.0.1:0").unwrap();
     metrics.set_read_timeout(Some(std::time::Duration::from_secs(30))).unwrap();
@@ -99,7 +100,7 @@ fn every_key_of_the_file_means_something() {
         "ssh-jump-point-path": jump_point,
     });
     let file = world.file("config.yaml", config.to_string());
-    let mut agent = Hosted::start_with(&world, |command| {
+    let mut agent = ServeAgent::start_with(&world, |command| {
         with_config(&file)(command);
         for name in ["AUTH_TOKEN_SECRET", "HOST", "PORT", "STATE_DIR", "SSH_JUMP_POINT_PATH"] {
             command.env_remove(format!("SEMAPHORE_AGENT_{name}"));
@@ -163,7 +164,7 @@ fn what_is_wrong_in_a_file_is_named() {
         let message = refusal(&world, with_config(&file));
         assert!(message.contains(file.to_str().unwrap()) && message.contains(why), "{message}");
     }
-    assert_open(&Hosted::start_with(&world, with_config(&world.file("empty.yaml", "# no\n"))));
+    assert_open(&ServeAgent::start_with(&world, with_config(&world.file("empty.yaml", "# no\n"))));
 }
 
 #[test]
@@ -185,12 +186,12 @@ fn two_secrets_are_one_too_many() {
         );
     }
     // But one may stand in for another that is further away.
-    assert_open(&Hosted::start_with(&world, with_config(&both)));
+    assert_open(&ServeAgent::start_with(&world, with_config(&both)));
 }
 
 #[test]
 fn an_unknown_variable_is_a_warning() {
-    let agent = Hosted::start_with(&World::new(), |command| {
+    let agent = ServeAgent::start_with(&World::new(), |command| {
         command.env("SEMAPHORE_AGENT_MAX_BODY_SIZES", "canary").env("SEMAPHORE_AGENT_FILES", "");
     });
     let own_log = agent.own_log();
@@ -216,7 +217,7 @@ fn files_are_pairs_of_paths() {
         command.env("SEMAPHORE_AGENT_FILES", "/a:/b\n/c");
     });
     assert!(message.contains("`/c`"), "{message}");
-    assert_open(&Hosted::start_with(&world, |command| {
+    assert_open(&ServeAgent::start_with(&world, |command| {
         command.args(["--files", "/a:/b,/c d:/e"]);
     }));
 }

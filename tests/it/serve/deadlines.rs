@@ -9,9 +9,10 @@ use std::time::Duration;
 use openssl::ssl::SslStream;
 use tokio::time::Instant;
 
-use test_support::World;
-use test_support::hosted::{Answer, Hosted, encode_request, good_authorization, job, wait_until};
+use test_support::http::{Answer, encode_request};
+use test_support::serve::{ServeAgent, good_authorization};
 use test_support::surroundings::in_shell;
+use test_support::{World, job, wait_until};
 
 /// How long a request's headers may take, and some time for a busy machine.
 const HEADERS: Duration = Duration::from_secs(20);
@@ -29,12 +30,12 @@ const PAUSE: Duration = Duration::from_secs(2);
 struct Kept(BufReader<SslStream<TcpStream>>);
 
 impl Kept {
-    fn new(agent: &Hosted) -> Self {
+    fn new(agent: &ServeAgent) -> Self {
         Self(BufReader::new(agent.connect()))
     }
 
     /// One that has been of use.
-    fn used(agent: &Hosted) -> Self {
+    fn used(agent: &ServeAgent) -> Self {
         let mut kept = Self::new(agent);
         assert_eq!(kept.ask().unwrap().text(), "yes");
         kept
@@ -88,7 +89,7 @@ impl Kept {
 
 #[test]
 fn each_request_on_a_kept_connection_must_come_in_time() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let request = encode_request("GET", "/is_alive", &[("X-Filler", &"x".repeat(200))], b"");
     std::thread::scope(|scope| {
         let slow = scope.spawn(|| {
@@ -124,7 +125,7 @@ fn each_request_on_a_kept_connection_must_come_in_time() {
 
 #[test]
 fn who_is_refused_can_not_go_on_with_a_body_for_long() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let chunked = ("Transfer-Encoding", "chunked");
     let long = ("Content-Length", "1000000");
     let mut cases: Vec<Case> = Vec::new();
@@ -154,7 +155,7 @@ fn who_is_refused_can_not_go_on_with_a_body_for_long() {
 type Case = (&'static str, &'static str, (&'static str, &'static str), &'static str, bool);
 
 /// The connections of one client, as long as it holds them.
-fn held(agent: &Hosted, address: Ipv4Addr) -> io::Result<Kept> {
+fn held(agent: &ServeAgent, address: Ipv4Addr) -> io::Result<Kept> {
     let mut kept = Kept(BufReader::new(agent.connect_from(address)?));
     kept.0.get_ref().get_ref().set_read_timeout(Some(SOON))?;
     kept.send(&encode_request("GET", "/is_alive", &[], b""))?;
@@ -180,7 +181,7 @@ fn one_client_has_only_so_many_connections() {
     ];
     for way in ways {
         let world = World::new();
-        let agent = Hosted::start_with(&world, |command| way(&world, command));
+        let agent = ServeAgent::start_with(&world, |command| way(&world, command));
         let mut first: Vec<_> = (0..3).map(|_| held(&agent, ONE).unwrap()).collect();
         let asked = Instant::now();
         assert!(held(&agent, ONE).is_err(), "there is a fourth one");
@@ -206,8 +207,8 @@ fn one_client_has_only_so_many_connections() {
 const MANY: usize = 150;
 
 /// An agent that may open few files, with a job whose log is long.
-fn small(world: &World) -> Hosted {
-    let agent = Hosted::start_with(world, |command| in_shell(command, "ulimit -n 128"));
+fn small(world: &World) -> ServeAgent {
+    let agent = ServeAgent::start_with(world, |command| in_shell(command, "ulimit -n 128"));
     let long = "head -c 20000000 /dev/zero | tr '\\0' x | fold -w 1000";
     assert_eq!(agent.run_to_end(&job("1", &[long])).result(), "passed");
     agent
@@ -221,7 +222,7 @@ struct Active {
 }
 
 impl Active {
-    fn start(agent: &Hosted) -> Self {
+    fn start(agent: &ServeAgent) -> Self {
         let authorization = [("Authorization", good_authorization())];
         let mut takes = Kept::new(agent);
         takes.send(&encode_request("GET", "/jobs/1/log", &authorization, b"")).unwrap();
@@ -242,7 +243,7 @@ impl Active {
         self.sends.send(&[byte]).unwrap();
     }
 
-    fn assert_unhurt(mut self, agent: &Hosted) {
+    fn assert_unhurt(mut self, agent: &ServeAgent) {
         let log = self.takes.answer().unwrap();
         let log = log.of_status(200).text();
         assert!(log.ends_with('\n') && log.contains("job_finished"), "{} bytes", log.len());
@@ -254,7 +255,7 @@ impl Active {
 }
 
 /// The agent says that it is full, but not again and again.
-fn assert_tells(agent: &Hosted) {
+fn assert_tells(agent: &ServeAgent) {
     let log = agent.own_log();
     let is_about_it = |line: &&str| {
         line.contains(" WARN ") && (line.contains("connections") || line.contains("full"))

@@ -13,8 +13,9 @@ use semaphore_agent::api::ROUTES;
 use semaphore_agent::commands::cli::Cli;
 use serde_json::{Value, json};
 
-use test_support::hosted::{Answer, Hosted, RUN_FOR_EVER, SECRET, good_authorization, job, token};
-use test_support::{World, config_keys, wait_for_end};
+use test_support::http::Answer;
+use test_support::serve::{SECRET, ServeAgent, good_authorization, token};
+use test_support::{RUN_FOR_EVER, World, config_keys, job, wait_for_end};
 
 /// Documented, but not to be had at will: a broken or slow body, one that has not come when the agent
 /// ends, and bugs. Other tests have these.
@@ -99,7 +100,7 @@ fn every_answer_is_as_documented() {
     let document = Document::read();
     let world = World::new();
     let own_log = world.home().with_file_name("agent_log");
-    let agent = Hosted::start_with(&world, |command| {
+    let agent = ServeAgent::start_with(&world, |command| {
         command.args(["--max-body-size", "1000"]);
     });
     let mut provoked = BTreeSet::new();
@@ -222,7 +223,7 @@ fn the_example_configuration_has_every_option_with_its_default() {
     let secret = world.file("secret", SECRET);
     let usable = example.replace("/etc/semaphore-agent/secret", secret.to_str().unwrap());
     let file = world.file("config.yaml", usable);
-    let agent = Hosted::start_with(&world, |command| {
+    let agent = ServeAgent::start_with(&world, |command| {
         command.env_remove("SEMAPHORE_AGENT_AUTH_TOKEN_SECRET").arg("--config-file").arg(file);
     });
     assert_eq!(agent.run_to_end(&job("1", &["echo hi"])).output(), "hi\n");

@@ -7,8 +7,9 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use serde_json::{Value, json};
 
-use test_support::World;
-use test_support::hosted::{Answer, Hosted, encode_request, good_authorization, wait_until};
+use test_support::http::{Answer, encode_request};
+use test_support::serve::{ServeAgent, good_authorization};
+use test_support::{World, wait_until};
 
 fn for_many<S: Strategy>(
     cases: u32,
@@ -22,13 +23,13 @@ fn for_many<S: Strategy>(
 }
 
 /// Nothing in a mutated request must be able to hold up the agent for long.
-fn start(world: &World) -> Hosted {
-    Hosted::start_with(world, |command| {
+fn start(world: &World) -> ServeAgent {
+    ServeAgent::start_with(world, |command| {
         command.args(["--callback-retry-attempts", "1"]);
     })
 }
 
-fn assert_alive(agent: &Hosted) {
+fn assert_alive(agent: &ServeAgent) {
     assert_eq!(agent.request("GET", "/is_alive", &[], b"").text(), "yes");
 }
 
@@ -38,7 +39,7 @@ fn escaped(id: &str) -> String {
 }
 
 /// Posts a body; a job that it happened to start is stopped and archived.
-fn post(agent: &Hosted, body: &[u8]) -> Result<(), TestCaseError> {
+fn post(agent: &ServeAgent, body: &[u8]) -> Result<(), TestCaseError> {
     let answer = agent.post("/jobs", body);
     prop_assert!(matches!(answer.status, 200 | 400..=499), "{}", answer.status);
     prop_assert!(!answer.message().is_empty());

@@ -5,14 +5,14 @@ use std::path::Path;
 
 use serde_json::json;
 
-use test_support::hosted::{Hosted, job};
-use test_support::{Finished, World};
+use test_support::serve::ServeAgent;
+use test_support::{Finished, World, job};
 
 const TITLE: &str = "Running the pre-job hook configured in the agent";
 
 /// A job with a variable, two commands and an epilogue, run by an agent with this hook.
 fn run_with(world: &World, hook: &Path) -> Finished {
-    let agent = Hosted::start_with(world, |command| {
+    let agent = ServeAgent::start_with(world, |command| {
         command.arg("--pre-job-hook-path").arg(hook);
     });
     let mut request = job("1", &["echo \"$HOOK $- $PWD\"", "echo second"]);

@@ -1,4 +1,4 @@
-//! How the hosted agent lives, and how it ends.
+//! How `agent serve` ends: signals, single jobs, and what it finishes before.
 
 use std::fs;
 use std::io::{BufReader, Write as _};
@@ -12,11 +12,10 @@ use openssl::ssl::SslStream;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use test_support::hosted::{
-    Answer, CallbackServer, Hosted, RUN_UNTIL_GO, RUNNING, encode_request, good_authorization, job,
-    wait_until,
-};
-use test_support::{World, base64, lives_with};
+use test_support::callbacks::CallbackServer;
+use test_support::http::{Answer, encode_request};
+use test_support::serve::{ServeAgent, good_authorization};
+use test_support::{RUN_UNTIL_GO, RUNNING, World, base64, job, lives_with, wait_until};
 
 /// Long enough for a busy machine, and much shorter than all that an end could wait for.
 const AT_ONCE: Duration = Duration::from_secs(5);
@@ -99,25 +98,25 @@ fn left_behind(world: &World, marker: &str) -> Vec<String> {
 }
 
 /// An agent with a grace period, in seconds.
-fn start(world: &World, grace: u64) -> Hosted {
-    Hosted::start_with(world, |command| {
+fn start(world: &World, grace: u64) -> ServeAgent {
+    ServeAgent::start_with(world, |command| {
         command.arg(format!("--interruption-grace-period={grace}"));
     })
 }
 
 /// Starts a job that says that it is running.
-fn run(agent: &Hosted, job: &Value) {
+fn run(agent: &ServeAgent, job: &Value) {
     agent.post_job(job).of_status(200);
     agent.wait_for_log("1", RUNNING);
 }
 
-fn ask_to_end(agent: &Hosted, signal: Signal) {
+fn ask_to_end(agent: &ServeAgent, signal: Signal) {
     agent.signal(signal);
     agent.wait_for_own_log("asked to end");
 }
 
 /// The exit code of an agent that has so long to end.
-fn exit_code(agent: &mut Hosted, within: Duration) -> Option<i32> {
+fn exit_code(agent: &mut ServeAgent, within: Duration) -> Option<i32> {
     let began = Instant::now();
     let status = agent.wait_for_exit();
     assert!(began.elapsed() < within, "it took {:?}", began.elapsed());
@@ -125,14 +124,14 @@ fn exit_code(agent: &mut Hosted, within: Duration) -> Option<i32> {
 }
 
 /// It ends at once, in order, and nothing is left.
-fn assert_ends_well(agent: &mut Hosted, world: &World, marker: &str) {
+fn assert_ends_well(agent: &mut ServeAgent, world: &World, marker: &str) {
     assert_eq!(exit_code(agent, AT_ONCE), Some(0));
     TcpListener::bind(agent.address()).unwrap();
     assert_eq!(left_behind(world, marker), [""; 0]);
 }
 
 /// What the archivator gets as soon as the log is whole.
-fn archived(agent: &Hosted) -> String {
+fn archived(agent: &ServeAgent) -> String {
     agent.wait_for_log("1", r#""event":"job_finished""#);
     format!("{:?}", agent.archive("1"))
 }
@@ -148,8 +147,8 @@ fn ask_on(connection: &mut BufReader<SslStream<TcpStream>>, path: &str) -> Answe
 }
 
 /// An agent whose log somebody began to read, and has not read on.
-fn with_slow_reader() -> (Hosted, SslStream<TcpStream>) {
-    let agent = Hosted::start(&World::new());
+fn with_slow_reader() -> (ServeAgent, SslStream<TcpStream>) {
+    let agent = ServeAgent::start(&World::new());
     // More than a connection takes that nobody reads.
     agent.run_to_end(&job("1", &["head -c 40000000 /dev/zero | tr '\\0' x | fold -w 1000"]));
     let mut stream = agent.connect();
@@ -164,7 +163,7 @@ fn with_slow_reader() -> (Hosted, SslStream<TcpStream>) {
 #[test]
 fn many_jobs_in_a_lifetime_pile_nothing_up() {
     let world = world();
-    let mut agent = Hosted::start(&world);
+    let mut agent = ServeAgent::start(&world);
     let of_agent = |what: &str| names_in(format!("/proc/{}/{what}", agent.pid()).as_ref()).len();
     let run = |id: usize| {
         let (mut request, marker) = marked(&["(sleep 1000 &) ; echo $TEST_MARKER"]);
@@ -190,7 +189,7 @@ fn many_jobs_in_a_lifetime_pile_nothing_up() {
 fn an_agent_for_a_single_job_ends_after_its_teardown() {
     let (open, server) = gated(1);
     let world = world();
-    let mut agent = Hosted::start_with(&world, |command| {
+    let mut agent = ServeAgent::start_with(&world, |command| {
         command.arg("--single-job");
     });
     agent.post_job(&json!({ "job_id": "" })).of_status(422);
@@ -214,7 +213,7 @@ fn an_agent_for_a_single_job_ends_after_its_teardown() {
 fn an_idle_agent_ends_at_once() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let world = world();
-        let mut agent = Hosted::start(&world);
+        let mut agent = ServeAgent::start(&world);
         agent.run_to_end(&job("1", &["true"]));
         let mut used: Vec<_> = (0..20).map(|_| BufReader::new(agent.connect())).collect();
         for connection in &mut used {
@@ -227,9 +226,9 @@ fn an_idle_agent_ends_at_once() {
     }
 }
 
-fn assert_ends_in_spite_of<T>(mut connect: impl FnMut(&Hosted) -> T) {
+fn assert_ends_in_spite_of<T>(mut connect: impl FnMut(&ServeAgent) -> T) {
     let world = world();
-    let mut agent = Hosted::start(&world);
+    let mut agent = ServeAgent::start(&world);
     let _open: Vec<_> = (0..5).map(|_| connect(&agent)).collect();
     // They are taken in the order in which they came.
     agent.get("/status").of_status(200);
@@ -237,7 +236,7 @@ fn assert_ends_in_spite_of<T>(mut connect: impl FnMut(&Hosted) -> T) {
     assert_ends_well(&mut agent, &world, "no such marker");
 }
 
-fn begin_a_post(agent: &Hosted, missing: usize) -> SslStream<TcpStream> {
+fn begin_a_post(agent: &ServeAgent, missing: usize) -> SslStream<TcpStream> {
     let headers = [("Authorization", good_authorization())];
     let request = encode_request("POST", "/jobs", &headers, &[b' '; 100]);
     let mut stream = agent.connect();
@@ -265,7 +264,7 @@ fn an_agent_that_is_asked_to_end_stops_its_job_and_delivers_its_end() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let (open, server) = gated(0);
         let world = world();
-        let mut agent = Hosted::start(&world);
+        let mut agent = ServeAgent::start(&world);
         let (request, marker) = marked(&STUBBORN);
         run(&agent, &telling(&server, request));
         assert!(!lives_with(&marker).is_empty());
@@ -304,7 +303,7 @@ fn a_job_that_is_sent_again_while_the_agent_ends_is_still_the_same_job() {
 fn a_job_in_its_first_moments_is_stopped_and_delivered_too() {
     for delay in [0, 2, 5, 10, 20] {
         let world = world();
-        let mut agent = Hosted::start(&world);
+        let mut agent = ServeAgent::start(&world);
         let (request, marker) = marked(&["sleep 1000; touch ~/never"]);
         agent.post_job(&request).of_status(200);
         // Not to win a race: every moment is to be tried, and each must be right.
@@ -371,7 +370,7 @@ fn a_second_signal_gives_up_archivators_and_callbacks() {
         [("archivator", &archivator), ("a slow one", &slow.1), ("a failing one", &failing)]
     {
         let world = world();
-        let mut agent = Hosted::start(&world);
+        let mut agent = ServeAgent::start(&world);
         let (request, marker) = marked(&["echo running; (sleep 1000 &)"]);
         agent.post_job(&telling(server, request)).of_status(200);
         assert_finished(server, "passed");
@@ -389,7 +388,7 @@ fn a_second_signal_gives_up_archivators_and_callbacks() {
 #[test]
 fn a_job_is_gone_soon_after_the_agents_violent_death() {
     let world = world();
-    let mut agent = Hosted::start(&world);
+    let mut agent = ServeAgent::start(&world);
     let (request, marker) = marked(&STUBBORN);
     run(&agent, &request);
     assert!(!lives_with(&marker).is_empty());
@@ -398,7 +397,7 @@ fn a_job_is_gone_soon_after_the_agents_violent_death() {
     // Nobody is left to tell when the clean-up is done, so it is watched.
     let left = || left_behind(&world, &marker);
     wait_until(|| left().is_empty(), || format!("{:?}", left()));
-    agent = Hosted::start(&world);
+    agent = ServeAgent::start(&world);
     assert_eq!(agent.run_to_end(&job("1", &["true"])).result(), "passed");
 }
 
@@ -431,7 +430,7 @@ fn a_second_signal_gives_up_readers() {
 #[test]
 fn a_hangup_ends_neither_the_agent_nor_a_connection_nor_a_job() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     let mut connection = BufReader::new(agent.connect());
     ask_on(&mut connection, "/status").of_status(200);
     run(&agent, &job("1", &[RUN_UNTIL_GO]));

@@ -4,10 +4,9 @@ use std::io::{BufReader, Read as _, Write as _};
 
 use serde_json::Value;
 
-use test_support::World;
-use test_support::hosted::{
-    Answer, Hosted, RUN_FOR_EVER, RUNNING, encode_request, events, good_authorization, job,
-};
+use test_support::http::{Answer, encode_request};
+use test_support::serve::{ServeAgent, events, good_authorization};
+use test_support::{RUN_FOR_EVER, RUNNING, World, job};
 
 /// Lines enough for many reads.
 const LINES: &str = "for i in {1..50}; do echo line $i; sleep 0.002; done";
@@ -18,14 +17,14 @@ fn flood(bytes: usize) -> String {
 }
 
 /// An agent whose job is over and whose log can still be read; and the log.
-fn with_log(commands: &[&str]) -> (Hosted, Vec<u8>) {
-    let agent = Hosted::start(&World::new());
+fn with_log(commands: &[&str]) -> (ServeAgent, Vec<u8>) {
+    let agent = ServeAgent::start(&World::new());
     agent.run_to_end(&job("1", commands));
     let log = agent.get("/jobs/1/log").body;
     (agent, log)
 }
 
-fn get_with(agent: &Hosted, path: &str, header: (&str, &str)) -> Answer {
+fn get_with(agent: &ServeAgent, path: &str, header: (&str, &str)) -> Answer {
     let headers = [("Authorization", good_authorization()), header];
     let answer = agent.request("GET", path, &headers, b"");
     answer.of_status(200);
@@ -123,7 +122,7 @@ fn a_start_that_is_not_a_number_is_the_beginning() {
 
 #[test]
 fn a_log_that_grows_is_read_to_its_present_end_and_never_changes() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     agent.post_job(&job("1", &["true", LINES, "echo last"])).of_status(200);
     let mut log = Vec::new();
     while !String::from_utf8_lossy(&log).contains("job_finished") {
@@ -139,7 +138,7 @@ fn a_log_that_grows_is_read_to_its_present_end_and_never_changes() {
 
 #[test]
 fn a_running_job_is_not_waited_for() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     agent.post_job(&job("1", &[RUN_FOR_EVER])).of_status(200);
     agent.wait_for_log("1", RUNNING);
     assert!(!agent.log_events("1").is_empty());
@@ -219,7 +218,7 @@ fn requests_that_come_all_at_once_are_answered_in_order() {
 
 #[test]
 fn a_slow_reader_gets_everything_and_holds_up_nobody() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     agent.post_job(&job("1", &[&flood(20_000_000), RUN_FOR_EVER])).of_status(200);
     agent.wait_for_log("1", RUNNING);
     let mut slow = agent.connect();
@@ -243,7 +242,7 @@ fn a_slow_reader_gets_everything_and_holds_up_nobody() {
 
 #[test]
 fn a_reader_of_a_log_that_is_replaced_gets_it_whole() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     agent.run_to_end(&job("1", &[&flood(20_000_000)]));
     let log = agent.get("/jobs/1/log").body;
     let mut slow = agent.connect();

@@ -9,9 +9,12 @@ use std::process::{Command, Output, Stdio};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use test_support::hosted::{Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, job, wait_until};
+use test_support::serve::ServeAgent;
 use test_support::ssh::{SshServer, client, key};
-use test_support::{World, base64, feed, lives_with, wait_for_end};
+use test_support::{
+    RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, World, base64, feed, job, lives_with, wait_for_end,
+    wait_until,
+};
 
 const WARNING: &str = "not everything for SSH access to this job is there";
 
@@ -21,7 +24,7 @@ const REFUSED: Option<i32> = Some(255);
 /// A machine with an agent and an SSH server, and somebody who has a key.
 pub struct Machine {
     // Fields go in this order: the programs before their files.
-    pub agent: Hosted,
+    pub agent: ServeAgent,
     server: SshServer,
     pub world: World,
     pub key: PathBuf,
@@ -41,7 +44,7 @@ impl Machine {
         let home = world.home();
         let environment = [("HOME", home.to_str().unwrap())];
         Self {
-            agent: Hosted::start_with(&world, |command| adapt(&world, command)),
+            agent: ServeAgent::start_with(&world, |command| adapt(&world, command)),
             server: SshServer::start(&directory, &authorized_keys, &environment),
             key: key(&directory, "me", &["-t", "ed25519"]),
             world,
@@ -102,7 +105,7 @@ pub fn leads_nowhere(world: &World) -> bool {
         .ends_with("echo 'No job runs here now.' >&2\nexit 1\n")
 }
 
-/// Where [`Hosted`] has its agent put the script.
+/// Where [`ServeAgent`] has its agent put the script.
 pub fn script(world: &World) -> PathBuf {
     world.home().with_file_name("ssh_jump_point")
 }
@@ -272,7 +275,7 @@ fn every_file_is_as_it_was_before_byte_for_byte() {
             fs::write(home.join(path), content).unwrap();
             fs::set_permissions(home.join(path), fs::Permissions::from_mode(*mode)).unwrap();
         }
-        let agent = Hosted::start(&world);
+        let agent = ServeAgent::start(&world);
         let before = files(&home);
         let mut request = job("1", &[RUN_UNTIL_GO]);
         request["ssh_public_keys"] = json!([base64(b"ssh-ed25519 AAAA of-the-job\n")]);
@@ -292,7 +295,7 @@ fn every_file_is_as_it_was_before_byte_for_byte() {
 #[test]
 fn a_job_without_keys_has_the_script_and_leaves_the_keys_alone() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     agent.post_job(&job("1", &[RUN_UNTIL_GO])).of_status(200);
     agent.wait_for_log("1", RUNNING);
     assert!(script(&world).exists());
@@ -309,7 +312,7 @@ fn a_longer_script_of_somebody_else_is_replaced_as_a_whole() {
     let old = format!("#!/bin/bash\n{}", "echo old\n".repeat(1000));
     fs::write(script(&world), &old).unwrap();
     let before = fs::metadata(script(&world)).unwrap().ino();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     agent.post_job(&job("1", &[RUN_UNTIL_GO])).of_status(200);
     agent.wait_for_log("1", RUNNING);
     let new = fs::read_to_string(script(&world)).unwrap();
@@ -336,7 +339,7 @@ fn planted_links_are_not_followed_and_the_job_runs() {
             symlink(if path.ends_with(".ssh") { &directory } else { &victim }, path).unwrap();
         }
         symlink(&victim, script(&world)).unwrap();
-        let agent = Hosted::start(&world);
+        let agent = ServeAgent::start(&world);
         let mut request = job("1", &["echo hi"]);
         request["ssh_public_keys"] = json!([base64(b"ssh-ed25519 AAAA of-the-job\n")]);
         assert_eq!(agent.run_to_end(&request).output(), "hi\n");
@@ -360,7 +363,7 @@ fn an_agent_that_is_killed_leaves_no_way_in() {
     let keys = fs::Permissions::from_mode(0o600);
     fs::set_permissions(home.join(".ssh/authorized_keys"), keys).unwrap();
     let before = files(&home);
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     let mut request = job("1", &[RUN_FOR_EVER]);
     request["ssh_public_keys"] = json!([base64(b"ssh-ed25519 AAAA of-the-job\n")]);
     agent.post_job(&request).of_status(200);

@@ -1,4 +1,4 @@
-//! Metrics of the hosted mode, and logs of its jobs as artifacts.
+//! Metrics of `agent serve`, and logs of its jobs as artifacts.
 
 use std::fs;
 use std::io::Read as _;
@@ -11,11 +11,11 @@ use std::time::{Duration, SystemTime};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use test_support::docker;
-use test_support::hosted::{
-    CallbackServer, Hosted, RUN_FOR_EVER, RUNNING, SECRET, job, wait_until,
+use test_support::callbacks::CallbackServer;
+use test_support::serve::{SECRET, ServeAgent};
+use test_support::{
+    RUN_FOR_EVER, RUNNING, World, base64, docker, job, lives_with, wait_for_file, wait_until,
 };
-use test_support::{World, base64, lives_with, wait_for_file};
 
 fn metrics_to(host: &str, port: u16) -> impl FnOnce(&mut Command) {
     move |command| {
@@ -46,7 +46,7 @@ fn duration(datagram: &str, name: &str, tag: &str) -> u64 {
 #[test]
 fn a_jobs_duration_is_measured() {
     let (socket, port) = server();
-    let agent = Hosted::start_with(&World::new(), metrics_to("127.0.0.1", port));
+    let agent = ServeAgent::start_with(&World::new(), metrics_to("127.0.0.1", port));
     for (id, result, command) in
         [("1", "passed", "sleep 0.2"), ("2", "failed", "false"), ("3", "stopped", RUN_FOR_EVER)]
     {
@@ -68,7 +68,7 @@ fn a_jobs_duration_is_measured() {
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine and its client")]
 fn every_image_is_measured() {
     let (socket, port) = server();
-    let agent = Hosted::start_with(&World::new(), metrics_to("127.0.0.1", port));
+    let agent = ServeAgent::start_with(&World::new(), metrics_to("127.0.0.1", port));
     // Nobody listens there, and an upper-case name is refused before anybody is asked.
     let images =
         [("passed", "agent-test/bash", "success"), ("failed", "127.0.0.1:1/No", "failure")];
@@ -88,7 +88,7 @@ fn every_image_is_measured() {
 #[test]
 fn metrics_have_the_namespace_of_the_operator() {
     let (socket, port) = server();
-    let agent = Hosted::start_with(&World::new(), |command| {
+    let agent = ServeAgent::start_with(&World::new(), |command| {
         command.env("SEMAPHORE_AGENT_STATSD_HOST", "localhost");
         command.env("SEMAPHORE_AGENT_STATSD_PORT", port.to_string());
         command.env("SEMAPHORE_AGENT_STATSD_NAMESPACE", "mine.here");
@@ -103,7 +103,7 @@ fn a_metrics_server_that_is_gone_costs_nothing() {
     let long = "x".repeat(300);
     let hosts = ["127.0.0.1", "no such host", "", "..", "300.1.1.1", "nothing.invalid", &long];
     for host in hosts {
-        let agent = Hosted::start_with(&World::new(), |command| {
+        let agent = ServeAgent::start_with(&World::new(), |command| {
             command.env("SEMAPHORE_AGENT_STATSD_HOST", host);
             command.env("SEMAPHORE_AGENT_STATSD_PORT", port.to_string());
         });
@@ -120,7 +120,7 @@ fn a_metrics_server_that_is_gone_costs_nothing() {
 fn half_an_address_is_a_warning() {
     let (socket, port) = server();
     for (flag, value) in [("--statsd-host", "127.0.0.1"), ("--statsd-port", &port.to_string())] {
-        let agent = Hosted::start_with(&World::new(), |command| {
+        let agent = ServeAgent::start_with(&World::new(), |command| {
             command.args([flag, value]);
         });
         assert!(agent.own_log().contains("no metrics"), "{}", agent.own_log());
@@ -185,7 +185,7 @@ fn uploading(mut job: Value, condition: &str) -> Value {
 fn a_log_becomes_an_artifact_if_the_job_says_so() {
     let world = World::new();
     let stand_in = StandIn::new(&world, "");
-    let agent = Hosted::start_with(&world, stand_in.found());
+    let agent = ServeAgent::start_with(&world, stand_in.found());
     for condition in ["never", "", "when-trimmed"] {
         agent.run_to_end(&uploading(job(&format!("not-{condition}"), &["true"]), condition));
         assert!(!stand_in.was_used(), "{condition}");
@@ -219,7 +219,7 @@ fn a_log_becomes_an_artifact_if_the_job_says_so() {
 fn an_upload_comes_between_the_archivator_and_the_teardown() {
     let world = World::new();
     let stand_in = StandIn::new(&world, "until [[ -e go ]]; do sleep 0.01; done");
-    let agent = Hosted::start_with(&world, stand_in.found());
+    let agent = ServeAgent::start_with(&world, stand_in.found());
     let server = CallbackServer::start();
     let mut request = uploading(job("1", &["true"]), "always");
     request["callbacks"] = json!({ "teardown_finished": server.url("/teardown_finished") });
@@ -240,7 +240,7 @@ fn an_upload_comes_between_the_archivator_and_the_teardown() {
 fn a_log_that_the_platform_cuts_becomes_an_artifact() {
     let world = World::new();
     let stand_in = StandIn::new(&world, "");
-    let agent = Hosted::start_with(&world, stand_in.found());
+    let agent = ServeAgent::start_with(&world, stand_in.found());
     for (id, most, used) in [("1", 1_000_000, false), ("2", 3000, true)] {
         let mut request =
             uploading(job(id, &["head -c 5000 /dev/zero | tr '\\0' x"]), "when-trimmed");
@@ -256,7 +256,7 @@ fn a_long_log_is_packed() {
     let world = World::new();
     let stand_in = StandIn::new(&world, "");
     let found = stand_in.found();
-    let agent = Hosted::start_with(&world, |command| {
+    let agent = ServeAgent::start_with(&world, |command| {
         found(command);
         command.env("SEMAPHORE_AGENT_LOGS_COMPRESSION_SIZE", "1048576");
     });
@@ -276,7 +276,7 @@ fn an_upload_that_fails_changes_nothing_else() {
         ("", "sometimes", "never, always, when-trimmed"),
     ] {
         let world = World::new();
-        let agent = Hosted::start_with(&world, StandIn::new(&world, rest).found());
+        let agent = ServeAgent::start_with(&world, StandIn::new(&world, rest).found());
         let finished = agent.run_to_end(&uploading(job("1", &["true"]), condition));
         assert_eq!(finished.result(), "passed", "{why}");
         agent.wait_for_own_log("not uploaded");
@@ -287,7 +287,7 @@ fn an_upload_that_fails_changes_nothing_else() {
 
 #[test]
 fn a_machine_without_the_program_says_so() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     assert_eq!(agent.run_to_end(&uploading(job("1", &["true"]), "always")).result(), "passed");
     agent.wait_for_own_log("no `artifact` program");
 }
@@ -297,7 +297,7 @@ fn end_while_it_hangs(rest: &str) {
     let world = World::new();
     let stand_in = StandIn::new(&world, rest);
     let marker = stand_in.directory.display().to_string();
-    let mut agent = Hosted::start_with(&world, stand_in.found());
+    let mut agent = ServeAgent::start_with(&world, stand_in.found());
     agent.post_job(&uploading(job("1", &["true"]), "always")).of_status(200);
     agent.wait_for_log("1", "job_finished");
     agent.archive("1");

@@ -4,8 +4,8 @@ use std::fs;
 use std::process::Stdio;
 use std::time::SystemTime;
 
-use test_support::hosted::{Hosted, job};
-use test_support::{World, wait_for_end};
+use test_support::serve::ServeAgent;
+use test_support::{World, job, wait_for_end};
 
 /// How often the least element is in a list: 4 MB of text at most.
 const MANY: usize = 1_000_000;
@@ -34,7 +34,7 @@ fn request(list: (&str, &str, &str)) -> String {
 }
 
 /// A figure of the agent's memory, in KiB.
-fn memory(agent: &Hosted, name: &str) -> u64 {
+fn memory(agent: &ServeAgent, name: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{}/status", agent.pid())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
     line.trim_start_matches(':').trim().trim_end_matches(" kB").parse().unwrap()
@@ -45,7 +45,7 @@ fn a_list_of_very_many_elements_is_refused_and_takes_little_memory() {
     let mut failed = Vec::new();
     for list in LISTS {
         let world = World::new();
-        let agent = Hosted::start(&world);
+        let agent = ServeAgent::start(&world);
         let before = memory(&agent, "VmRSS");
         let began = SystemTime::now();
         let answer = agent.post("/jobs", request(list).as_bytes());
@@ -84,7 +84,7 @@ fn a_file_with_a_list_of_very_many_elements_is_refused() {
 #[test]
 fn as_many_elements_as_control_planes_send_are_taken() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     let mut request = job("1", &["echo $V299 ${#V0}"; 50]);
     request["env_vars"] =
         (0..300).map(|i| serde_json::json!({ "name": format!("V{i}"), "value": "eA==" })).collect();

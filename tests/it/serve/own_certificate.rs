@@ -1,4 +1,4 @@
-//! What the hosted mode shows and what it keeps secret: the certificate that the agent makes is good for this
+//! What `agent serve` shows and what it keeps secret: the certificate that the agent makes is good for this
 //! one server, and files with secrets are looked at before they are relied upon.
 
 use std::fs::{self, Permissions};
@@ -17,9 +17,9 @@ use openssl::ssl::{SslConnector, SslMethod};
 use openssl::x509::extension::{BasicConstraints, ExtendedKeyUsage, SubjectAlternativeName};
 use openssl::x509::{X509, X509Name};
 
-use test_support::World;
-use test_support::hosted::{Hosted, SECRET, refusal, wait_until};
+use test_support::serve::{SECRET, ServeAgent, refusal};
 use test_support::surroundings::{OPERATOR, STRANGER, as_user, has_other_users};
+use test_support::{World, wait_until};
 
 const SECRET_VARIABLE: &str = "SEMAPHORE_AGENT_AUTH_TOKEN_SECRET";
 
@@ -66,7 +66,7 @@ fn pair(is_authority: bool, days: u32) -> [Vec<u8>; 2] {
 }
 
 /// The agent warns of this, or does not.
-fn assert_warned(agent: &Hosted, of: &str, warned: bool, case: &str) {
+fn assert_warned(agent: &ServeAgent, of: &str, warned: bool, case: &str) {
     let is_there = || {
         let log = agent.own_log();
         log.lines().any(|line| line.contains(" WARN ") && line.contains(of))
@@ -86,7 +86,7 @@ fn set_mode(path: &Path, mode: u32) {
 #[test]
 fn an_own_certificate_is_for_this_server_and_no_authority() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     let [file, _] = own(&world);
     let cert = read(&file);
     let text = String::from_utf8(cert.to_text().unwrap()).unwrap();
@@ -119,7 +119,7 @@ fn an_own_certificate_is_for_this_server_and_no_authority() {
 #[cfg_attr(not(has_curl), ignore = "needs curl and perl")]
 fn curl_trusts_an_agent_that_it_is_told_to_trust() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     let url = format!("https://localhost:{}/is_alive", agent.address().port());
     let [cert, _] = own(&world);
     let mut curl = Command::new("curl");
@@ -134,13 +134,13 @@ fn an_own_certificate_that_is_no_good_any_more_is_made_anew() {
         [(false, 300, true), (true, 300, false), (true, 3650, false), (false, 29, false)]
     {
         let world = World::new();
-        drop(Hosted::start(&world));
+        drop(ServeAgent::start(&world));
         let files = own(&world);
         let old = pair(is_authority, days);
         for (path, pem) in files.iter().zip(&old) {
             fs::write(path, pem).unwrap();
         }
-        let agent = Hosted::start(&world);
+        let agent = ServeAgent::start(&world);
         let shown = agent.connect().ssl().peer_certificate().unwrap();
         let old = X509::from_pem(&old[0]).unwrap();
         let is_old = shown.to_der().unwrap() == old.to_der().unwrap();
@@ -156,7 +156,7 @@ fn a_key_that_others_can_read_is_a_warning_and_one_of_somebody_else_is_refused()
     let [cert, key] = [world.file("my.crt", &cert), world.file("my.key", &key)];
     for (mode, warned) in [(0o644, true), (0o600, false), (0o400, false)] {
         set_mode(&key, mode);
-        let agent = Hosted::start_with(&world, |command| {
+        let agent = ServeAgent::start_with(&world, |command| {
             command.arg("--tls-cert-path").arg(&cert).arg("--tls-key-path").arg(&key);
         });
         assert_warned(&agent, key.to_str().unwrap(), warned, &format!("{mode:o}"));
@@ -168,7 +168,7 @@ fn a_key_that_others_can_read_is_a_warning_and_one_of_somebody_else_is_refused()
     let found = ["server.crt", "server.key"].map(|name| working.join(name));
     fs::copy(cert, &found[0]).unwrap();
     fs::copy(key, &found[1]).unwrap();
-    drop(Hosted::start(&world));
+    drop(ServeAgent::start(&world));
     for path in &found {
         lchown(path, Some(STRANGER), Some(STRANGER)).unwrap();
         let message = refusal(&world, |_| {});
@@ -184,7 +184,7 @@ fn a_key_that_others_can_read_is_a_warning_and_one_of_somebody_else_is_refused()
 fn a_short_secret_is_a_warning() {
     for (length, warned) in [(15, true), (16, false)] {
         let secret = &"0123456789abcdef"[..length];
-        let agent = Hosted::start_with(&World::new(), |command| {
+        let agent = ServeAgent::start_with(&World::new(), |command| {
             command.env(SECRET_VARIABLE, secret);
         });
         assert_warned(&agent, "auth-token-secret", warned, &format!("{length} bytes"));
@@ -206,7 +206,7 @@ fn a_secret_that_others_can_read_is_a_warning_and_one_that_they_can_change_is_re
     let name = file.to_str().unwrap();
     for (mode, warned) in [(0o644, true), (0o600, false), (0o400, false)] {
         set_mode(&file, mode);
-        let agent = Hosted::start_with(&world, with_secret(&file));
+        let agent = ServeAgent::start_with(&world, with_secret(&file));
         agent.get("/status").of_status(200);
         assert_warned(&agent, name, warned, &format!("{mode:o}"));
     }
@@ -223,7 +223,7 @@ fn a_secret_that_others_can_read_is_a_warning_and_one_that_they_can_change_is_re
     let message = refusal(&world, with_secret(&file));
     assert!(message.contains(name) && !message.contains(SECRET), "of somebody else: {message}");
     // Of root, for an agent of a user: that is how machines are set up.
-    let agent = Hosted::start_with(&world, |command| {
+    let agent = ServeAgent::start_with(&world, |command| {
         with_secret(&file)(command);
         as_user(&world, OPERATOR, command);
         lchown(&file, Some(0), Some(0)).unwrap();

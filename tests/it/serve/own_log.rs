@@ -1,4 +1,4 @@
-//! The agent's own log in the hosted mode.
+//! The own log of `agent serve`.
 
 use std::fs;
 use std::io::{BufReader, Read as _, Write as _};
@@ -11,10 +11,9 @@ use std::time::{Duration, SystemTime};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use test_support::hosted::{
-    Answer, Hosted, command, encode_request, good_authorization, job, refusal, wait_until,
-};
-use test_support::{World, wait_for_end};
+use test_support::http::{Answer, encode_request};
+use test_support::serve::{ServeAgent, command, good_authorization, refusal};
+use test_support::{World, job, wait_for_end, wait_until};
 
 const CANARY: &str = "canary";
 
@@ -65,7 +64,7 @@ fn entries(log: &str) -> Vec<(&str, &str)> {
 #[test]
 fn requests_are_noted_on_standard_output_and_in_the_file() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     agent.get("/status").of_status(200);
     agent.request("GET", "/jobs/1/log?start_from=7", &[], b"").of_status(401);
     agent.get("/nothing").of_status(404);
@@ -94,7 +93,7 @@ fn requests_are_noted_on_standard_output_and_in_the_file() {
 #[test]
 fn the_log_is_served() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     agent.run_to_end(&job("1", &["true"]));
     let before = fs::read_to_string(log_file(&world)).unwrap();
     let answer = agent.get("/agent_logs");
@@ -150,7 +149,7 @@ fn the_file_is_rotated_and_goes_on_after_a_restart() {
         command.env("SEMAPHORE_AGENT_LOG_MAX_SIZE", "5000");
     };
     let old = log_file(&world).with_file_name("agent_log.1");
-    let agent = Hosted::start_with(&world, small);
+    let agent = ServeAgent::start_with(&world, small);
     let mut asked = 0;
     wait_until(
         || {
@@ -170,7 +169,7 @@ fn the_file_is_rotated_and_goes_on_after_a_restart() {
     wait_until(|| agent.own_log() == format!("{first}{second}"), || "lines are missing".into());
     drop(agent);
 
-    let agent = Hosted::start_with(&world, small);
+    let agent = ServeAgent::start_with(&world, small);
     assert!(agent.get("/agent_logs").text().starts_with(&second));
 }
 
@@ -189,7 +188,7 @@ fn a_file_that_can_not_be_written_is_a_warning() {
                 world.home().join("link")
             }
         };
-        let agent = Hosted::start_with(&world, logging_to(&path));
+        let agent = ServeAgent::start_with(&world, logging_to(&path));
         let warning = format!("standard output only path={}", path.display());
         assert!(agent.own_log().contains(&warning), "{kind}: {}", agent.own_log());
         assert_eq!(agent.run_to_end(&job("1", &["true"])).result(), "passed");
@@ -236,7 +235,7 @@ fn reading_with(reader: &str, command: &mut Command) {
 fn nobody_needs_to_read_standard_output() {
     for reader in ["head -n 1", "head -n 1; while kill -0 $$ 2> /dev/null; do sleep 0.01; done"] {
         let world = World::new();
-        let mut agent = Hosted::start_with(&world, |command| {
+        let mut agent = ServeAgent::start_with(&world, |command| {
             command.env("SEMAPHORE_AGENT_LOG_LEVEL", "debug");
             reading_with(reader, command);
         });

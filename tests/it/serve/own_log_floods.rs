@@ -6,8 +6,9 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::json;
 
-use test_support::World;
-use test_support::hosted::{Answer, Hosted, encode_request, good_authorization, job};
+use test_support::http::{Answer, encode_request};
+use test_support::serve::{ServeAgent, good_authorization};
+use test_support::{World, job};
 
 /// The size at which the log is rotated: two of that are kept.
 const SIZE: usize = 200_000;
@@ -16,8 +17,8 @@ const SIZE: usize = 200_000;
 const WORTH_KEEPING: &str = "job torn down job=1";
 
 /// An agent with a small log in which something is worth keeping.
-fn start(world: &World) -> Hosted {
-    let agent = Hosted::start_with(world, |command| {
+fn start(world: &World) -> ServeAgent {
+    let agent = ServeAgent::start_with(world, |command| {
         command.env("SEMAPHORE_AGENT_LOG_MAX_SIZE", SIZE.to_string());
     });
     agent.run_to_end(&job("1", &["true"]));
@@ -32,12 +33,12 @@ fn kept(world: &World) -> String {
 }
 
 /// Asks this again and again.
-fn ask_often(agent: &Hosted, times: usize, request: &[u8]) {
+fn ask_often(agent: &ServeAgent, times: usize, request: &[u8]) {
     ask(agent, std::iter::repeat_n(request.to_vec(), times));
 }
 
 /// Asks on one connection, or on a new one if the agent has closed it.
-fn ask(agent: &Hosted, requests: impl IntoIterator<Item = Vec<u8>>) {
+fn ask(agent: &ServeAgent, requests: impl IntoIterator<Item = Vec<u8>>) {
     let mut connection = BufReader::new(agent.connect());
     for request in requests {
         let asked = connection.get_mut().write_all(&request);

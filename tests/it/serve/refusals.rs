@@ -4,14 +4,15 @@ use std::io::{BufReader, Write as _};
 
 use serde_json::{Value, json};
 
-use test_support::hosted::{Answer, Hosted, encode_request, good_authorization, job};
-use test_support::{Finished, World, base64};
+use test_support::http::{Answer, encode_request};
+use test_support::serve::{ServeAgent, good_authorization};
+use test_support::{Finished, World, base64, job};
 
 const SECRET_TEXT: &str = "hunter2-wordlike";
 const SECRET_NUMBER: u64 = 481_516_234_200;
 
 /// Refused with these words in the message; and nothing has changed.
-fn assert_refused(agent: &Hosted, body: &[u8], words: &[&str]) {
+fn assert_refused(agent: &ServeAgent, body: &[u8], words: &[&str]) {
     let shown = String::from_utf8_lossy(&body[..body.len().min(300)]).into_owned();
     let answer = agent.post("/jobs", body);
     assert_eq!(answer.status, 422, "{shown}: {}", answer.text());
@@ -30,7 +31,7 @@ fn assert_refused(agent: &Hosted, body: &[u8], words: &[&str]) {
 
 #[test]
 fn what_is_no_request_is_refused() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let whole = job("1", &["true"]).to_string();
     let deep = "[".repeat(100_000);
     let bodies: [&[u8]; 15] = [
@@ -58,7 +59,7 @@ fn what_is_no_request_is_refused() {
 
 #[test]
 fn a_request_without_an_id_is_refused() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     for id in [json!(null), json!(""), json!(1), json!(["1"]), json!({}), json!(true)] {
         let body = json!({ "job_id": id, "commands": [{ "directive": "true" }] }).to_string();
         assert_refused(&agent, body.as_bytes(), &["job_id"]);
@@ -69,7 +70,7 @@ fn a_request_without_an_id_is_refused() {
 
 #[test]
 fn a_field_of_a_wrong_type_is_named_without_its_value() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let secrets = [
         json!(SECRET_NUMBER),
         json!([SECRET_TEXT]),
@@ -127,7 +128,7 @@ fn a_field_of_a_wrong_type_is_named_without_its_value() {
 
 #[test]
 fn a_log_that_cannot_be_delivered_is_refused() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     for method in ["push", "shout", "PULL", " pull"] {
         let mut request = job("1", &["true"]);
         request["logger"] =
@@ -142,7 +143,7 @@ fn a_log_that_cannot_be_delivered_is_refused() {
 }
 
 /// A job that is taken, and that fails in a step with this title; nothing of it ran.
-fn assert_fails(agent: &Hosted, mut request: Value, title: &str, words: &[&str]) -> Finished {
+fn assert_fails(agent: &ServeAgent, mut request: Value, title: &str, words: &[&str]) -> Finished {
     static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
     let id = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed).to_string();
     request["job_id"] = id.into();
@@ -163,7 +164,7 @@ fn assert_fails(agent: &Hosted, mut request: Value, title: &str, words: &[&str])
 
 #[test]
 fn variables_that_cannot_be_exported_fail_the_job_there() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let good = base64(b"x");
     for (name, value) in [
         ("A", "***"),
@@ -187,7 +188,7 @@ fn variables_that_cannot_be_exported_fail_the_job_there() {
 
 #[test]
 fn files_that_cannot_be_injected_fail_the_job_there() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let good = base64(b"x");
     for mode in ["9z9", "rwx", "0o644", "-644", "888", "0x1", "99999999999", " 0644"] {
         let request = json!({ "files": [{ "path": "a", "content": good, "mode": mode }] });
@@ -208,7 +209,7 @@ fn files_that_cannot_be_injected_fail_the_job_there() {
 
 #[test]
 fn a_job_that_cannot_be_prepared_fails_and_says_why() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let cases = [
         (json!({ "executor": "unheard of" }), vec!["unheard of", "shell", "dockercompose"]),
         (json!({ "executor": "dockercompose" }), vec![]),
@@ -233,7 +234,7 @@ fn a_job_that_cannot_be_prepared_fails_and_says_why() {
 
 #[test]
 fn a_body_may_be_as_long_as_allowed_and_no_longer() {
-    let agent = Hosted::start_with(&World::new(), |command| {
+    let agent = ServeAgent::start_with(&World::new(), |command| {
         command.args(["--max-body-size", "1000"]);
     });
     let of_length = |id: &str, length: usize| {
@@ -270,7 +271,7 @@ fn a_body_may_be_as_long_as_allowed_and_no_longer() {
 
 #[test]
 fn a_length_that_is_too_much_is_refused_before_the_body_comes() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     for length in ["33554433", "1000000000000", "18446744073709551615"] {
         let headers = [("Authorization", good_authorization()), ("Expect", "100-continue")];
         for headers in [&headers[..1], &headers] {
@@ -288,7 +289,7 @@ fn a_length_that_is_too_much_is_refused_before_the_body_comes() {
 
 #[test]
 fn without_being_told_a_body_may_have_32_mib() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let mut request = job("1", &["wc -c <large"]);
     let content = base64(&vec![b'x'; 24_000_000]);
     request["files"] = json!([{ "path": "large", "content": content, "mode": "0600" }]);

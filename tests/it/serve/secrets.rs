@@ -6,10 +6,9 @@ use std::path::PathBuf;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use test_support::hosted::{
-    CallbackServer, Hosted, SECRET, good_authorization, job, refusal, token,
-};
-use test_support::{World, base64};
+use test_support::callbacks::CallbackServer;
+use test_support::serve::{SECRET, ServeAgent, good_authorization, refusal, token};
+use test_support::{World, base64, job};
 
 const SECRET_VARIABLE: &str = "SEMAPHORE_AGENT_AUTH_TOKEN_SECRET";
 
@@ -68,7 +67,7 @@ fn ways(world: &World) -> [(Option<&'static str>, Vec<PathBuf>); 4] {
 fn jobs_and_process_lists_do_not_see_the_secret() {
     let world = World::new();
     for (number, (variable, arguments)) in ways(&world).into_iter().enumerate() {
-        let agent = Hosted::start_with(&world, |command| {
+        let agent = ServeAgent::start_with(&world, |command| {
             command.env_remove(SECRET_VARIABLE).args(&arguments);
             command.envs(variable.map(|secret| (SECRET_VARIABLE, secret)));
         });
@@ -93,7 +92,7 @@ fn nothing_secret_is_ever_in_it() {
     let secret = format!("{SECRET} {CANARY}");
     for level in ["debug", "trace"] {
         let errors = world.file("stderr", "");
-        let agent = Hosted::start_with(&world, |command| {
+        let agent = ServeAgent::start_with(&world, |command| {
             command.env("SEMAPHORE_AGENT_LOG_LEVEL", level);
             command.args(["--callback-retry-attempts", "1"]);
             command.env("SEMAPHORE_AGENT_NO_SUCH_THING", CANARY);

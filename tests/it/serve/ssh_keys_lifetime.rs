@@ -8,9 +8,12 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::serve::login::{Machine, script, text};
-use test_support::hosted::{Hosted, RUN_UNTIL_GO, RUNNING, job, wait_until};
+use test_support::serve::ServeAgent;
 use test_support::ssh::client;
-use test_support::{KilledOnFailure, World, base64, lives_with, wait_for_end};
+use test_support::{
+    KilledOnFailure, RUN_UNTIL_GO, RUNNING, World, base64, job, lives_with, wait_for_end,
+    wait_until,
+};
 
 const KEY: &str = "ssh-ed25519 AAAA of-the-job";
 
@@ -30,7 +33,7 @@ fn ways_in(world: &World) -> Vec<&'static str> {
 #[test]
 fn keys_are_gone_soon_after_the_job_though_nobody_has_its_log_yet() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     let mut request = job("1", &[RUN_UNTIL_GO]);
     request["ssh_public_keys"] = json!([base64(KEY.as_bytes())]);
     agent.post_job(&request).of_status(200);

@@ -1,11 +1,11 @@
-//! What a hosted agent says that can't start.
+//! The messages of an `agent serve` that can't start.
 
 use std::ffi::OsStr;
 use std::fs;
 use std::process::Stdio;
 
-use test_support::hosted::{Hosted, RUN_UNTIL_GO, RUNNING, command, job};
-use test_support::{World, base64, wait_for_end};
+use test_support::serve::{ServeAgent, command};
+use test_support::{RUN_UNTIL_GO, RUNNING, World, base64, job, wait_for_end};
 
 /// The exit code of an agent that does not start and names `value` and `why`.
 fn refusal(world: &World, flag: &str, value: impl AsRef<OsStr>, why: &str) -> Option<i32> {
@@ -31,7 +31,7 @@ fn an_agent_that_cannot_listen_says_why() {
 #[test]
 fn a_second_agent_on_the_same_port_is_refused_and_disturbs_nobody() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     let mut request = job("1", &[RUN_UNTIL_GO, "echo next"]);
     request["ssh_public_keys"] = serde_json::json!([base64(b"ssh-ed25519 AAAA of-the-job")]);
     agent.post_job(&request).of_status(200);

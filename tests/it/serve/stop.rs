@@ -4,10 +4,9 @@ use std::io::{BufReader, Write as _};
 
 use serde_json::{Value, json};
 
-use test_support::hosted::{
-    Answer, Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, encode_request, good_authorization, job,
-};
-use test_support::{Finished, World, lives_with, marked};
+use test_support::http::{Answer, encode_request};
+use test_support::serve::{ServeAgent, good_authorization};
+use test_support::{Finished, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, World, job, lives_with, marked};
 
 const EXPORTS: &str = "Exporting environment variables";
 
@@ -26,7 +25,7 @@ fn job_with_epilogues(main: &str) -> Value {
 
 #[test]
 fn without_a_job_there_is_nothing_to_stop() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     for path in ["/stop", "/jobs/terminate", "/stop/", "/jobs/terminate/"] {
         for body in ["", "{}", r#"{"job_hash_id": "1"}"#, r#"{"job_hash_id": null}"#] {
             agent.post(path, body.as_bytes()).of_status(200);
@@ -42,7 +41,7 @@ fn a_stopped_command_finishes_with_1_and_nothing_follows() {
     let bodies =
         ["", "{}", r#"{"job_hash_id": "1"}"#, r#"{"job_hash_id": null}"#, r#"{"more": []}"#];
     for path in ["/stop", "/jobs/terminate"] {
-        let agent = Hosted::start(&World::new());
+        let agent = ServeAgent::start(&World::new());
         for body in bodies {
             let mut request = job_with_epilogues(RUN_FOR_EVER);
             let id = format!("1{}", body.len());
@@ -61,7 +60,7 @@ fn a_stopped_command_finishes_with_1_and_nothing_follows() {
 
 #[test]
 fn a_stop_without_a_length_or_in_chunks_is_a_stop() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let authorization = ("Authorization", good_authorization());
     for (id, chunks) in
         [("a", None), ("b", Some("11\r\n{\"job_hash_id\":\"b\r\n2\r\n\"}\r\n0\r\n\r\n"))]
@@ -88,7 +87,7 @@ fn a_stop_without_a_length_or_in_chunks_is_a_stop() {
 #[test]
 fn a_second_stop_changes_nothing() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     let polite = "trap 'sleep 0.2; exit' TERM; echo running; while :; do sleep 0.01; done";
     agent.post_job(&job_with_epilogues(&format!("bash -c {polite:?}"))).of_status(200);
     agent.wait_for_log("1", RUNNING);
@@ -109,7 +108,7 @@ fn a_second_stop_changes_nothing() {
 
 #[test]
 fn a_stop_after_the_end_changes_nothing() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     agent.post_job(&job("1", &["echo hi"])).of_status(200);
     agent.wait_for_log("1", "job_finished");
     let before = agent.log_events("1");
@@ -126,7 +125,7 @@ fn a_stop_after_the_end_changes_nothing() {
 #[test]
 fn a_stop_for_another_job_is_stale() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     agent.run_to_end(&job("before", &["true"]));
     agent.post_job(&job("1", &[RUN_UNTIL_GO])).of_status(200);
     agent.wait_for_log("1", RUNNING);
@@ -141,7 +140,7 @@ fn a_stop_for_another_job_is_stale() {
 
 #[test]
 fn a_stop_during_an_epilogue_makes_the_result_stopped() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let mut request = job("1", &["true"]);
     request["epilogue_always_commands"] =
         json!([{ "directive": RUN_FOR_EVER }, { "directive": "echo next" }]);
@@ -158,7 +157,7 @@ fn a_stop_during_an_epilogue_makes_the_result_stopped() {
 #[test]
 fn a_stop_in_the_first_moments_is_never_lost() {
     let world = World::new();
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     for (id, delay) in [0, 0, 0, 1, 2, 3, 4, 5, 6, 8, 10, 13, 17, 21].into_iter().enumerate() {
         let id = id.to_string();
         let mut request = job(&id, &["sleep 1000; touch ~/deployed", "touch ~/deployed"]);
@@ -174,7 +173,7 @@ fn a_stop_in_the_first_moments_is_never_lost() {
 
 #[test]
 fn a_stop_in_the_same_breath_as_the_job_is_never_lost() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let headers = [("Authorization", good_authorization())];
     for id in 0..10 {
         let id = id.to_string();
@@ -194,7 +193,7 @@ fn a_stop_in_the_same_breath_as_the_job_is_never_lost() {
 
 #[test]
 fn a_stop_that_meets_the_end_leaves_one_result() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     for id in 0..10 {
         let id = id.to_string();
         let request = job(&id, &["echo running; sleep 0.02"]);
@@ -213,7 +212,7 @@ fn a_stop_that_meets_the_end_leaves_one_result() {
 
 #[test]
 fn nothing_survives_a_stop() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let (request, marker) = marked(job(
         "1",
         &["setsid -f bash -c \"trap '' TERM HUP INT; sleep 1000; sleep 1000\"", RUN_FOR_EVER],
@@ -228,7 +227,7 @@ fn nothing_survives_a_stop() {
 
 #[test]
 fn a_job_after_a_stopped_one_is_not_stopped() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     for id in 0..5 {
         let (stopped, next) = (format!("stopped-{id}"), format!("next-{id}"));
         agent.post_job(&job(&stopped, &[RUN_FOR_EVER])).of_status(200);

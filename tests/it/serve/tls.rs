@@ -1,4 +1,4 @@
-//! The certificate of the hosted mode: given, found, made, and changed while it is used.
+//! The certificate of `agent serve`: given, found, made, and changed while it is used.
 
 use std::fs;
 use std::io::{BufReader, Write as _};
@@ -17,8 +17,9 @@ use openssl::ssl::{Ssl, SslContext, SslContextBuilder, SslMethod, SslStream, Ssl
 use openssl::symm::Cipher;
 use openssl::x509::X509;
 
-use test_support::World;
-use test_support::hosted::{Answer, Hosted, encode_request, refusal, wait_until};
+use test_support::http::{Answer, encode_request};
+use test_support::serve::{ServeAgent, refusal};
+use test_support::{World, wait_until};
 
 /// A certificate and its key.
 struct Pair {
@@ -63,7 +64,7 @@ fn fingerprint(cert: &X509) -> String {
 }
 
 /// Of what the agent shows to a new connection.
-fn shown(agent: &Hosted) -> String {
+fn shown(agent: &ServeAgent) -> String {
     fingerprint(&agent.connect().ssl().peer_certificate().unwrap())
 }
 
@@ -81,7 +82,7 @@ fn working(world: &World) -> PathBuf {
 }
 
 fn connect(
-    agent: &Hosted,
+    agent: &ServeAgent,
     adapt: impl Fn(&mut SslContextBuilder),
 ) -> Result<SslStream<TcpStream>, String> {
     let mut context = SslContext::builder(SslMethod::tls_client()).unwrap();
@@ -108,7 +109,7 @@ fn mode(path: &Path) -> u32 {
 fn without_a_certificate_one_is_made_and_kept() {
     let world = World::new();
     let [cert, key] = own(&world);
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     let first = shown(&agent);
     assert!(agent.own_log().contains(&format!("fingerprint={first}")), "{}", agent.own_log());
     assert_eq!((mode(&key), mode(key.parent().unwrap())), (0o600, 0o700));
@@ -116,22 +117,22 @@ fn without_a_certificate_one_is_made_and_kept() {
     assert_eq!(fingerprint(&X509::from_pem(&made[0]).unwrap()), first);
     drop(agent);
 
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     assert_eq!(shown(&agent), first);
     assert!(agent.own_log().contains(&first));
     assert_eq!([&cert, &key].map(|path| fs::read(path).unwrap()), made);
     // Not the same one everywhere.
-    assert_ne!(shown(&Hosted::start(&World::new())), first);
+    assert_ne!(shown(&ServeAgent::start(&World::new())), first);
 }
 
 #[test]
 fn an_own_certificate_that_expired_is_made_anew() {
     let world = World::new();
-    drop(Hosted::start(&world));
+    drop(ServeAgent::start(&world));
     let [cert, key] = own(&world);
     let old = Pair::for_seconds(-60);
     old.write(&cert, &key);
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     assert_ne!(shown(&agent), fingerprint(&old.cert));
     assert_eq!(mode(&key), 0o600);
 }
@@ -141,7 +142,7 @@ fn a_pair_in_the_working_directory_is_used() {
     let world = World::new();
     let pair = Pair::good();
     pair.write(&working(&world).join("server.crt"), &working(&world).join("server.key"));
-    let agent = Hosted::start(&world);
+    let agent = ServeAgent::start(&world);
     assert_eq!(shown(&agent), fingerprint(&pair.cert));
     assert!(agent.own_log().contains(&fingerprint(&pair.cert)));
     assert!(!world.state().join("tls").exists());
@@ -154,7 +155,7 @@ fn a_pair_that_is_given_is_used() {
     let (pair, authority) = (Pair::good(), Pair::good());
     let chain = [pair.cert_pem(), authority.cert_pem()].concat();
     let (cert, key) = (world.file("my.crt", chain), world.file("my.key", pair.key_pem()));
-    let agent = Hosted::start_with(&world, given(&cert, &key));
+    let agent = ServeAgent::start_with(&world, given(&cert, &key));
     assert_eq!(shown(&agent), fingerprint(&pair.cert));
     let connection = agent.connect();
     let sent: Vec<_> = connection
@@ -166,7 +167,7 @@ fn a_pair_that_is_given_is_used() {
         .collect();
     assert_eq!(sent, [fingerprint(&pair.cert), fingerprint(&authority.cert)]);
     drop(agent);
-    let agent = Hosted::start_with(&world, |command| {
+    let agent = ServeAgent::start_with(&world, |command| {
         command
             .env("SEMAPHORE_AGENT_TLS_CERT_PATH", &cert)
             .env("SEMAPHORE_AGENT_TLS_KEY_PATH", &key);
@@ -235,7 +236,7 @@ fn a_hangup_changes_the_pair_for_new_connections() {
     let (cert, key) = (world.home().join("crt"), world.home().join("key"));
     let [first, second, third] = [Pair::good(), Pair::good(), Pair::good()];
     first.write(&cert, &key);
-    let agent = Hosted::start_with(&world, given(&cert, &key));
+    let agent = ServeAgent::start_with(&world, given(&cert, &key));
     let mut kept = BufReader::new(agent.connect());
     assert_eq!(ask(&mut kept).text(), "yes");
 
@@ -267,7 +268,7 @@ fn a_hangup_changes_the_pair_for_new_connections() {
 
 #[test]
 fn old_protocols_are_refused() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let only = |version| {
         connect(&agent, |context| {
             context.set_cipher_list("ALL:@SECLEVEL=0").unwrap();
@@ -287,7 +288,7 @@ fn old_protocols_are_refused() {
 
 #[test]
 fn a_client_that_offers_http_2_gets_http_1() {
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     for offered in [b"\x02h2\x08http/1.1".as_slice(), b"\x02h2", b"\x08http/1.1"] {
         let connection = connect(&agent, |context| context.set_alpn_protos(offered).unwrap());
         let connection = connection.unwrap();

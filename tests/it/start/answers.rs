@@ -4,9 +4,8 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use test_support::World;
-use test_support::hosted::{RUN_FOR_EVER, RUNNING, job};
 use test_support::self_hosted::{Hub, SOON, SelfHosted};
+use test_support::{RUN_FOR_EVER, RUNNING, World, job};
 
 /// Waits for the end of an agent that is told to end like this; why it ended, in its hook's words.
 fn end(answer: Value) -> String {

@@ -6,10 +6,10 @@ use std::net::{Ipv4Addr, TcpListener};
 
 use serde_json::json;
 
-use test_support::World;
 use test_support::control_plane::{Asked, Fault};
-use test_support::hosted::{Hosted, RUN_UNTIL_GO, RUNNING, job};
 use test_support::self_hosted::{Hub, SOON, SelfHosted};
+use test_support::serve::ServeAgent;
+use test_support::{RUN_UNTIL_GO, RUNNING, World, job};
 
 #[test]
 fn a_connection_that_the_log_server_closed_is_told_as_that() {
@@ -51,7 +51,7 @@ fn a_connection_that_a_receiver_of_callbacks_closed_is_told_as_that() {
             let _ = stream.read(&mut [0; 4096]);
         }
     });
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     let mut request = job("1", &["true"]);
     request["callbacks"] = json!({ "finished": url });
     agent.post_job(&request).of_status(200);

@@ -1,4 +1,4 @@
-//! How the self-hosted mode is set up: flags, variables, a file, and what is wrong in them.
+//! The configuration of `agent start`: flags, variables, a file, and mistakes in them.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -10,9 +10,9 @@ use semaphore_agent::commands::cli::Cli;
 use serde_json::{Map, Value};
 
 use test_support::start_agent::{
-    StartAgent, TOKEN, command, finished, hub, job, refusal, run, wait_for_log,
+    StartAgent, TOKEN, command, finished, hub, refusal, run, wait_for_log,
 };
-use test_support::{World, config_keys};
+use test_support::{World, config_keys, job};
 
 /// What is needed, in a file.
 const NEEDED: &str = "endpoint: hub.example.com\ntoken: canary-registration-token\n";

@@ -6,9 +6,8 @@ use std::path::Path;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use test_support::hosted::{RUN_FOR_EVER, RUNNING, job, wait_until};
 use test_support::self_hosted::{Hub, SOON, SelfHosted};
-use test_support::{World, lives_with, marked};
+use test_support::{RUN_FOR_EVER, RUNNING, World, job, lives_with, marked, wait_until};
 
 /// Leaves a mere background job, and a daemon in a session of its own, which has started then.
 const START_BOTH: &str = "rm -f ~/up; sleep 2000 & \

@@ -11,10 +11,10 @@ use actors::log::event::LogEvent;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use test_support::World;
 use test_support::control_plane::{Asked, Fault, Known};
-use test_support::hosted::{job, wait_until};
-use test_support::self_hosted::{Hub, SOON, SelfHosted, go, in_parts, wait_for_part};
+use test_support::jobs::{go, in_parts, wait_for_part};
+use test_support::self_hosted::{Hub, SOON, SelfHosted};
+use test_support::{World, job, wait_until};
 
 /// What one line of output may be long, in bytes, without its end.
 const LONGEST: usize = 8000;

@@ -10,10 +10,11 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use test_support::control_plane::Known;
-use test_support::docker;
-use test_support::hosted::{Hosted, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, job, wait_until};
 use test_support::self_hosted::{Hub, SOON, SelfHosted};
-use test_support::{World, base64, job_of};
+use test_support::serve::ServeAgent;
+use test_support::{
+    RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, World, base64, docker, job, job_of, wait_until,
+};
 
 const SHOW_PAGERS: &str = r#"echo "$PAGER,$GIT_PAGER""#;
 
@@ -116,7 +117,7 @@ fn git_shows_a_long_history_to_its_end() {
 fn no_pager_waits_in_a_job_from_a_file_or_a_platform() {
     let finished = World::new().run(&job_of(&[SHOW_PAGERS]));
     assert_eq!(finished.output(), "cat,cat\n");
-    let agent = Hosted::start(&World::new());
+    let agent = ServeAgent::start(&World::new());
     agent.post_job(&job("1", &[SHOW_PAGERS])).of_status(200);
     agent.wait_for_log("1", "job_finished");
     let log = agent.get("/jobs/1/log").text();

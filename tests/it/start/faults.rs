@@ -9,9 +9,10 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use test_support::control_plane::{Asked, Fault};
-use test_support::hosted::{RUN_FOR_EVER, RUNNING, job};
-use test_support::self_hosted::{Hub, SOON, SelfHosted, events, go, in_parts, wait_for_part};
-use test_support::{Finished, World, wait_for_file};
+use test_support::finished::events;
+use test_support::jobs::{go, in_parts, wait_for_part};
+use test_support::self_hosted::{Hub, SOON, SelfHosted};
+use test_support::{Finished, RUN_FOR_EVER, RUNNING, World, job, wait_for_file};
 
 /// What the agent says of the first failure of each kind.
 const NOT_TAKEN: &str = "log not taken, trying again";

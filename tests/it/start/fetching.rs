@@ -3,9 +3,8 @@
 use serde_json::{Value, json};
 
 use test_support::control_plane::{Asked, Fault, Known, SANITIZED};
-use test_support::hosted::job;
 use test_support::self_hosted::{Hub, SOON, SelfHosted};
-use test_support::{World, base64};
+use test_support::{World, base64, job};
 
 /// A job with secrets that must not run without them.
 fn job_with_secrets(id: &str) -> Value {

@@ -1,4 +1,4 @@
-//! The operator's hooks in the self-hosted mode: before and after every job, and at the agent's end.
+//! The operator's hooks of `agent start`: before and after every job, and at the agent's end.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,9 +9,8 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use test_support::control_plane::ControlPlane;
-use test_support::hosted::{RUN_FOR_EVER, RUNNING};
-use test_support::start_agent::{StartAgent, TOKEN, finished, hub, job, wait_for_log};
-use test_support::{Finished, World, lives_with};
+use test_support::start_agent::{StartAgent, TOKEN, finished, hub, wait_for_log};
+use test_support::{Finished, RUN_FOR_EVER, RUNNING, World, job, lives_with};
 
 const PRE_JOB: &str = "Running the pre-job hook configured in the agent";
 const POST_JOB: &str = "Running the post-job hook configured in the agent";

@@ -5,10 +5,11 @@ use std::fs;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
+use test_support::callbacks::CallbackServer;
 use test_support::control_plane::Fault;
-use test_support::hosted::{CallbackServer, RUN_FOR_EVER, RUNNING, job};
-use test_support::self_hosted::{FAR_OFF, Hub, NAME, SOON, SelfHosted, go, in_parts, jump_point};
-use test_support::{Finished, World, base64, lives_with, marked};
+use test_support::jobs::{go, in_parts};
+use test_support::self_hosted::{FAR_OFF, Hub, NAME, SOON, SelfHosted};
+use test_support::{Finished, RUN_FOR_EVER, RUNNING, World, base64, job, lives_with, marked};
 
 const EXPORTS: &str = "Exporting environment variables";
 
@@ -387,7 +388,7 @@ const PROFILE: &str = "export FROM_PROFILE=1\n";
 fn people_are_let_in_only_where_the_job_brings_keys_and_until_its_result_is_told() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let (keys, script) = (world.home().join(".ssh/authorized_keys"), jump_point(&world));
+    let (keys, script) = (world.home().join(".ssh/authorized_keys"), world.jump_point());
     fs::create_dir(keys.parent().unwrap()).unwrap();
     fs::write(&keys, KEYS).unwrap();
     let _agent = SelfHosted::start(&world, &hub);

@@ -1,7 +1,7 @@
 //! Settings that look right to who wrote them: logins of proxies, and files from editors that mark them.
 
 use test_support::World;
-use test_support::hosted::{self, Hosted};
+use test_support::serve::{self, ServeAgent};
 use test_support::start_agent::{TOKEN, command, refusal, run};
 
 /// What many editors put before a text.
@@ -55,7 +55,7 @@ fn a_byte_order_mark_before_a_configuration_changes_nothing() {
 fn a_file_of_nothing_but_a_byte_order_mark_sets_nothing() {
     let world = World::new();
     let file = world.file("config.yaml", MARK);
-    let agent = Hosted::start_with(&world, |command| {
+    let agent = ServeAgent::start_with(&world, |command| {
         command.arg("--config-file").arg(file);
     });
     assert_eq!(agent.get("/status").status, 200);
@@ -65,7 +65,7 @@ fn a_file_of_nothing_but_a_byte_order_mark_sets_nothing() {
 fn what_is_wrong_behind_a_byte_order_mark_is_named_with_its_line() {
     let world = World::new();
     let file = world.file("config.yaml", format!("{MARK}max-body-sice: 3000\n"));
-    let message = hosted::refusal(&world, |command| {
+    let message = serve::refusal(&world, |command| {
         command.arg("--config-file").arg(file);
     });
     for part in ["`max-body-sice`", "`max-body-size`", "line 1"] {

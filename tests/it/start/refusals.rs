@@ -6,10 +6,9 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
-use test_support::World;
 use test_support::control_plane::{Fault, Known};
-use test_support::hosted::{RUN_FOR_EVER, RUNNING, job};
 use test_support::self_hosted::{FAR_OFF, Hub, SOON, SelfHosted};
+use test_support::{RUN_FOR_EVER, RUNNING, World, job};
 
 /// What it says of a name that an agent has which it believes alive.
 const TAKEN: &str = "agent can't be registered\n";

@@ -8,7 +8,7 @@ use std::process::Command;
 use nix::unistd::{Pid, geteuid};
 
 use test_support::World;
-use test_support::hosted::{self, Hosted, SECRET};
+use test_support::serve::{self, SECRET, ServeAgent};
 use test_support::start_agent::{self, StartAgent, TOKEN, finished, hub};
 use test_support::surroundings::in_shell;
 
@@ -39,7 +39,7 @@ fn a_served_agent_takes_its_secret_from_a_descriptor() {
     let file = world.file("the-secret", format!("{SECRET}\n"));
     for hand_over in handed_over(&file) {
         for by_flag in [true, false] {
-            let agent = Hosted::start_with(&world, |command| {
+            let agent = ServeAgent::start_with(&world, |command| {
                 command.env_remove(SECRET_VARIABLE);
                 if by_flag {
                     command.args(["--auth-token-secret-fd", "3"]);
@@ -49,7 +49,7 @@ fn a_served_agent_takes_its_secret_from_a_descriptor() {
                 in_shell(command, &hand_over);
             });
             agent.get("/status").of_status(200);
-            let finished = agent.run_to_end(&hosted::job("1", &[DESCRIPTORS]));
+            let finished = agent.run_to_end(&test_support::job("1", &[DESCRIPTORS]));
             assert_not_passed_on(&finished.output(), SECRET);
             assert!(!agent.own_log().contains("is no option"), "{}", agent.own_log());
         }
@@ -63,7 +63,7 @@ fn an_agent_of_a_control_plane_takes_its_token_from_a_descriptor() {
     for hand_over in handed_over(&file) {
         for by_flag in [true, false] {
             let hub = hub();
-            let id = hub.queue(start_agent::job("1", &[DESCRIPTORS]));
+            let id = hub.queue(test_support::job("1", &[DESCRIPTORS]));
             let agent = StartAgent::start(&world, &hub, |command| {
                 command.env_remove(TOKEN_VARIABLE);
                 if by_flag {
@@ -89,7 +89,7 @@ const BAD: [(&str, &str); 4] =
 fn a_descriptor_that_can_not_be_read_is_fatal_and_named() {
     let world = World::new();
     for (before, number) in BAD {
-        let message = hosted::refusal(&world, |command| {
+        let message = serve::refusal(&world, |command| {
             command.env_remove(SECRET_VARIABLE).args(["--auth-token-secret-fd", number]);
             in_shell(command, before);
         });
@@ -105,7 +105,7 @@ fn a_descriptor_that_can_not_be_read_is_fatal_and_named() {
         }
     }
     // Nothing is in it: anybody could sign with that.
-    let message = hosted::refusal(&world, |command| {
+    let message = serve::refusal(&world, |command| {
         command.env_remove(SECRET_VARIABLE).args(["--auth-token-secret-fd", "3"]);
         in_shell(command, "exec 3< /dev/null");
     });
@@ -119,7 +119,7 @@ fn a_descriptor_and_another_source_are_one_too_many() {
     let name = file.to_str().unwrap();
     let [hand_over, _] = handed_over(&file);
     for other in [["--auth-token-secret", "canary"], ["--auth-token-secret-file", name]] {
-        let message = hosted::refusal(&world, |command| {
+        let message = serve::refusal(&world, |command| {
             command.env_remove(SECRET_VARIABLE).args(other).args(["--auth-token-secret-fd", "3"]);
             in_shell(command, &hand_over);
         });
@@ -160,12 +160,12 @@ fn a_secret_that_came_as_a_variable_is_not_there_any_more() {
         return;
     }
     let world = World::new();
-    let agent = Hosted::start(&world);
-    let seen = agent.run_to_end(&hosted::job("1", &[ENVIRONMENT])).output();
+    let agent = ServeAgent::start(&world);
+    let seen = agent.run_to_end(&test_support::job("1", &[ENVIRONMENT])).output();
     assert_wiped(agent.pid(), &seen, SECRET);
 
     let hub = hub();
-    let id = hub.queue(start_agent::job(
+    let id = hub.queue(test_support::job(
         "1",
         &["echo $PPID; awk '/^PPid:/' /proc/$PPID/status", ENVIRONMENT],
     ));

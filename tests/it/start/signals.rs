@@ -7,9 +7,8 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use test_support::control_plane::{Asked, Fault};
-use test_support::hosted::{RUN_UNTIL_GO, RUNNING, job, wait_until};
 use test_support::self_hosted::{FAR_OFF, Hub, SOON, SelfHosted};
-use test_support::{World, lives_with, marked, unique};
+use test_support::{RUN_UNTIL_GO, RUNNING, World, job, lives_with, marked, unique, wait_until};
 
 /// Longer than any test.
 const LONG_GRACE: u64 = 10_000;

@@ -1,4 +1,4 @@
-//! How the self-hosted mode reaches a control plane over HTTPS: whom it trusts, and through which proxy.
+//! `agent start` and control planes over HTTPS: which authorities it trusts, and which proxy it uses.
 
 use std::io::{self, BufReader, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -16,11 +16,10 @@ use openssl::x509::extension::{BasicConstraints, SubjectAlternativeName};
 use openssl::x509::{X509, X509Name};
 use serde_json::json;
 
-use test_support::World;
 use test_support::control_plane::ControlPlane;
-use test_support::hosted::encode_request;
-use test_support::http::{Answer, Request};
-use test_support::start_agent::{StartAgent, TOKEN, command, finished, hub, job, refusal};
+use test_support::http::{Answer, Request, encode_request};
+use test_support::start_agent::{StartAgent, TOKEN, command, finished, hub, refusal};
+use test_support::{World, job};
 
 /// A name that nobody but a proxy here knows.
 const UNKNOWN_HOST: &str = "hub.invalid";

@@ -1,4 +1,4 @@
-//! The hosted mode: the agent's binary, and clients as platforms have them.
+//! `agent serve`, and a client as platforms have it.
 
 use std::fs;
 use std::io::{self, BufRead as _, BufReader, Write as _};
@@ -41,11 +41,11 @@ const READS: usize = 50;
 /// From the start of the program to its first answer.
 pub(crate) fn start_up(place: &Place) -> Result<Figure> {
     // Makes the key.
-    drop(HostedAgent::start(place)?);
+    drop(ServeAgent::start(place)?);
     let mut runs = Vec::new();
     for _ in 0..30 {
         let begun = Instant::now();
-        let agent = HostedAgent::start(place)?;
+        let agent = ServeAgent::start(place)?;
         runs.push(ms(begun.elapsed()));
         drop(agent);
     }
@@ -54,7 +54,7 @@ pub(crate) fn start_up(place: &Place) -> Result<Figure> {
 
 /// From the request to the callback that says that the job has finished.
 pub(crate) fn short_job(place: &Place, command: &str, target: f64) -> Result<Figure> {
-    let mut agent = HostedAgent::start(place)?;
+    let mut agent = ServeAgent::start(place)?;
     let (mut floor, mut runs) = (Vec::new(), Vec::new());
     for _ in 0..60 {
         floor.push(ms(wall(&mut place.bare_login(command))?));
@@ -65,7 +65,7 @@ pub(crate) fn short_job(place: &Place, command: &str, target: f64) -> Result<Fig
 
 /// From the archivator's last byte to the callback that says that everything is gone.
 pub(crate) fn teardown(place: &Place) -> Result<Figure> {
-    let mut agent = HostedAgent::start(place)?;
+    let mut agent = ServeAgent::start(place)?;
     let mut runs = Vec::new();
     for _ in 0..60 {
         runs.push(ms(agent.run_job(&["true"])?.to_teardown));
@@ -75,7 +75,7 @@ pub(crate) fn teardown(place: &Place) -> Result<Figure> {
 
 /// From the request to stop to the callback that says that the job has finished.
 pub(crate) fn stop(place: &Place) -> Result<Figure> {
-    let mut agent = HostedAgent::start(place)?;
+    let mut agent = ServeAgent::start(place)?;
     let mut runs = Vec::new();
     for _ in 0..20 {
         agent.post_job(json!({"commands": [{"directive": "sleep 1000"}]}))?;
@@ -94,7 +94,7 @@ const COMMANDS: u64 = 10_000;
 
 /// One reader near the end of a log of 30,000 events, or the 99th percentile of several at once.
 pub(crate) fn last_events(place: &Place, readers: usize, target: f64) -> Result<Figure> {
-    let mut agent = HostedAgent::start(place)?;
+    let mut agent = ServeAgent::start(place)?;
     let command = json!({"directive": "true", "alias": "a command"});
     let commands = vec![command; usize::try_from(COMMANDS)?];
     agent.post_job(json!({"commands": commands}))?;
@@ -136,7 +136,7 @@ fn read_often(address: SocketAddr, path: &str) -> Result<Vec<f64>> {
 
 /// A long log for `curl`, from the agent and from a server of plain files, in MB/s.
 pub(crate) fn whole_log(place: &Place) -> Result<Figure> {
-    let mut agent = HostedAgent::start(place)?;
+    let mut agent = ServeAgent::start(place)?;
     let print = format!("cat {0} {0} | head -c {LONG_LOG}", place.lines.display());
     agent.post_job(json!({"commands": [{"directive": print}]}))?;
     agent.wait_for_callback("/finished")?;
@@ -216,7 +216,7 @@ impl Drop for FileServer {
 pub(crate) fn memory(place: &Place, jobs: usize, target: f64) -> Result<Figure> {
     let mut runs = Vec::new();
     for _ in 0..3 {
-        let mut agent = HostedAgent::start(place)?;
+        let mut agent = ServeAgent::start(place)?;
         for _ in 0..jobs {
             agent.run_job(&["true"])?;
         }
@@ -234,7 +234,7 @@ struct Times {
 }
 
 /// A running `agent serve`, and a client of it. Ends with this value.
-pub(crate) struct HostedAgent {
+pub(crate) struct ServeAgent {
     process: Child,
     address: SocketAddr,
     client: Client,
@@ -242,7 +242,7 @@ pub(crate) struct HostedAgent {
     jobs: usize,
 }
 
-impl HostedAgent {
+impl ServeAgent {
     /// Answers as soon as the agent answers that it is alive.
     pub(crate) fn start(place: &Place) -> Result<Self> {
         let callbacks = Callbacks::serve()?;
@@ -332,7 +332,7 @@ impl HostedAgent {
     }
 }
 
-impl Drop for HostedAgent {
+impl Drop for ServeAgent {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();

@@ -1,4 +1,4 @@
-//! The self-hosted mode: the agent's binary, and a control plane as the example has it.
+//! `agent start`, and the control plane that the example has, too.
 
 use std::fs;
 use std::process::{Child, Command, Stdio};

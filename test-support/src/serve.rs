@@ -1,12 +1,10 @@
-//! A running `agent serve`, a client for it, and a server for its callbacks.
+//! A running `agent serve`, and a client for it.
 
 use std::io::{self, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::ops::{Deref, DerefMut};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, mpsc};
-use std::time::{Duration, SystemTime};
+use std::sync::OnceLock;
 
 use actors::log::event::LogEvent;
 use openssl::hash::MessageDigest;
@@ -15,21 +13,21 @@ use openssl::ssl::{Ssl, SslContext, SslMethod, SslStream};
 use serde_json::{Value, json};
 use tokio::net::TcpSocket;
 
-use super::daemon::Daemon;
-pub use super::http::Answer;
-use super::http::Request;
-use super::{Finished, PATIENCE, World, wait_for_end};
+use crate::daemon::Daemon;
+use crate::http::{Answer, encode_request};
+use crate::waiting::PATIENCE;
+use crate::{Finished, World, base64, finished, wait_for_end, wait_until};
 
-/// What the tokens of all hosted agents here are signed with.
+/// The secret that all agents here verify tokens with.
 pub const SECRET: &str = "a secret that only the tests know";
 
 /// An `agent serve` on a free port of this machine.
-pub struct Hosted {
+pub struct ServeAgent {
     daemon: Daemon,
     address: SocketAddr,
 }
 
-impl Hosted {
+impl ServeAgent {
     pub fn start(world: &World) -> Self {
         Self::start_with(world, |_| {})
     }
@@ -178,7 +176,7 @@ impl Hosted {
     }
 }
 
-impl Deref for Hosted {
+impl Deref for ServeAgent {
     type Target = Daemon;
 
     fn deref(&self) -> &Daemon {
@@ -186,7 +184,7 @@ impl Deref for Hosted {
     }
 }
 
-impl DerefMut for Hosted {
+impl DerefMut for ServeAgent {
     fn deref_mut(&mut self) -> &mut Daemon {
         &mut self.daemon
     }
@@ -194,19 +192,13 @@ impl DerefMut for Hosted {
 
 /// `agent serve` with a secret, a free port and private places for all that it writes.
 pub fn command(world: &World) -> Command {
-    let directory = world.directory.path();
-    let working = directory.join("working");
-    std::fs::create_dir_all(&working).unwrap();
-    let mut command = world.agent();
-    command.arg("serve").current_dir(working);
+    let mut command = world.daemon("serve");
     command.env("SEMAPHORE_AGENT_AUTH_TOKEN_SECRET", SECRET);
     command.env("SEMAPHORE_AGENT_HOST", "127.0.0.1").env("SEMAPHORE_AGENT_PORT", "0");
-    command.env("SEMAPHORE_AGENT_SSH_JUMP_POINT_PATH", directory.join("ssh_jump_point"));
-    command.env("SEMAPHORE_AGENT_LOG_FILE_PATH", directory.join("agent_log"));
     command
 }
 
-/// What an agent says that is set up in a wrong way and does not start.
+/// The error message of an agent that refuses its configuration.
 pub fn refusal(world: &World, adapt: impl FnOnce(&mut Command)) -> String {
     let mut agent = command(world);
     adapt(&mut agent);
@@ -217,50 +209,9 @@ pub fn refusal(world: &World, adapt: impl FnOnce(&mut Command)) -> String {
     message
 }
 
-/// Asks again and again, for a bounded time.
-pub fn wait_until(mut done: impl FnMut() -> bool, what: impl FnOnce() -> String) {
-    let deadline = SystemTime::now() + PATIENCE;
-    while !done() {
-        assert!(SystemTime::now() <= deadline, "{}", what());
-        crate::pause();
-    }
-}
-
 /// The events of an answer that is a log.
 pub fn events(answer: &Answer) -> Vec<LogEvent> {
-    let lines = answer.of_status(200).body.split(|byte| *byte == b'\n');
-    lines.filter(|line| !line.is_empty()).map(|line| LogEvent::decode(line).unwrap()).collect()
-}
-
-/// A job of these commands and nothing else.
-pub fn job(id: &str, commands: &[&str]) -> Value {
-    let mut job: Value = serde_json::from_str(&super::job_of(commands)).unwrap();
-    job["job_id"] = id.into();
-    job
-}
-
-/// A command that says so when it runs, and does until its home has a file `go`.
-pub const RUN_UNTIL_GO: &str = "echo running; until [[ -e ~/go ]]; do sleep 0.01; done";
-
-/// The same without an end.
-pub const RUN_FOR_EVER: &str = "echo running; sleep 1000";
-
-/// What the log of such a command holds as soon as it runs.
-pub const RUNNING: &str = r#""output":"running\n""#;
-
-/// A request as it goes over the wire.
-pub fn encode_request(method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
-    let mut bytes = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n").into_bytes();
-    for (name, value) in headers {
-        write!(bytes, "{name}: {value}\r\n").unwrap();
-    }
-    let chunked = headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("transfer-encoding"));
-    if !chunked && (method == "POST" || !body.is_empty()) {
-        write!(bytes, "Content-Length: {}\r\n", body.len()).unwrap();
-    }
-    bytes.extend_from_slice(b"\r\n");
-    bytes.extend_from_slice(body);
-    bytes
+    finished::events(&answer.of_status(200).body)
 }
 
 /// The header of a client that has the secret; its token claims nothing.
@@ -290,83 +241,6 @@ pub fn token_with_header(header: &Value, secret: &str, payload: &Value) -> Strin
 }
 
 fn base64_url(bytes: &[u8]) -> String {
-    let encoded = super::base64(bytes).replace('+', "-").replace('/', "_");
+    let encoded = base64(bytes).replace('+', "-").replace('/', "_");
     encoded.trim_end_matches('=').to_owned()
-}
-
-/// A server that the agent tells how its jobs go.
-pub struct CallbackServer {
-    address: SocketAddr,
-    count: Arc<AtomicUsize>,
-    received: Mutex<mpsc::Receiver<Callback>>,
-}
-
-/// What the agent told.
-#[derive(Debug)]
-pub struct Callback {
-    pub path: String,
-    pub headers: Vec<(String, String)>,
-    pub body: Value,
-}
-
-impl Callback {
-    pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(its, _)| its == name).map(|(_, value)| value.as_str())
-    }
-}
-
-impl CallbackServer {
-    pub fn start() -> Self {
-        Self::answering(|_| 200)
-    }
-
-    /// `status` decides on each request, counted from 0, after [`Self::next`] has seen it.
-    pub fn answering(status: impl Fn(usize) -> u16 + Send + 'static) -> Self {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let address = listener.local_addr().unwrap();
-        let count = Arc::new(AtomicUsize::new(0));
-        let (sender, received) = mpsc::channel();
-        let counter = Arc::clone(&count);
-        std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                let stream = stream.unwrap();
-                stream.set_read_timeout(Some(PATIENCE)).unwrap();
-                let mut reader = io::BufReader::new(stream);
-                let Ok(request) = Request::read_from(&mut reader) else { continue };
-                let body = serde_json::from_slice(&request.body).unwrap_or(Value::Null);
-                let Request { method, path, headers, .. } = request;
-                let number = counter.fetch_add(1, Ordering::SeqCst);
-                let path = if method == "POST" { path } else { format!("{method} {path}") };
-                if sender.send(Callback { path, headers, body }).is_err() {
-                    return;
-                }
-                let answer = format!(
-                    "HTTP/1.1 {} Answer\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
-                    status(number)
-                );
-                let _ = reader.get_mut().write_all(answer.as_bytes());
-            }
-        });
-        Self { address, count, received: Mutex::new(received) }
-    }
-
-    pub fn url(&self, path: &str) -> String {
-        format!("http://{}{path}", self.address)
-    }
-
-    /// Waits for the next request.
-    pub fn next(&self) -> Callback {
-        self.received.lock().unwrap().recv_timeout(PATIENCE).unwrap()
-    }
-
-    /// Nothing comes for a while.
-    pub fn assert_silent(&self) {
-        let received = self.received.lock().unwrap().recv_timeout(Duration::from_millis(300));
-        assert!(received.is_err(), "{received:?} came too early");
-    }
-
-    /// How many requests there were.
-    pub fn count(&self) -> usize {
-        self.count.load(Ordering::SeqCst)
-    }
 }

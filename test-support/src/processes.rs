@@ -1,0 +1,46 @@
+//! Processes that a test has started, or that a job of a test has.
+
+use std::fs;
+use std::io::Write as _;
+use std::process::Child;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// Writes all of `bytes` to a child's standard input and closes it.
+pub fn feed(child: &mut Child, bytes: &[u8]) {
+    child.stdin.take().unwrap().write_all(bytes).unwrap();
+}
+
+/// Whether a process has this marker in its environment.
+pub fn lives_with(marker: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap() {
+        let path = entry.unwrap().path();
+        let Ok(environment) = fs::read(path.join("environ")) else {
+            continue;
+        };
+        if environment.windows(marker.len()).any(|part| part == marker.as_bytes()) {
+            let name = fs::read_to_string(path.join("cmdline")).unwrap_or_default();
+            found.push(format!("{} {}", path.display(), name.replace('\0', " ")));
+        }
+    }
+    found
+}
+
+/// If a test fails, all that has this marker in its environment is killed.
+pub struct KilledOnFailure(pub String);
+
+impl Drop for KilledOnFailure {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        for found in lives_with(&self.0) {
+            let pid = found.split(' ').next().and_then(|path| path.strip_prefix("/proc/"));
+            let pid = pid.and_then(|pid| pid.parse().ok()).map(Pid::from_raw);
+            // Some end by themselves meanwhile.
+            let _ = pid.map(|pid| kill(pid, Signal::SIGKILL));
+        }
+    }
+}

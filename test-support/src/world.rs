@@ -1,0 +1,210 @@
+//! A private home and a private state directory for the agent of one test, and jobs that run there.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::{Arc, Once, OnceLock, mpsc};
+use std::time::Duration;
+
+use actors::log::event::LogEvent;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{Finished, job_of};
+
+/// The agent's program. Cargo builds it for tests and benches of its package, and puts it into the directory
+/// above theirs: `target/debug/agent` for `target/debug/deps/it-0123`.
+pub fn agent_program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let own = std::env::current_exe().unwrap();
+        let program = own.ancestors().nth(2).unwrap().join("agent");
+        assert!(program.is_file(), "{} is missing: `cargo build` makes it", program.display());
+        program
+    })
+}
+
+/// Directories for one test, as a user of a machine has them. They are gone with the last value that uses them.
+pub struct World {
+    directory: Arc<TempDir>,
+}
+
+impl Default for World {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl World {
+    pub fn new() -> Self {
+        heed_signals();
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("home")).unwrap();
+        Self { directory: Arc::new(directory) }
+    }
+
+    pub fn home(&self) -> PathBuf {
+        self.directory().join("home")
+    }
+
+    pub fn state(&self) -> PathBuf {
+        self.directory().join("state")
+    }
+
+    /// The directory with everything of this world.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Keeps the directory for as long as the answer lives.
+    pub(crate) fn keep(&self) -> Arc<TempDir> {
+        Arc::clone(&self.directory)
+    }
+
+    /// The script that leads people who log in over SSH into a job.
+    pub fn jump_point(&self) -> PathBuf {
+        self.directory().join("ssh_jump_point")
+    }
+
+    /// A file beside the home directory.
+    pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.directory().join(name);
+        fs::write(&path, content).unwrap();
+        path
+    }
+
+    /// The agent with nothing of the outer environment but PATH.
+    pub fn agent(&self) -> Command {
+        let mut command = Command::new(agent_program());
+        command.env_clear().env("PATH", std::env::var_os("PATH").unwrap());
+        command.env("HOME", self.home()).env("SEMAPHORE_AGENT_STATE_DIR", self.state());
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// `agent MODE` with private places for all that it writes, and nothing else that it needs.
+    pub fn daemon(&self, mode: &str) -> Command {
+        let working = self.directory().join("working");
+        fs::create_dir_all(&working).unwrap();
+        let mut command = self.agent();
+        command.arg(mode).current_dir(working);
+        command.env("SEMAPHORE_AGENT_SSH_JUMP_POINT_PATH", self.jump_point());
+        command.env("SEMAPHORE_AGENT_LOG_FILE_PATH", self.directory().join("agent_log"));
+        command
+    }
+
+    /// Runs a job to its end.
+    pub fn run(&self, job: &str) -> Finished {
+        self.start(job).finish()
+    }
+
+    /// Starts a job; its log comes as event lines.
+    pub fn start(&self, job: &str) -> Running {
+        let path = self.file("job.yaml", job);
+        self.start_file(&path)
+    }
+
+    pub fn start_file(&self, path: &Path) -> Running {
+        self.start_file_with(path, |_| {})
+    }
+
+    /// `adapt` adds variables.
+    pub fn start_file_with(&self, path: &Path, adapt: impl FnOnce(&mut Command)) -> Running {
+        let mut command = self.agent();
+        command.args(["run", "--output", "json"]).arg(path);
+        adapt(&mut command);
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let watchdog = Watchdog::over(&child);
+        Running { child, lines: None, _watchdog: watchdog, _world: self.keep() }
+    }
+
+    /// Runs commands as a job without anything else.
+    pub fn run_commands(&self, commands: &[&str]) -> Finished {
+        self.run(&job_of(commands))
+    }
+}
+
+/// A job that runs.
+pub struct Running {
+    pub child: Child,
+    lines: Option<BufReader<ChildStdout>>,
+    _watchdog: Watchdog,
+    _world: Arc<TempDir>,
+}
+
+/// Kills an agent that takes far too long, so that a hang is a failed test.
+pub(crate) struct Watchdog {
+    _called_off: mpsc::Sender<()>,
+}
+
+impl Watchdog {
+    pub(crate) fn over(child: &Child) -> Self {
+        let pid = Pid::from_raw(child.id().try_into().unwrap());
+        let (called_off, done) = mpsc::channel::<()>();
+        std::thread::spawn(move || {
+            if done.recv_timeout(Duration::from_mins(2)) == Err(mpsc::RecvTimeoutError::Timeout) {
+                eprintln!("the agent {pid} hangs and is killed");
+                let _ = kill(pid, Signal::SIGKILL);
+            }
+        });
+        Self { _called_off: called_off }
+    }
+}
+
+impl Running {
+    /// Reads on until an output holds `text`; answers all output since the last call.
+    pub fn wait_for_output(&mut self, text: &str) -> String {
+        let mut all = String::new();
+        let lines =
+            self.lines.get_or_insert_with(|| BufReader::new(self.child.stdout.take().unwrap()));
+        let mut line = String::new();
+        while !all.contains(text) {
+            line.clear();
+            assert_ne!(
+                lines.read_line(&mut line).unwrap(),
+                0,
+                "the log ended before {text:?}: {all}"
+            );
+            if let LogEvent::CmdOutput { output, .. } = LogEvent::decode(line.as_bytes()).unwrap() {
+                all.push_str(&output);
+            }
+        }
+        all
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id().try_into().unwrap()), signal).unwrap();
+    }
+
+    pub fn finish(mut self) -> Finished {
+        let mut stdout = Vec::new();
+        if let Some(mut lines) = self.lines.take() {
+            std::io::Read::read_to_end(&mut lines, &mut stdout).unwrap();
+        }
+        let mut output = self.child.wait_with_output().unwrap();
+        output.stdout.splice(0..0, stdout);
+        Finished::of(&output)
+    }
+}
+
+/// Has what tests start heed the signals that this process was started to ignore, as in the background of a script:
+/// handlers are not passed on, but ignoring is.
+fn heed_signals() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+        let ignored = u64::from_str_radix(ignored.trim(), 16).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let _within = runtime.enter();
+        for kind in [SignalKind::interrupt(), SignalKind::quit(), SignalKind::hangup()] {
+            if ignored >> (kind.as_raw_value() - 1) & 1 == 1 {
+                // The handler stays when this value goes.
+                let _stays = signal(kind).unwrap();
+            }
+        }
+    });
+}
