@@ -20,10 +20,9 @@ pub mod finished;
 pub mod http;
 pub mod jobs;
 pub mod registry;
-pub mod self_hosted;
 pub mod serve;
 pub mod ssh;
-pub mod start_agent;
+pub mod start;
 pub mod surroundings;
 
 mod processes;

@@ -7,7 +7,7 @@ use serde_json::Value;
 use test_support::World;
 use test_support::docker::{job, make_images};
 use test_support::serve::{self, ServeAgent};
-use test_support::start_agent::{self, StartAgent, finished, hub};
+use test_support::start::{self, Hub, SOON, StartAgent};
 
 /// Passes where there is a socket.
 fn needs_socket() -> Value {
@@ -41,13 +41,13 @@ fn jobs_of_agent_serve_have_the_socket_unless_they_must_never() {
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
 fn jobs_of_agent_start_have_the_socket_unless_they_must_never() {
     for (options, expected) in CASES {
-        let control_plane = hub();
-        let agent = StartAgent::start(&World::new(), &control_plane, |command| {
+        let control_plane = Hub::start(SOON);
+        let agent = StartAgent::start_with(&World::new(), &control_plane, |command| {
             command.args(options);
         });
         let id = control_plane.queue(needs_socket());
-        let (result, log) = finished(&control_plane, &id);
-        assert_eq!(result, expected, "{options:?}: {log:#?}");
+        let log = control_plane.finish(&id);
+        assert_eq!(log.result(), expected, "{options:?}: {log:#?}");
         drop(agent);
     }
 }
@@ -73,9 +73,9 @@ fn a_wrong_word_for_the_socket_names_those_that_are_right() {
         command.args(["--docker-socket", "sometimes"]);
     };
     let world = World::new();
-    let mut start = start_agent::command(&world);
+    let mut start = start::command(&world);
     wrong(&mut start);
-    for message in [serve::refusal(&World::new(), wrong), start_agent::refusal(&mut start)] {
+    for message in [serve::refusal(&World::new(), wrong), start::refusal(&mut start)] {
         for word in ["docker-socket", "sometimes", "always", "never"] {
             assert!(message.contains(word), "no {word}: {message}");
         }

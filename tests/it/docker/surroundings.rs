@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use test_support::docker::{Owned, container, job, job_in, left_of, make_images, variables};
 use test_support::serve::ServeAgent;
-use test_support::start_agent::{StartAgent, finished, hub, wait_for_log};
+use test_support::start::{Hub, SOON, StartAgent};
 use test_support::{
     Finished, RUN_FOR_EVER, RUNNING, Running, World, lives_with, unique, wait_for_file, wait_until,
 };
@@ -136,17 +136,17 @@ fn the_main_container_has_the_agents_files_and_a_missing_one_is_a_warning() {
 fn a_missing_file_that_must_be_there_fails_the_job_without_another_word() {
     let world = World::new();
     let missing = world.home().join("missing");
-    let control_plane = hub();
+    let control_plane = Hub::start(SOON);
     let hook = world.home().join("set-up");
-    let agent = StartAgent::start(&world, &control_plane, |command| {
+    let agent = StartAgent::start_with(&world, &control_plane, |command| {
         command.arg("--files").arg(format!("{}:/opt/missing", missing.display()));
         command.arg("--fail-on-missing-files");
     });
     let mut unlucky = after(&[&format!("touch {}", hook.display())], &["echo hi"]);
     unlucky["epilogue_always_commands"] = json!([{ "directive": "echo not reached" }]);
     let id = control_plane.queue(unlucky.clone());
-    let (result, log) = finished(&control_plane, &id);
-    assert_eq!((result.as_str(), log.result(), log.events.len()), ("failed", "failed", 2));
+    let log = control_plane.finish(&id);
+    assert_eq!((log.result(), log.events.len()), ("failed", 2));
     assert!(matches!(log.events[0], LogEvent::JobStarted { .. }), "{log:?}");
     agent.wait_for_own_log(&missing.display().to_string());
     assert!(!hook.exists());
@@ -154,7 +154,7 @@ fn a_missing_file_that_must_be_there_fails_the_job_without_another_word() {
     // It is there for the next one.
     fs::write(&missing, "now").unwrap();
     let id = control_plane.queue(job("bash", &["cat /opt/missing"]));
-    let (_, log) = finished(&control_plane, &id);
+    let log = control_plane.finish(&id);
     assert_eq!(log.commands(), [("now".into(), 0)]);
 }
 
@@ -202,8 +202,8 @@ fn the_hook_of_agent_serve_is_sourced_in_the_container() {
 fn hooks_of_agent_start_run_in_the_container_even_after_a_stop() {
     let world = World::new();
     let files = with_hooks(&world, "echo pre $(id -un)", "echo post $(id -un) $A $B; ls ~");
-    let control_plane = hub();
-    let _agent = StartAgent::start(&world, &control_plane, |command| {
+    let control_plane = Hub::start(SOON);
+    let _agent = StartAgent::start_with(&world, &control_plane, |command| {
         command.args(["--files", &files]);
         command.args(["--pre-job-hook-path", "/opt/hooks/pre.sh"]);
         command.args(["--post-job-hook-path", "/opt/hooks/post.sh"]);
@@ -218,8 +218,8 @@ fn hooks_of_agent_start_run_in_the_container_even_after_a_stop() {
 
     let job = request(&["export B=too; touch ~/f"]);
     let id = control_plane.queue(job.clone());
-    let (result, log) = finished(&control_plane, &id);
-    assert_eq!(result, "passed", "{log:#?}");
+    let log = control_plane.finish(&id);
+    assert_eq!(log.result(), "passed", "{log:#?}");
     assert!(step(&log, PRE_JOB).0.ends_with("pre dev\n"), "{log:#?}");
     // A process of its own in the job's shell.
     assert_eq!(post(&log), "post dev of the job too\nf\n");
@@ -227,10 +227,10 @@ fn hooks_of_agent_start_run_in_the_container_even_after_a_stop() {
 
     let job = request(&["export B=too; touch ~/f", RUN_FOR_EVER, "echo never"]);
     let id = control_plane.queue(job.clone());
-    wait_for_log(&control_plane, &id, RUNNING);
+    control_plane.wait_for_log(&id, RUNNING);
     control_plane.stop_job(&id);
-    let (result, log) = finished(&control_plane, &id);
-    assert_eq!((result.as_str(), log.result()), ("stopped", "stopped"));
+    let log = control_plane.finish(&id);
+    assert_eq!(log.result(), "stopped");
     assert_eq!(post(&log), "post dev of the job\n");
     let titles: Vec<_> = log.steps().into_iter().map(|(title, ..)| title).collect();
     assert_eq!(titles[titles.len() - 2..], [RUN_FOR_EVER, POST_JOB]);
@@ -241,12 +241,12 @@ fn hooks_of_agent_start_run_in_the_container_even_after_a_stop() {
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
 fn a_job_of_agent_start_is_gone_from_the_engine_before_its_result_is_reported() {
     let world = World::new();
-    let control_plane = hub();
-    let _agent = StartAgent::start(&world, &control_plane, |_| {});
+    let control_plane = Hub::start(SOON);
+    let _agent = StartAgent::start(&world, &control_plane);
     for commands in [&["true"], &["false"], &["exit 1"]] {
         let job = job_in(json!([container("main", "bash"), container("web", "service")]), commands);
         let id = control_plane.queue(job.clone());
-        finished(&control_plane, &id);
+        control_plane.finish(&id);
         assert_eq!(left_of(&job), [""; 0]);
     }
 }

@@ -8,9 +8,9 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use tokio::time::Instant;
 
-use test_support::self_hosted::{Hub, SOON, SelfHosted};
 use test_support::serve::{ServeAgent, refusal};
-use test_support::{World, job, job_of, lives_with, marked, start_agent, wait_for_end};
+use test_support::start::{Hub, SOON, StartAgent};
+use test_support::{World, job, job_of, lives_with, marked, start, wait_for_end};
 
 const VARIABLE: &str = "SEMAPHORE_AGENT_GRACE_PERIOD";
 
@@ -88,7 +88,7 @@ fn who_needs_longer_to_end_gets_the_time_that_the_operator_allows() {
         scope.spawn(|| {
             let world = World::new();
             let hub = Hub::start(SOON);
-            let _agent = SelfHosted::start_with(&world, &hub, |agent| {
+            let _agent = StartAgent::start_with(&world, &hub, |agent| {
                 let file = world.file("config.yaml", "grace-period: 8\n");
                 agent.arg("--config-file").arg(file);
             });
@@ -157,8 +157,8 @@ fn a_grace_period_that_is_no_time_is_refused() {
             refusal(&world, |agent| {
                 agent.env(VARIABLE, value);
             }),
-            start_agent::refusal(start_agent::command(&world).arg(&option)),
-            start_agent::refusal(start_agent::command(&world).env(VARIABLE, value)),
+            start::refusal(start::command(&world).arg(&option)),
+            start::refusal(start::command(&world).env(VARIABLE, value)),
         ];
         for message in messages {
             let is_named = message.contains("grace-period") || message.contains(VARIABLE);

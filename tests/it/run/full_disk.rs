@@ -9,8 +9,8 @@ use actors::log::event::LogEvent;
 use nix::unistd::geteuid;
 use serde_json::json;
 
-use test_support::self_hosted::{Hub, SOON, SelfHosted};
 use test_support::serve::ServeAgent;
+use test_support::start::{Hub, SOON, StartAgent};
 use test_support::{Finished, World, job, wait_for_file, wait_until};
 
 /// What the system calls it.
@@ -159,7 +159,7 @@ fn an_agent_of_a_control_plane_asks_for_no_job_while_its_disk_is_full() {
     disk.fill();
     let hub = Hub::start(SOON);
     let id = hub.queue(job("1", &["touch ~/ran"]));
-    let agent = SelfHosted::start(&world, &hub);
+    let agent = StartAgent::start(&world, &hub);
     agent.wait_for_own_log(FULL);
     assert!(!has_asked(&hub), "{:?}", hub.states());
     assert_eq!(hub.look(|known| known.jobs[&id].fetched), 0);
@@ -173,7 +173,7 @@ fn a_job_that_filled_the_disk_is_followed_by_none_until_there_is_space() {
     let world = World::new();
     let Some(disk) = SmallDisk::mount(&world) else { return };
     let hub = Hub::start(SOON);
-    let agent = SelfHosted::start(&world, &hub);
+    let agent = StartAgent::start(&world, &hub);
     let first = hub.queue(job("1", &[&disk.filling()]));
     let next = hub.queue(job("2", &["true"]));
     hub.result(&first);

@@ -6,8 +6,8 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 
 use test_support::docker::{self, left_of};
-use test_support::self_hosted::{Hub, SOON, SelfHosted};
 use test_support::serve::ServeAgent;
+use test_support::start::{Hub, SOON, StartAgent};
 use test_support::surroundings::in_shell;
 use test_support::{Finished, World, job, job_of, wait_for_end};
 
@@ -72,7 +72,7 @@ fn a_job_of_a_platform_has_none_either() {
 
     let world = World::new();
     let hub = Hub::start(SOON);
-    let _agent = SelfHosted::start_with(&world, &hub, |command| with_descriptors(&world, command));
+    let _agent = StartAgent::start_with(&world, &hub, |command| with_descriptors(&world, command));
     assert_closed(&world, &hub.run(&job("1", &[&show_all()])));
 }
 

@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use test_support::self_hosted::{Hub, SOON, SelfHosted};
+use test_support::start::{Hub, SOON, StartAgent};
 use test_support::{RUN_FOR_EVER, RUNNING, World, job};
 
 /// Waits for the end of an agent that is told to end like this; why it ended, in its hook's words.
@@ -12,7 +12,7 @@ fn end(answer: Value) -> String {
     let hub = Hub::start(SOON);
     let world = World::new();
     let hook = world.file("hook", "echo $SEMAPHORE_AGENT_SHUTDOWN_REASON >>~/reason\n");
-    let mut agent = SelfHosted::start_with(&world, &hub, |command| {
+    let mut agent = StartAgent::start_with(&world, &hub, |command| {
         command.arg("--shutdown-hook-path").arg(hook);
     });
     hub.wait_for_state("waiting-for-jobs");
@@ -50,7 +50,7 @@ fn a_number_with_a_fraction_or_in_quotes_is_still_a_number_of_milliseconds() {
     for odd in [json!(700.5), json!("700")] {
         let hub = Hub::start(SOON);
         let world = World::new();
-        let _agent = SelfHosted::start(&world, &hub);
+        let _agent = StartAgent::start(&world, &hub);
         hub.wait_for_state("waiting-for-jobs");
         let reports = hub.look(|known| known.reports.len());
         hub.answer_next(vec![json!({ "action": "continue", "next_sync_after": odd }); 4]);
@@ -68,7 +68,7 @@ fn a_number_with_a_fraction_or_in_quotes_is_still_a_number_of_milliseconds() {
 fn a_job_is_stopped_by_an_answer_with_an_odd_field() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let id = hub.queue(job("1", &[RUN_FOR_EVER]));
     hub.wait_for_log(&id, RUNNING);
     hub.answer_next([json!({ "action": "stop-job", "job_id": id, "next_sync_after": -1 })]);

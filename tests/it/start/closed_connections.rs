@@ -7,15 +7,15 @@ use std::net::{Ipv4Addr, TcpListener};
 use serde_json::json;
 
 use test_support::control_plane::{Asked, Fault};
-use test_support::self_hosted::{Hub, SOON, SelfHosted};
 use test_support::serve::ServeAgent;
+use test_support::start::{Hub, SOON, StartAgent};
 use test_support::{RUN_UNTIL_GO, RUNNING, World, job};
 
 #[test]
 fn a_connection_that_the_log_server_closed_is_told_as_that() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let agent = SelfHosted::start(&world, &hub);
+    let agent = StartAgent::start(&world, &hub);
     let id = hub.queue(job("1", &[RUN_UNTIL_GO]));
     hub.wait_for_log(&id, RUNNING);
     hub.fail(Fault::Drop, Asked::is_log);
@@ -28,7 +28,7 @@ fn a_connection_that_the_log_server_closed_is_told_as_that() {
 fn a_connection_that_the_control_plane_closed_is_told_as_that() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let agent = SelfHosted::start(&world, &hub);
+    let agent = StartAgent::start(&world, &hub);
     hub.wait_for_state("waiting-for-jobs");
     hub.fail(Fault::Drop, |asked| asked.is("POST", "/sync"));
     let own_log = agent.wait_for_own_log("report not taken");

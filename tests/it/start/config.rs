@@ -9,9 +9,7 @@ use clap::CommandFactory as _;
 use semaphore_agent::commands::cli::Cli;
 use serde_json::{Map, Value};
 
-use test_support::start_agent::{
-    StartAgent, TOKEN, command, finished, hub, refusal, run, wait_for_log,
-};
+use test_support::start::{Hub, SOON, StartAgent, TOKEN, command, refusal, run};
 use test_support::{World, config_keys, job};
 
 /// What is needed, in a file.
@@ -340,10 +338,10 @@ fn an_empty_list_is_one_and_what_is_empty_in_a_file_is_not_set() {
 #[test]
 fn variables_for_jobs_come_as_they_were_given() {
     let world = World::new();
-    let control_plane = hub();
+    let control_plane = Hub::start(SOON);
     let text = "env-vars:\n- EQUALS=a=b==\n- EMPTY=\n- 'SPACES= a, b '\n- TWICE=1\n- TWICE=2\n- \"LINES=1\\n2\"\n- ours=1\n";
     let file = world.file("config.yaml", text);
-    let agent = StartAgent::start(&world, &control_plane, |command| {
+    let agent = StartAgent::start_with(&world, &control_plane, |command| {
         command.arg("--config-file").arg(file).env("SEMAPHORE_AGENT_ENV_VAR", "canary");
     });
     let warning =
@@ -358,9 +356,9 @@ fn variables_for_jobs_come_as_they_were_given() {
         .to_vec()
         .into();
     control_plane.queue(request);
-    wait_for_log(&control_plane, "1", "job_finished");
-    let (result, log) = finished(&control_plane, "1");
-    assert_eq!(result, "passed");
+    control_plane.wait_for_log("1", "job_finished");
+    let log = control_plane.finish("1");
+    assert_eq!(log.result(), "passed");
     assert_eq!(log.output(), "<a=b==><>< a, b ><2><1\n2><1><2>");
     let (_, exported, _) = &log.steps()[0];
     let names = ["EMPTY", "EQUALS", "LINES", "SPACES", "TWICE", "ours", "theirs"];

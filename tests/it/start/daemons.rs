@@ -6,7 +6,7 @@ use std::path::Path;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use test_support::self_hosted::{Hub, SOON, SelfHosted};
+use test_support::start::{Hub, SOON, StartAgent};
 use test_support::{RUN_FOR_EVER, RUNNING, World, job, lives_with, marked, wait_until};
 
 /// Leaves a mere background job, and a daemon in a session of its own, which has started then.
@@ -17,7 +17,7 @@ const START_BOTH: &str = "rm -f ~/up; sleep 2000 & \
 #[test]
 fn a_daemon_outlives_its_job_and_its_agent_where_that_is_wanted() {
     let (world, hub) = (World::new(), Hub::start(SOON));
-    let mut agent = SelfHosted::start_with(&world, &hub, |command| {
+    let mut agent = StartAgent::start_with(&world, &hub, |command| {
         command.arg("--keep-daemons");
     });
     let (request, marker) = marked(job("kept", &[START_BOTH, "false"]));

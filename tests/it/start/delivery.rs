@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use test_support::control_plane::{Asked, Fault, Known};
 use test_support::jobs::{go, in_parts, wait_for_part};
-use test_support::self_hosted::{Hub, SOON, SelfHosted};
+use test_support::start::{Hub, SOON, StartAgent};
 use test_support::{World, job, wait_until};
 
 /// What one line of output may be long, in bytes, without its end.
@@ -34,7 +34,7 @@ fn output_lines(hub: &Hub, id: &str) -> Vec<String> {
 fn no_line_of_output_is_longer_than_the_store_likes() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let zeros = "head -c 100000 /dev/zero";
     let commands = [
         format!("{zeros} | tr '\\0' x"),
@@ -57,7 +57,7 @@ fn no_line_of_output_is_longer_than_the_store_likes() {
 fn what_the_agent_itself_prints_is_cut_like_any_output() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let mut request = job("1", &[&format!(": {}", "x".repeat(50_000))]);
     request["commands"][0]["alias"] = "an alias".into();
     let finished = hub.run(&request);
@@ -70,7 +70,7 @@ fn what_the_agent_itself_prints_is_cut_like_any_output() {
 fn output_of_one_second_is_one_line() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let finished = hub.run(&job("1", &["for i in {1..300}; do echo $i; sleep 0.01; done"]));
     let expected: String = (1..=300).map(|number| format!("{number}\n")).collect();
     assert_eq!(finished.output(), expected);
@@ -97,7 +97,7 @@ fn much_output_at_the_beginning_does_not_use_up_the_space_for_what_follows() {
     // The log has about 1.2 MB.
     hub.set(|settings| settings.memory = 2 << 20);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let id = hub.queue(much_and_then_little("1"));
     assert_eq!(hub.result(&id), "passed");
     let refused =
@@ -115,7 +115,7 @@ fn outlast_hiccups(hub: &Hub) {
 fn a_log_arrives_whole_though_the_log_server_lost_its_beginning() {
     let mut hub = Hub::start(SOON);
     let world = World::new();
-    let agent = SelfHosted::start(&world, &hub);
+    let agent = StartAgent::start(&world, &hub);
     hub.queue(job("1", &[&in_parts(&["echo one", "echo two", "echo three"])]));
     hub.wait_for_log("1", "one");
     hub.pause();
@@ -135,7 +135,7 @@ fn a_log_arrives_whole_though_the_log_server_lost_its_beginning() {
 fn a_log_server_that_answers_with_errors_for_a_while_may_have_lost_a_log() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let agent = SelfHosted::start(&world, &hub);
+    let agent = StartAgent::start(&world, &hub);
     hub.queue(job("1", &[&in_parts(&["echo one", "echo two", "echo three"])]));
     hub.wait_for_log("1", "one");
     hub.fail(Fault::Status(503), Asked::is_log);
@@ -156,7 +156,7 @@ fn an_answer_that_no_log_server_gives_is_no_acknowledgment() {
     for fault in [Fault::Page, Fault::Nonsense, Fault::Status(202), Fault::Status(204)] {
         let hub = Hub::start(SOON);
         let world = World::new();
-        let _agent = SelfHosted::start(&world, &hub);
+        let _agent = StartAgent::start(&world, &hub);
         let mut left = 2;
         hub.fail(fault, move |asked| {
             let is_met = left > 0 && asked.is_log();
@@ -175,7 +175,7 @@ fn an_answer_that_no_log_server_gives_is_no_acknowledgment() {
 fn a_page_of_somebody_else_does_not_disconnect_an_agent() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let mut agent = SelfHosted::start(&world, &hub);
+    let mut agent = StartAgent::start(&world, &hub);
     hub.wait_for_state("waiting-for-jobs");
     let mut left = 2;
     hub.fail(Fault::Page, move |asked| {
@@ -189,8 +189,8 @@ fn a_page_of_somebody_else_does_not_disconnect_an_agent() {
 }
 
 /// An agent that gives up undelivered logs after so many seconds.
-fn impatient(world: &World, hub: &Hub, seconds: u32) -> SelfHosted {
-    SelfHosted::start_with(world, hub, |command| {
+fn impatient(world: &World, hub: &Hub, seconds: u32) -> StartAgent {
+    StartAgent::start_with(world, hub, |command| {
         command.arg(format!("--log-delivery-timeout={seconds}"));
     })
 }

@@ -10,8 +10,8 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use test_support::control_plane::Known;
-use test_support::self_hosted::{Hub, SOON, SelfHosted};
 use test_support::serve::ServeAgent;
+use test_support::start::{Hub, SOON, StartAgent};
 use test_support::{
     RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, World, base64, docker, job, job_of, wait_until,
 };
@@ -29,7 +29,7 @@ fn with_variables(mut job: Value, variables: &[(&str, &str)]) -> Value {
 fn a_variable_that_no_shell_can_hold_is_skipped_and_shown() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let agent = SelfHosted::start(&world, &hub);
+    let agent = StartAgent::start(&world, &hub);
     let odd = ["my-param", "1ST", "two words", "a.b", "ünï", "", "line\nend", "A;touch ~/never"];
     let variables: Vec<_> = odd.iter().map(|name| (*name, "canary")).collect();
     let variables = [&[("FIRST", "1"), ("ZZ", "2")], &variables[..]].concat();
@@ -53,7 +53,7 @@ fn a_variable_that_no_shell_can_hold_is_skipped_and_shown() {
 fn a_value_in_the_place_of_a_name_is_not_shown() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let finished = hub.run(&with_variables(job("1", &["true"]), &[("KEY=canary", "x")]));
     assert_eq!(finished.result(), "passed", "{finished:#?}");
     assert!(!format!("{finished:?}").contains("canary"), "{finished:#?}");
@@ -65,7 +65,7 @@ fn a_value_in_the_place_of_a_name_is_not_shown() {
 fn in_containers_a_variable_that_no_shell_can_hold_is_skipped_too() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let request = docker::job("bash", &["echo \"$FIRST\""]);
     let id = request["job_id"].as_str().unwrap().to_owned();
     hub.queue(with_variables(request, &[("FIRST", "1"), ("my-param", "canary")]));
@@ -77,7 +77,7 @@ fn in_containers_a_variable_that_no_shell_can_hold_is_skipped_too() {
 fn no_pager_waits_for_a_key_in_a_job() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let finished = hub.run(&job("1", &[SHOW_PAGERS, "bash -c 'echo $PAGER'"]));
     assert_eq!(finished.output(), "cat,cat\ncat\n");
     // They are nobody's variables.
@@ -92,7 +92,7 @@ fn no_pager_waits_for_a_key_in_a_job() {
 fn the_pager_of_the_agents_own_environment_is_heeded() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start_with(&world, &hub, |command| {
+    let _agent = StartAgent::start_with(&world, &hub, |command| {
         command.env("PAGER", "most").env("GIT_PAGER", "more");
     });
     assert_eq!(hub.run(&job("1", &[SHOW_PAGERS])).output(), "most,more\n");
@@ -102,7 +102,7 @@ fn the_pager_of_the_agents_own_environment_is_heeded() {
 fn git_shows_a_long_history_to_its_end() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start_with(&world, &hub, |command| {
+    let _agent = StartAgent::start_with(&world, &hub, |command| {
         command.env("LESS", "");
     });
     let commits = "for i in {1..100}; do git -c user.name=a -c user.email=b commit -q --allow-empty -m $i; done";
@@ -132,10 +132,10 @@ fn no_pager_waits_in_a_container() {
 }
 
 /// An agent with a directory of its own for temporary files.
-fn with_temporary(world: &World, hub: &Hub) -> (SelfHosted, PathBuf) {
+fn with_temporary(world: &World, hub: &Hub) -> (StartAgent, PathBuf) {
     let temporary = world.home().with_file_name("temporary");
     fs::create_dir(&temporary).unwrap();
-    let agent = SelfHosted::start_with(world, hub, |command| {
+    let agent = StartAgent::start_with(world, hub, |command| {
         command.env("TMPDIR", &temporary);
     });
     (agent, temporary)

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use test_support::control_plane::{Asked, Fault};
 use test_support::finished::events;
 use test_support::jobs::{go, in_parts, wait_for_part};
-use test_support::self_hosted::{Hub, SOON, SelfHosted};
+use test_support::start::{Hub, SOON, StartAgent};
 use test_support::{Finished, RUN_FOR_EVER, RUNNING, World, job, wait_for_file};
 
 /// What the agent says of the first failure of each kind.
@@ -42,8 +42,8 @@ fn assert_all_arrived(finished: &Finished) {
 }
 
 /// Begins this job, up to its first part, which has arrived.
-fn begin(hub: &Hub, world: &World) -> SelfHosted {
-    let agent = SelfHosted::start(world, hub);
+fn begin(hub: &Hub, world: &World) -> StartAgent {
+    let agent = StartAgent::start(world, hub);
     hub.queue(job_in_parts());
     hub.wait_for_log("1", "400 €");
     agent
@@ -66,7 +66,7 @@ fn assert_survives(faults: &[Fault], meant: impl Fn(&Asked) -> bool + Send + 'st
         let number = if meant(asked) { counter.fetch_add(1, Ordering::SeqCst) } else { 0 };
         (number % 3 == 2).then(|| all[number / 3 % all.len()])
     })));
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     for id in ["a", "b", "c"] {
         let (mut request, mut expected) = many_commands(id);
         let commands = request["commands"].as_array_mut().unwrap();
@@ -188,7 +188,7 @@ fn a_log_arrives_in_as_few_lines_at_once_as_the_server_takes() {
         let hub = Hub::start(SOON);
         hub.set(|settings| settings.most_lines = most_lines);
         let world = World::new();
-        let _agent = SelfHosted::start(&world, &hub);
+        let _agent = StartAgent::start(&world, &hub);
         let (request, expected) = many_commands("a");
         let finished = hub.run(&request);
         assert_eq!((finished.result(), finished.output()), ("passed", expected));
@@ -204,7 +204,7 @@ fn a_log_that_is_too_large_for_the_server_is_trimmed_and_the_result_stands() {
     let hub = Hub::start(SOON);
     hub.set(|settings| settings.log_quota = QUOTA);
     let world = World::new();
-    let agent = SelfHosted::start(&world, &hub);
+    let agent = StartAgent::start(&world, &hub);
     hub.queue(job_in_parts());
     hub.wait_until("it is used up", |known| {
         known.requests.iter().any(|asked| asked.status == Some(422))
@@ -234,7 +234,7 @@ fn a_log_that_nobody_takes_is_kept_and_the_result_is_told() {
     let hub = Hub::start(SOON);
     let world = World::new();
     hub.fail(Fault::Status(500), Asked::is_log);
-    let agent = SelfHosted::start_with(&world, &hub, |command| {
+    let agent = StartAgent::start_with(&world, &hub, |command| {
         command.arg("--log-delivery-timeout=1");
     });
     let (request, expected) = many_commands("a");
@@ -318,7 +318,7 @@ fn another_job_than_the_running_one_is_neither_run_nor_stopped() {
 fn a_stop_is_obeyed_though_no_log_is_taken() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let agent = SelfHosted::start(&world, &hub);
+    let agent = StartAgent::start(&world, &hub);
     let id = hub.queue(job("1", &[RUN_FOR_EVER]));
     hub.wait_for_log(&id, RUNNING);
     hub.fail(Fault::Status(500), Asked::is_log);
@@ -333,7 +333,7 @@ fn a_stop_is_obeyed_though_no_log_is_taken() {
 fn a_slow_log_server_holds_up_no_job() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let id = hub.queue(job("1", &["seq 200000", "touch ~/printed"]));
     hub.fail(Fault::Delay(Duration::from_secs(2)), Asked::is_log);
     wait_for_file(&world.home().join("printed"));
@@ -350,7 +350,7 @@ fn a_log_of_50_megabytes_arrives_whole() {
     const LINES: usize = 500_000;
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let finished = hub.run(&job("1", &[&format!("seq -f %0100.0f {LINES}")]));
     let output = finished.output();
     assert_eq!(output.len(), LINES * 101);
@@ -365,7 +365,7 @@ fn a_log_of_50_megabytes_arrives_whole() {
 fn an_agent_that_is_refused_again_and_again_ends_with_1() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let mut agent = SelfHosted::start_with(&world, &hub, |command| {
+    let mut agent = StartAgent::start_with(&world, &hub, |command| {
         command.env("SEMAPHORE_AGENT_TOKEN", "not-the-right-one").stderr(Stdio::null());
     });
     assert_eq!(agent.exit_code(), Some(1));

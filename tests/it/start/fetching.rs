@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use test_support::control_plane::{Asked, Fault, Known, SANITIZED};
-use test_support::self_hosted::{Hub, SOON, SelfHosted};
+use test_support::start::{Hub, SOON, StartAgent};
 use test_support::{World, base64, job};
 
 /// A job with secrets that must not run without them.
@@ -25,7 +25,7 @@ fn spoil_first_fetch(hub: &Hub, fault: Fault) {
 }
 
 /// The job has failed, its log and the agent's say that it must be rerun, and none of it ran.
-fn assert_not_run(hub: &Hub, agent: &SelfHosted, world: &World, id: &str) {
+fn assert_not_run(hub: &Hub, agent: &StartAgent, world: &World, id: &str) {
     let finished = hub.finish(id);
     assert_eq!(finished.result(), "failed");
     let told = format!("{:?}", finished.events);
@@ -39,7 +39,7 @@ fn a_job_whose_answer_got_lost_fails_and_its_log_says_that_it_must_be_rerun() {
     let hub = Hub::start(SOON);
     hub.set(|settings| settings.once = true);
     let world = World::new();
-    let agent = SelfHosted::start(&world, &hub);
+    let agent = StartAgent::start(&world, &hub);
     spoil_first_fetch(&hub, Fault::Lost);
     let id = hub.queue(job_with_secrets("1"));
     assert_not_run(&hub, &agent, &world, &id);
@@ -50,7 +50,7 @@ fn a_job_whose_answer_got_lost_fails_and_its_log_says_that_it_must_be_rerun() {
 fn a_request_in_which_any_secret_is_overwritten_is_not_run() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let agent = SelfHosted::start(&world, &hub);
+    let agent = StartAgent::start(&world, &hub);
     let variable = || json!([{ "name": "KEY", "value": SANITIZED }]);
     let file = || json!([{ "path": "key", "content": SANITIZED, "mode": "0600" }]);
     let container = |secrets: Value| {
@@ -83,7 +83,7 @@ fn a_request_in_which_any_secret_is_overwritten_is_not_run() {
 fn a_command_may_speak_of_what_stands_for_secrets() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let finished = hub.run(&job("1", &[&format!("echo '{SANITIZED}'")]));
     assert_eq!((finished.result(), finished.output()), ("passed", format!("{SANITIZED}\n")));
 }
@@ -93,7 +93,7 @@ fn a_job_whose_answer_was_cut_is_not_run() {
     let hub = Hub::start(SOON);
     hub.set(|settings| settings.once = true);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     spoil_first_fetch(&hub, Fault::Cut);
     let id = hub.queue(job_with_secrets("1"));
     assert_eq!(hub.result(&id), "failed");
@@ -105,7 +105,7 @@ fn a_job_whose_answer_was_cut_is_not_run() {
 fn a_job_is_fetched_on_a_connection_of_its_own() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     for id in ["1", "2", "3"] {
         assert_eq!(hub.run(&job(id, &["true"])).result(), "passed");
     }
@@ -122,7 +122,7 @@ fn a_job_that_is_not_available_any_more_is_no_failed_job() {
     for status in [404, 422] {
         let hub = Hub::start(SOON);
         let world = World::new();
-        let _agent = SelfHosted::start(&world, &hub);
+        let _agent = StartAgent::start(&world, &hub);
         hub.wait_for_state("waiting-for-jobs");
         let refusal = Fault::Refuse(status, "job not available\n");
         hub.fail(refusal, |asked| asked.is("GET", "/jobs/gone"));
@@ -146,7 +146,7 @@ fn an_agent_for_one_job_ends_when_that_is_not_available_any_more() {
     let refusal = Fault::Refuse(404, "job not available\n");
     hub.fail(refusal, |asked| asked.is("GET", "/jobs/gone"));
     hub.answer_next([json!({ "action": "run-job", "job_id": "gone" })]);
-    let mut agent = SelfHosted::start_with(&world, &hub, |command| {
+    let mut agent = StartAgent::start_with(&world, &hub, |command| {
         command.args(["--disconnect-after-job", "--job-id", "gone"]);
     });
     assert!(agent.exit_code().is_some());

@@ -8,8 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use test_support::control_plane::ControlPlane;
-use test_support::start_agent::{StartAgent, TOKEN, finished, hub, wait_for_log};
+use test_support::start::{Hub, SOON, StartAgent, TOKEN};
 use test_support::{Finished, RUN_FOR_EVER, RUNNING, World, job, lives_with};
 
 const PRE_JOB: &str = "Running the pre-job hook configured in the agent";
@@ -40,11 +39,6 @@ fn with_hook(kind: &str, path: &Path) -> impl FnOnce(&mut Command) {
     }
 }
 
-fn run(hub: &ControlPlane, request: Value) -> (String, Finished) {
-    let id = hub.queue(request);
-    finished(hub, &id)
-}
-
 #[test]
 fn a_pre_job_hook_is_run_or_sourced_and_fails_the_job_or_not() {
     let world = World::new();
@@ -52,8 +46,8 @@ fn a_pre_job_hook_is_run_or_sourced_and_fails_the_job_or_not() {
     let script = "echo \"sees $JOBS\"; HOOK=mine; cd /";
     let quoted = format!("'{}'", hook.display().to_string().replace('\'', r"'\''"));
     for (sourced, fails_job) in [(false, false), (false, true), (true, false), (true, true)] {
-        let control_plane = hub();
-        let _agent = StartAgent::start(&world, &control_plane, |command| {
+        let control_plane = Hub::start(SOON);
+        let _agent = StartAgent::start_with(&world, &control_plane, |command| {
             with_hook("pre-job", &hook)(command);
             command.arg(format!("--source-pre-job-hook={sourced}"));
             command.arg(format!("--fail-on-pre-job-hook-error={fails_job}"));
@@ -63,7 +57,7 @@ fn a_pre_job_hook_is_run_or_sourced_and_fails_the_job_or_not() {
             let end = if sourced { "return" } else { "exit" };
             fs::write(&hook, format!("{script}; {end} {code}\n")).unwrap();
             let second = "echo \"${HOOK-none} $PWD\"";
-            let (result, log) = run(&control_plane, request(id, &[second]));
+            let log = control_plane.run(&request(id, &[second]));
             let warning = if fails_job {
                 "Warning: The agent is configured to fail the job if the pre-job hook fails."
             } else {
@@ -83,7 +77,7 @@ fn a_pre_job_hook_is_run_or_sourced_and_fails_the_job_or_not() {
             } else {
                 ("passed", Some((format!("none {}\n", world.home().display()), 0)))
             };
-            assert_eq!((result.as_str(), log.result()), (expected, expected), "{case}");
+            assert_eq!(log.result(), expected, "{case}");
             assert_eq!(step(&log, second), second_step, "{case}");
         }
     }
@@ -101,8 +95,8 @@ fn a_hook_that_is_not_there_is_a_step_that_fails_and_the_agent_goes_on() {
         (true, false, &missing, "No such file"),
         (true, true, &directory, "is a directory"),
     ] {
-        let control_plane = hub();
-        let mut agent = StartAgent::start(&world, &control_plane, |command| {
+        let control_plane = Hub::start(SOON);
+        let mut agent = StartAgent::start_with(&world, &control_plane, |command| {
             for kind in ["pre-job", "shutdown"] {
                 command.arg(format!("--{kind}-hook-path")).arg(hook);
             }
@@ -111,8 +105,8 @@ fn a_hook_that_is_not_there_is_a_step_that_fails_and_the_agent_goes_on() {
             command.arg(format!("--fail-on-pre-job-hook-error={fails_job}"));
         });
         for id in ["1", "2"] {
-            let (result, log) = run(&control_plane, request(id, &["echo second"]));
-            assert_eq!(result, if fails_job { "failed" } else { "passed" });
+            let log = control_plane.run(&request(id, &["echo second"]));
+            assert_eq!(log.result(), if fails_job { "failed" } else { "passed" });
             for title in [PRE_JOB, POST_JOB] {
                 let (output, code) = step(&log, title).unwrap();
                 assert!(output.contains(hook.to_str().unwrap()), "{output}");
@@ -122,7 +116,7 @@ fn a_hook_that_is_not_there_is_a_step_that_fails_and_the_agent_goes_on() {
             assert_eq!(step(&log, "echo second").is_some(), !fails_job);
         }
         agent.interrupt();
-        let (code, own_log) = agent.wait_for_exit();
+        let (code, own_log) = agent.exit_code_and_log();
         assert_eq!(code, Some(0), "{own_log}");
         assert!(own_log.contains("the shutdown hook failed"), "{own_log}");
     }
@@ -134,20 +128,20 @@ fn a_relative_hook_is_in_the_agents_directory() {
     let working = world.home().with_file_name("working");
     fs::create_dir(&working).unwrap();
     fs::write(working.join("hook.sh"), "echo hooked; echo hooked >> ~/hooked\n").unwrap();
-    let control_plane = hub();
-    let mut agent = StartAgent::start(&world, &control_plane, |command| {
+    let control_plane = Hub::start(SOON);
+    let mut agent = StartAgent::start_with(&world, &control_plane, |command| {
         for kind in ["pre-job", "post-job", "shutdown"] {
             command.arg(format!("--{kind}-hook-path=hook.sh"));
         }
     });
-    let (result, log) = run(&control_plane, request("1", &["cd /"]));
-    assert_eq!(result, "passed");
+    let log = control_plane.run(&request("1", &["cd /"]));
+    assert_eq!(log.result(), "passed");
     for title in [PRE_JOB, POST_JOB] {
         let (output, code) = step(&log, title).unwrap();
         assert!(output.ends_with("hooked\n") && code == 0, "{output}");
     }
     agent.interrupt();
-    assert_eq!(agent.wait_for_exit().0, Some(0));
+    assert_eq!(agent.exit_code_and_log().0, Some(0));
     let hooked = fs::read_to_string(world.home().join("hooked")).unwrap();
     assert_eq!(hooked.lines().count(), 3);
 }
@@ -170,15 +164,15 @@ fn a_hook_that_hangs_is_ended_and_does_not_hold_the_agent() {
         ("post-job", false, false, "passed"),
     ] {
         let case = format!("{kind}, sourced {sourced}, fails job {fails_job}");
-        let control_plane = hub();
-        let agent = StartAgent::start(&world, &control_plane, |command| {
+        let control_plane = Hub::start(SOON);
+        let agent = StartAgent::start_with(&world, &control_plane, |command| {
             with_hook(kind, &hook)(command);
             command.arg(format!("--source-pre-job-hook={sourced}"));
             command.arg(format!("--fail-on-pre-job-hook-error={fails_job}"));
         });
         for id in ["1", "2"] {
-            let (told, log) = run(&control_plane, request(id, &["echo second"]));
-            assert_eq!((told.as_str(), log.result()), (result, result), "{case}");
+            let log = control_plane.run(&request(id, &["echo second"]));
+            assert_eq!(log.result(), result, "{case}");
             let title = if kind == "pre-job" { PRE_JOB } else { POST_JOB };
             let (output, code) = step(&log, title).unwrap();
             assert!(output.contains(line) && code == 1, "{case}: {code}, {output}");
@@ -191,10 +185,10 @@ fn a_hook_that_hangs_is_ended_and_does_not_hold_the_agent() {
         assert!(own_log.contains(" job=1 ") && own_log.contains("seconds=1"), "{own_log}");
     }
 
-    let control_plane = hub();
-    let mut agent = StartAgent::start(&world, &control_plane, with_hook("shutdown", &hook));
+    let control_plane = Hub::start(SOON);
+    let mut agent = StartAgent::start_with(&world, &control_plane, with_hook("shutdown", &hook));
     control_plane.shut_down("requested");
-    let (code, own_log) = agent.wait_for_exit();
+    let (code, own_log) = agent.exit_code_and_log();
     assert_eq!(code, Some(0), "{own_log}");
     assert!(own_log.contains("the shutdown hook took too long, and was killed"), "{own_log}");
     assert_eq!(lives_with(&marker), [""; 0]);
@@ -205,13 +199,13 @@ fn a_hanging_hook_that_needs_no_other_program_is_ended_too() {
     let world = World::new();
     let hook = world.file("hook.sh", "echo hangs; while :; do :; done\n");
     for (sourced, result) in [(true, "failed"), (false, "passed")] {
-        let control_plane = hub();
-        let _agent = StartAgent::start(&world, &control_plane, |command| {
+        let control_plane = Hub::start(SOON);
+        let _agent = StartAgent::start_with(&world, &control_plane, |command| {
             with_hook("pre-job", &hook)(command);
             command.arg(format!("--source-pre-job-hook={sourced}"));
         });
-        let (told, log) = run(&control_plane, request("1", &["echo second"]));
-        assert_eq!((told.as_str(), step(&log, PRE_JOB).unwrap().1), (result, 1));
+        let log = control_plane.run(&request("1", &["echo second"]));
+        assert_eq!((log.result(), step(&log, PRE_JOB).unwrap().1), (result, 1));
     }
 }
 
@@ -220,14 +214,14 @@ fn a_hanging_post_job_hook_is_ended_without_what_the_job_may_leave() {
     let world = World::new();
     let marker = format!("DAEMON={}", world.home().display());
     let hook = world.file("hook.sh", "sleep 1000\n");
-    let control_plane = hub();
-    let _agent = StartAgent::start(&world, &control_plane, |command| {
+    let control_plane = Hub::start(SOON);
+    let _agent = StartAgent::start_with(&world, &control_plane, |command| {
         with_hook("post-job", &hook)(command);
         command.arg("--keep-daemons");
     });
     let daemon = format!("env '{marker}' setsid sleep 60 > /dev/null 2>&1 &");
-    let (result, log) = run(&control_plane, request("1", &[&daemon]));
-    assert_eq!((result.as_str(), step(&log, POST_JOB).unwrap().1), ("passed", 1));
+    let log = control_plane.run(&request("1", &[&daemon]));
+    assert_eq!((log.result(), step(&log, POST_JOB).unwrap().1), ("passed", 1));
     let living = lives_with(&marker);
     assert_eq!(living.len(), 1, "{living:?}");
     let pid = living[0].split_whitespace().next().unwrap().trim_start_matches("/proc/");
@@ -238,13 +232,13 @@ fn a_hanging_post_job_hook_is_ended_without_what_the_job_may_leave() {
 fn after_a_stop_a_hanging_post_job_hook_is_ended() {
     let world = World::new();
     let hook = world.file("hook.sh", "echo hangs; sleep 1000\n");
-    let control_plane = hub();
-    let _agent = StartAgent::start(&world, &control_plane, with_hook("post-job", &hook));
+    let control_plane = Hub::start(SOON);
+    let _agent = StartAgent::start_with(&world, &control_plane, with_hook("post-job", &hook));
     let id = control_plane.queue(request("1", &[RUN_FOR_EVER]));
-    wait_for_log(&control_plane, &id, RUNNING);
+    control_plane.wait_for_log(&id, RUNNING);
     control_plane.stop_job(&id);
-    let (result, log) = finished(&control_plane, &id);
-    assert_eq!((result.as_str(), log.result()), ("stopped", "stopped"));
+    let log = control_plane.finish(&id);
+    assert_eq!(log.result(), "stopped");
     let (output, code) = step(&log, POST_JOB).unwrap();
     assert!(output.contains("hangs\nThe hook took longer than 1 s") && code == 1, "{output}");
 }
@@ -260,8 +254,8 @@ fn post_job_hook(world: &World) -> PathBuf {
 fn a_post_job_hook_runs_last_however_the_job_ends() {
     let world = World::new();
     let hook = post_job_hook(&world);
-    let control_plane = hub();
-    let _agent = StartAgent::start(&world, &control_plane, with_hook("post-job", &hook));
+    let control_plane = Hub::start(SOON);
+    let _agent = StartAgent::start_with(&world, &control_plane, with_hook("post-job", &hook));
     let running = format!("Running: bash '{}'\n", hook.display());
     let set = "export SET=set";
     for (id, commands, result, seen, epilogue) in [
@@ -276,8 +270,8 @@ fn a_post_job_hook_runs_last_however_the_job_ends() {
             false,
         ),
     ] {
-        let (told, log) = run(&control_plane, request(id, &commands));
-        assert_eq!((told.as_str(), log.result()), (result, result), "{id}");
+        let log = control_plane.run(&request(id, &commands));
+        assert_eq!(log.result(), result, "{id}");
         let titles = titles(&log);
         assert_eq!(titles.last().unwrap(), POST_JOB, "{id}: {titles:?}");
         assert_eq!(titles.iter().any(|title| title == "echo epilogue"), epilogue, "{id}");
@@ -289,10 +283,10 @@ fn a_post_job_hook_runs_last_however_the_job_ends() {
 fn a_post_job_hook_that_fails_changes_no_result() {
     let world = World::new();
     let hook = world.file("hook.sh", "echo why; exit 3\n");
-    let control_plane = hub();
-    let _agent = StartAgent::start(&world, &control_plane, with_hook("post-job", &hook));
-    let (result, log) = run(&control_plane, request("1", &["true"]));
-    assert_eq!((result.as_str(), log.result()), ("passed", "passed"));
+    let control_plane = Hub::start(SOON);
+    let _agent = StartAgent::start_with(&world, &control_plane, with_hook("post-job", &hook));
+    let log = control_plane.run(&request("1", &["true"]));
+    assert_eq!(log.result(), "passed");
     let (output, code) = step(&log, POST_JOB).unwrap();
     assert!(output.ends_with("why\n") && code == 3, "{output}");
 }
@@ -301,13 +295,13 @@ fn a_post_job_hook_that_fails_changes_no_result() {
 fn after_a_stop_the_post_job_hook_has_a_fresh_shell_with_the_jobs_environment() {
     let world = World::new();
     let hook = post_job_hook(&world);
-    let control_plane = hub();
-    let _agent = StartAgent::start(&world, &control_plane, with_hook("post-job", &hook));
+    let control_plane = Hub::start(SOON);
+    let _agent = StartAgent::start_with(&world, &control_plane, with_hook("post-job", &hook));
     let id = control_plane.queue(request("1", &["export SET=set", RUN_FOR_EVER, "echo never"]));
-    wait_for_log(&control_plane, &id, RUNNING);
+    control_plane.wait_for_log(&id, RUNNING);
     control_plane.stop_job(&id);
-    let (result, log) = finished(&control_plane, &id);
-    assert_eq!((result.as_str(), log.result()), ("stopped", "stopped"));
+    let log = control_plane.finish(&id);
+    assert_eq!(log.result(), "stopped");
     let titles = titles(&log);
     let expected = [
         "Exporting environment variables",
@@ -326,19 +320,19 @@ fn after_a_stop_the_post_job_hook_has_a_fresh_shell_with_the_jobs_environment() 
 fn no_hook_runs_for_a_job_that_could_not_be_prepared() {
     let world = World::new();
     let hook = world.file("hook.sh", "touch ~/hooked\n");
-    let control_plane = hub();
-    let _agent = StartAgent::start(&world, &control_plane, |command| {
+    let control_plane = Hub::start(SOON);
+    let _agent = StartAgent::start_with(&world, &control_plane, |command| {
         with_hook("post-job", &hook)(command);
         command.arg("--pre-job-hook-path").arg(&hook);
     });
     let mut unprepared = request("1", &["echo never"]);
     unprepared["ssh_public_keys"] = json!(["no base64!"]);
-    let (result, log) = run(&control_plane, unprepared);
-    assert_eq!((result.as_str(), log.result()), ("failed", "failed"));
+    let log = control_plane.run(&unprepared);
+    assert_eq!(log.result(), "failed");
     assert_eq!(titles(&log), ["Preparing the job"]);
     assert!(!world.home().join("hooked").exists());
-    let (result, _) = run(&control_plane, request("2", &["true"]));
-    assert!(result == "passed" && world.home().join("hooked").exists(), "{result}");
+    let log = control_plane.run(&request("2", &["true"]));
+    assert!(log.result() == "passed" && world.home().join("hooked").exists(), "{log:?}");
 }
 
 #[test]
@@ -346,17 +340,17 @@ fn a_shutdown_hook_gets_the_reason_and_no_token() {
     let world = World::new();
     let seen = world.home().join("seen");
     let hook = world.file("hook.sh", "env > ~/seen\n");
-    let end = |adapt: fn(&mut Command), cause: &dyn Fn(&ControlPlane, &StartAgent)| {
+    let end = |adapt: fn(&mut Command), cause: &dyn Fn(&Hub, &StartAgent)| {
         let _ = fs::remove_file(&seen);
-        let control_plane = hub();
-        let mut agent = StartAgent::start(&world, &control_plane, |command| {
+        let control_plane = Hub::start(SOON);
+        let mut agent = StartAgent::start_with(&world, &control_plane, |command| {
             with_hook("shutdown", &hook)(command);
             command.env("OPERATORS", "own");
             adapt(command);
         });
         agent.wait_for_own_log("registered");
         cause(&control_plane, &agent);
-        let (code, own_log) = agent.wait_for_exit();
+        let (code, own_log) = agent.exit_code_and_log();
         assert_eq!(code, Some(0), "{own_log}");
         assert_eq!(control_plane.look(|known| known.disconnected), 1);
         let seen = fs::read_to_string(&seen).unwrap();
@@ -382,7 +376,7 @@ fn a_shutdown_hook_gets_the_reason_and_no_token() {
         |command| {
             command.arg("--disconnect-after-job");
         },
-        &|hub, _| assert_eq!(run(hub, job("1", &["true"])).0, "passed"),
+        &|hub, _| assert_eq!(hub.run(&job("1", &["true"])).result(), "passed"),
     );
     assert_eq!(after_job, "JOB_FINISHED");
     assert_eq!(end(|_| {}, &|_, agent| agent.interrupt()), "INTERRUPTED");

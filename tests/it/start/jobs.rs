@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use test_support::callbacks::CallbackServer;
 use test_support::control_plane::Fault;
 use test_support::jobs::{go, in_parts};
-use test_support::self_hosted::{FAR_OFF, Hub, NAME, SOON, SelfHosted};
+use test_support::start::{FAR_OFF, Hub, NAME, SOON, StartAgent, TOKEN};
 use test_support::{Finished, RUN_FOR_EVER, RUNNING, World, base64, job, lives_with, marked};
 
 const EXPORTS: &str = "Exporting environment variables";
@@ -39,7 +39,7 @@ fn a_job_runs_from_the_registration_to_its_result() {
     ]);
     request["files"] = json!([{ "path": "f", "content": base64(b"content"), "mode": "0600" }]);
     let id = hub.queue(request);
-    let mut agent = SelfHosted::start(&world, &hub);
+    let mut agent = StartAgent::start(&world, &hub);
     hub.wait_for_state("running-job");
     go(&world, 0);
     let finished = hub.finish(&id);
@@ -77,7 +77,7 @@ fn a_job_runs_from_the_registration_to_its_result() {
 fn the_log_has_the_events_of_the_protocol_and_no_other_keys() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let id = hub.queue(job("1", &["echo hi"]));
     hub.finish(&id);
     let log = hub.look(|known| known.jobs[&id].log_bytes());
@@ -123,7 +123,7 @@ fn the_log_has_the_events_of_the_protocol_and_no_other_keys() {
 fn the_agent_says_who_it_is_and_by_what_right_it_asks() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let mut agent = SelfHosted::start_with(&world, &hub, |command| {
+    let mut agent = StartAgent::start_with(&world, &hub, |command| {
         command.args(["--disconnect-after-job", "--job-id", "1"]);
         command.args(["--disconnect-after-idle-timeout=300", "--interruption-grace-period=20"]);
     });
@@ -146,9 +146,9 @@ fn the_agent_says_who_it_is_and_by_what_right_it_asks() {
     for request in &requests {
         assert_eq!(request.headers["user-agent"], AGENT, "{request:?}");
         let token = match request.path.rsplit('/').next() {
-            Some("register") => "Token dev",
-            _ if request.is_log() => "Bearer log-token-0",
-            _ => "Token access-token-0",
+            Some("register") => format!("Token {TOKEN}"),
+            _ if request.is_log() => "Bearer log-token-0".to_owned(),
+            _ => "Token access-token-0".to_owned(),
         };
         assert_eq!(request.headers["authorization"], token, "{request:?}");
         assert_eq!(request.is_log(), request.headers["content-type"] == "text/plain");
@@ -169,7 +169,7 @@ fn variables_of_the_agent_win_over_those_of_the_job() {
         { "name": "BOTH", "value": base64(b"job") }, { "name": "JOBS", "value": base64(b"job") },
     ]);
     hub.queue(request);
-    let _agent = SelfHosted::start_with(&world, &hub, |command| {
+    let _agent = StartAgent::start_with(&world, &hub, |command| {
         command.arg("--env-vars=BOTH=agent,OWN=a=b");
     });
     let finished = hub.finish("1");
@@ -183,7 +183,7 @@ fn a_job_finds_no_token_of_the_agent() {
     let hub = Hub::start(SOON);
     hub.set(|settings| settings.token = TOKEN.into());
     let world = World::new();
-    let agent = SelfHosted::start_with(&world, &hub, |command| {
+    let agent = StartAgent::start_with(&world, &hub, |command| {
         command.env("SEMAPHORE_AGENT_TOKEN", TOKEN);
     });
     let output = hub.run(&job("1", &["env; cat /proc/$PPID/environ"])).output();
@@ -201,7 +201,7 @@ fn queued_jobs_run_one_after_another_without_a_pause() {
     let ids: Vec<_> = (0..10)
         .map(|number| hub.queue(job(&number.to_string(), &[&format!("bash -c {alone:?}")])))
         .collect();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     for id in &ids {
         assert_eq!(hub.finish(id).result(), "passed");
         assert_eq!(hub.look(|known| known.jobs[id].fetched), 1);
@@ -216,7 +216,7 @@ fn queued_jobs_run_one_after_another_without_a_pause() {
 fn a_failed_job_is_reported_as_failed() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let finished = hub
         .run(&with_epilogues(job("1", &["exit_with() { return $1; }; exit_with 3", "echo next"])));
     assert_eq!(finished.result(), "failed");
@@ -229,7 +229,7 @@ fn a_failed_job_is_reported_as_failed() {
 fn a_stopped_job_is_stopped_and_reported_as_that() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let (request, marker) = marked(with_epilogues(job("stopped", &[RUN_FOR_EVER, "echo next"])));
     let id = hub.queue(request);
     hub.wait_for_log(&id, RUNNING);
@@ -250,7 +250,7 @@ fn a_stopped_job_is_stopped_and_reported_as_that() {
 fn a_job_that_can_not_work_fails_with_the_reason_in_its_log() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let cases = [
         ("executor", json!("magic"), "magic"),
         ("executor", json!("dockercompose"), "containers"),
@@ -280,7 +280,7 @@ fn a_job_that_can_not_work_fails_with_the_reason_in_its_log() {
 fn a_request_that_is_no_job_is_a_failed_job() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let agent = SelfHosted::start(&world, &hub);
+    let agent = StartAgent::start(&world, &hub);
     let cases = [
         ("logger", json!({ "method": "pull" })),
         ("logger", json!({ "method": "push" })),
@@ -309,7 +309,7 @@ fn a_request_that_is_no_job_is_a_failed_job() {
 fn a_job_that_can_not_be_fetched_is_a_failed_job() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     hub.fail(Fault::Status(404), |asked| asked.is("GET", "/jobs/1"));
     let id = hub.queue(job("1", &["touch ~/never"]));
     assert_eq!(hub.result(&id), "failed");
@@ -324,7 +324,7 @@ fn a_job_that_can_not_be_fetched_is_a_failed_job() {
 fn a_job_is_fetched_again_until_the_answer_is_one() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let mut faults = vec![Fault::Status(500), Fault::Drop, Fault::Cut, Fault::Nonsense];
     hub.misbehave(Some(Box::new(move |asked, _| {
         asked.is("GET", "/jobs/1").then(|| faults.pop()).flatten()
@@ -336,7 +336,7 @@ fn a_job_is_fetched_again_until_the_answer_is_one() {
 fn a_job_that_is_stopped_while_it_is_fetched_never_runs() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     hub.fail(Fault::Status(500), |asked| asked.is("GET", "/jobs/1"));
     let id = hub.queue(job("1", &["touch ~/never"]));
     hub.wait_for_state("starting-job");
@@ -353,7 +353,7 @@ fn the_control_plane_ends_an_agent_and_the_hook_learns_why() {
         let hub = Hub::start(SOON);
         let world = World::new();
         let hook = world.file("hook", "echo $SEMAPHORE_AGENT_SHUTDOWN_REASON >>~/reason\n");
-        let mut agent = SelfHosted::start_with(&world, &hub, |command| {
+        let mut agent = StartAgent::start_with(&world, &hub, |command| {
             command.arg("--shutdown-hook-path").arg(hook);
         });
         hub.wait_for_state("waiting-for-jobs");
@@ -371,7 +371,7 @@ fn an_agent_for_a_single_job_ends_after_it() {
     let hook = world.file("hook", "echo $SEMAPHORE_AGENT_SHUTDOWN_REASON >>~/reason\n");
     let first = hub.queue(job("first", &["false"]));
     let second = hub.queue(job("second", &["touch ~/never"]));
-    let mut agent = SelfHosted::start_with(&world, &hub, |command| {
+    let mut agent = StartAgent::start_with(&world, &hub, |command| {
         command.arg("--disconnect-after-job").arg("--shutdown-hook-path").arg(hook);
     });
     assert_eq!(agent.exit_code(), Some(0));
@@ -391,7 +391,7 @@ fn people_are_let_in_only_where_the_job_brings_keys_and_until_its_result_is_told
     let (keys, script) = (world.home().join(".ssh/authorized_keys"), world.jump_point());
     fs::create_dir(keys.parent().unwrap()).unwrap();
     fs::write(&keys, KEYS).unwrap();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let show = format!("cat ~/.ssh/authorized_keys; grep -q job- {}; echo $?", script.display());
     let at_the_end = {
         let (keys, script) = (keys.clone(), script.clone());
@@ -414,7 +414,7 @@ fn people_are_let_in_only_where_the_job_brings_keys_and_until_its_result_is_told
 fn the_login_profile_stays_as_it_is() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let mut request = job("1", &["cat ~/.bash_profile", "echo own >~/own"]);
     request["env_vars"] = json!([{ "name": "A", "value": "YQ==" }]);
     request["ssh_public_keys"] = json!([base64(b"ssh-ed25519 AAAA of-the-job")]);
@@ -431,7 +431,7 @@ fn the_login_profile_stays_as_it_is() {
 fn nothing_of_a_job_is_left_when_its_result_is_told() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     let (request, marker) = marked(job(
         "leaver",
         &[
@@ -458,7 +458,7 @@ fn callbacks_in_a_request_are_never_called() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let server = CallbackServer::start();
-    let mut agent = SelfHosted::start(&world, &hub);
+    let mut agent = StartAgent::start(&world, &hub);
     let mut request = job("1", &["true"]);
     request["callbacks"] = json!({
         "finished": server.url("/finished"), "teardown_finished": server.url("/teardown_finished"),

@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use test_support::World;
-use test_support::start_agent::{TOKEN, command, run};
+use test_support::start::{TOKEN, command, run};
 
 fn printed(command: &mut Command) -> (Option<i32>, String) {
     let output = run(command.arg("--print-config"));

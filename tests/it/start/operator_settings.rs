@@ -2,7 +2,7 @@
 
 use test_support::World;
 use test_support::serve::{self, ServeAgent};
-use test_support::start_agent::{TOKEN, command, refusal, run};
+use test_support::start::{TOKEN, command, refusal, run};
 
 /// What many editors put before a text.
 const MARK: &str = "\u{feff}";

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::Value;
 
 use test_support::control_plane::{Fault, Known};
-use test_support::self_hosted::{FAR_OFF, Hub, SOON, SelfHosted};
+use test_support::start::{FAR_OFF, Hub, SOON, StartAgent};
 use test_support::{RUN_FOR_EVER, RUNNING, World, job};
 
 /// What it says of a name that an agent has which it believes alive.
@@ -22,7 +22,7 @@ fn refused(fault: Fault, name: Option<&str>) -> (Option<i32>, String, usize) {
     let hub = Hub::start(SOON);
     let world = World::new();
     hub.fail(fault, |asked| asked.is("POST", "/register"));
-    let mut agent = SelfHosted::start_with(&world, &hub, |command| {
+    let mut agent = StartAgent::start_with(&world, &hub, |command| {
         command.stderr(Stdio::null());
         if let Some(name) = name {
             command.env("SEMAPHORE_AGENT_NAME", name);
@@ -81,7 +81,7 @@ fn a_refusal_of_a_report_is_told_in_its_words() {
     let world = World::new();
     let why = "the organization is suspended";
     hub.fail(Fault::Refuse(403, why), |asked| asked.is("POST", "/sync"));
-    SelfHosted::start(&world, &hub).wait_for_own_log(why);
+    StartAgent::start(&world, &hub).wait_for_own_log(why);
 }
 
 #[test]
@@ -91,14 +91,14 @@ fn a_refusal_of_a_job_is_told_in_its_words() {
     let why = "there is no such job";
     hub.fail(Fault::Refuse(403, why), |asked| asked.is("GET", "/jobs/1"));
     hub.queue(job("1", &["true"]));
-    SelfHosted::start(&world, &hub).wait_for_own_log(why);
+    StartAgent::start(&world, &hub).wait_for_own_log(why);
 }
 
 #[test]
 fn a_refusal_of_a_new_token_for_logs_is_told_in_its_words() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let agent = SelfHosted::start(&world, &hub);
+    let agent = StartAgent::start(&world, &hub);
     let id = hub.queue(job("1", &[RUN_FOR_EVER]));
     hub.wait_for_log(&id, RUNNING);
     let why = "the token can not be renewed";
@@ -118,7 +118,7 @@ fn a_name_that_is_still_taken_is_asked_for_until_it_is_free() {
         let is_register = asked.is("POST", "/register");
         is_register && first.get_or_insert_with(SystemTime::now).elapsed().unwrap() < TAKEN_FOR
     });
-    let agent = SelfHosted::start_with(&world, &hub, |command| {
+    let agent = StartAgent::start_with(&world, &hub, |command| {
         command.stderr(Stdio::null());
     });
     agent.wait_for_own_log("agent can't be registered");
@@ -147,7 +147,7 @@ fn delete_agent(hub: &Hub) {
 fn an_idle_agent_that_is_not_known_any_more_registers_again() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     hub.wait_for_state("waiting-for-jobs");
     let deleted = SystemTime::now();
     delete_agent(&hub);
@@ -172,7 +172,7 @@ fn name(registration: &Value) -> String {
 fn a_busy_agent_that_is_not_known_any_more_stops_its_job_keeps_the_log_and_registers_again() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start_with(&world, &hub, |command| {
+    let _agent = StartAgent::start_with(&world, &hub, |command| {
         command.arg("--log-delivery-timeout=5");
     });
     let id = hub.queue(job("1", &[RUN_FOR_EVER]));
@@ -190,7 +190,7 @@ fn a_busy_agent_that_is_not_known_any_more_stops_its_job_keeps_the_log_and_regis
 fn an_agent_that_was_not_found_twice_is_the_same_agent() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     hub.wait_for_state("waiting-for-jobs");
     let mut left = 2;
     hub.fail(Fault::Refuse(404, "not found\n"), move |asked| {
@@ -206,7 +206,7 @@ fn an_agent_that_was_not_found_twice_is_the_same_agent() {
 fn the_version_on_the_wire_is_one_for_the_control_plane() {
     let hub = Hub::start(FAR_OFF);
     let world = World::new();
-    let _agent = SelfHosted::start(&world, &hub);
+    let _agent = StartAgent::start(&world, &hub);
     hub.wait_for_state("waiting-for-jobs");
     let version = hub.look(|known| known.registrations[0]["version"].clone());
     assert_eq!(version, format!("v{}", env!("CARGO_PKG_VERSION")));

@@ -3,13 +3,12 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 use nix::unistd::{Pid, geteuid};
 
 use test_support::World;
 use test_support::serve::{self, SECRET, ServeAgent};
-use test_support::start_agent::{self, StartAgent, TOKEN, finished, hub};
+use test_support::start::{self, Hub, SOON, StartAgent, TOKEN};
 use test_support::surroundings::in_shell;
 
 const SECRET_VARIABLE: &str = "SEMAPHORE_AGENT_AUTH_TOKEN_SECRET";
@@ -62,9 +61,9 @@ fn an_agent_of_a_control_plane_takes_its_token_from_a_descriptor() {
     let file = world.file("the-secret", format!("{TOKEN}\n"));
     for hand_over in handed_over(&file) {
         for by_flag in [true, false] {
-            let hub = hub();
+            let hub = Hub::start(SOON);
             let id = hub.queue(test_support::job("1", &[DESCRIPTORS]));
-            let agent = StartAgent::start(&world, &hub, |command| {
+            let agent = StartAgent::start_with(&world, &hub, |command| {
                 command.env_remove(TOKEN_VARIABLE);
                 if by_flag {
                     command.args(["--token-fd", "3"]);
@@ -73,8 +72,8 @@ fn an_agent_of_a_control_plane_takes_its_token_from_a_descriptor() {
                 }
                 in_shell(command, &hand_over);
             });
-            let (result, log) = finished(&hub, &id);
-            assert_eq!(result, "passed");
+            let log = hub.finish(&id);
+            assert_eq!(log.result(), "passed");
             assert_not_passed_on(&log.output(), TOKEN);
             drop(agent);
         }
@@ -96,10 +95,10 @@ fn a_descriptor_that_can_not_be_read_is_fatal_and_named() {
         for word in ["auth-token-secret-fd", number] {
             assert!(message.contains(word), "{before}: {message}");
         }
-        let mut agent = start_agent::command(&world);
+        let mut agent = start::command(&world);
         agent.args(["--no-https", "--endpoint", "127.0.0.1:1", "--token-fd", number]);
         in_shell(&mut agent, before);
-        let message = start_agent::refusal(&mut agent);
+        let message = start::refusal(&mut agent);
         for word in ["token-fd", number] {
             assert!(message.contains(word), "{before}: {message}");
         }
@@ -128,10 +127,10 @@ fn a_descriptor_and_another_source_are_one_too_many() {
         assert!(!message.contains("unexpected argument"), "{message}");
     }
     for other in [["--token", "canary"], ["--token-file", name]] {
-        let mut agent = start_agent::command(&world);
+        let mut agent = start::command(&world);
         agent.args(["--no-https", "--endpoint", "127.0.0.1:1", "--token-fd", "3"]).args(other);
         in_shell(&mut agent, &hand_over);
-        let message = start_agent::refusal(&mut agent);
+        let message = start::refusal(&mut agent);
         assert!(message.contains("token-fd"), "{message}");
         assert!(!message.contains("unexpected argument"), "{message}");
     }
@@ -164,15 +163,15 @@ fn a_secret_that_came_as_a_variable_is_not_there_any_more() {
     let seen = agent.run_to_end(&test_support::job("1", &[ENVIRONMENT])).output();
     assert_wiped(agent.pid(), &seen, SECRET);
 
-    let hub = hub();
+    let hub = Hub::start(SOON);
     let id = hub.queue(test_support::job(
         "1",
         &["echo $PPID; awk '/^PPid:/' /proc/$PPID/status", ENVIRONMENT],
     ));
     let world = World::new();
-    let agent = StartAgent::start(&world, &hub, |_: &mut Command| {});
-    let (result, log) = finished(&hub, &id);
-    assert_eq!(result, "passed");
+    let agent = StartAgent::start(&world, &hub);
+    let log = hub.finish(&id);
+    assert_eq!(log.result(), "passed");
     let first = log.commands()[0].0.clone();
     let number = first.split_whitespace().last().unwrap().parse().unwrap();
     assert_wiped(Pid::from_raw(number), &log.output(), TOKEN);

@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use test_support::control_plane::{Asked, Fault};
-use test_support::self_hosted::{FAR_OFF, Hub, SOON, SelfHosted};
+use test_support::start::{FAR_OFF, Hub, SOON, StartAgent};
 use test_support::{RUN_UNTIL_GO, RUNNING, World, job, lives_with, marked, unique, wait_until};
 
 /// Longer than any test.
@@ -21,9 +21,9 @@ const STUBBORN: [&str; 3] = [
 ];
 
 /// An agent whose shutdown hook notes why it ended.
-fn start(world: &World, hub: &Hub, grace: u64) -> SelfHosted {
+fn start(world: &World, hub: &Hub, grace: u64) -> StartAgent {
     let hook = world.file("hook", "echo $SEMAPHORE_AGENT_SHUTDOWN_REASON >>~/reason\n");
-    SelfHosted::start_with(world, hub, |command| {
+    StartAgent::start_with(world, hub, |command| {
         command.arg(format!("--interruption-grace-period={grace}"));
         command.arg("--shutdown-hook-path").arg(hook);
     })
@@ -43,7 +43,7 @@ fn wait_until_it_runs(hub: &Hub, (id, marker): &(String, String)) {
 }
 
 /// An agent that runs such a job.
-fn run(world: &World, hub: &Hub, grace: u64, commands: &[&str]) -> (SelfHosted, String, String) {
+fn run(world: &World, hub: &Hub, grace: u64, commands: &[&str]) -> (StartAgent, String, String) {
     let job = queue(hub, commands);
     let agent = start(world, hub, grace);
     wait_until_it_runs(hub, &job);
@@ -51,7 +51,7 @@ fn run(world: &World, hub: &Hub, grace: u64, commands: &[&str]) -> (SelfHosted, 
 }
 
 /// It ended in order: nothing was left to be said but that it went, once, and why.
-fn assert_left(hub: &Hub, world: &World, agent: &mut SelfHosted) {
+fn assert_left(hub: &Hub, world: &World, agent: &mut StartAgent) {
     assert_eq!(agent.exit_code(), Some(0));
     assert_eq!(hub.look(|known| known.disconnected), 1);
     assert!(hub.look(|known| known.requests.last().unwrap().is("POST", "/disconnect")));
@@ -275,7 +275,7 @@ fn a_hangup_is_a_signal_like_the_others_unless_it_is_ignored() {
         let hub = Hub::start(SOON);
         let world = World::new();
         let running = queue(&hub, &[RUN_UNTIL_GO]);
-        let mut agent = SelfHosted::start_with(&world, &hub, |command| {
+        let mut agent = StartAgent::start_with(&world, &hub, |command| {
             if is_ignored {
                 let agent = std::mem::replace(command, Command::new("nohup"));
                 command.arg(agent.get_program()).args(agent.get_args());

@@ -16,9 +16,8 @@ use openssl::x509::extension::{BasicConstraints, SubjectAlternativeName};
 use openssl::x509::{X509, X509Name};
 use serde_json::json;
 
-use test_support::control_plane::ControlPlane;
 use test_support::http::{Answer, Request, encode_request};
-use test_support::start_agent::{StartAgent, TOKEN, command, finished, hub, refusal};
+use test_support::start::{Hub, SOON, StartAgent, TOKEN, command, refusal};
 use test_support::{World, job};
 
 /// A name that nobody but a proxy here knows.
@@ -93,13 +92,13 @@ fn serve(answer: impl Fn(TcpStream) -> io::Result<()> + Send + Sync + 'static) -
 
 /// A control plane that is reached over HTTPS only.
 struct SecureHub {
-    plain: ControlPlane,
+    plain: Hub,
     address: SocketAddr,
 }
 
 impl SecureHub {
     fn start(by: &Authority, names: &[&str]) -> Self {
-        let plain = hub();
+        let plain = Hub::start(SOON);
         let (cert, key) = certificate(Some(by), names);
         let mut tls = SslAcceptor::mozilla_intermediate_v5(SslMethod::tls_server()).unwrap();
         tls.set_certificate(&cert).unwrap();
@@ -147,7 +146,7 @@ impl SecureHub {
         let line = own_log.lines().find(|line| line.contains("trying again")).unwrap();
         assert!(line.contains("what=registration") && line.contains(why), "{why}: {own_log}");
         agent.interrupt();
-        assert_eq!(agent.wait_for_exit().0, Some(0));
+        assert_eq!(agent.exit_code_and_log().0, Some(0));
         assert_eq!(self.plain.look(|known| known.requests.len()), 0);
     }
 
@@ -157,11 +156,8 @@ impl SecureHub {
         let url = format!("https://{}/api/v1/logs/1", self.endpoint(host));
         request["logger"] = json!({ "method": "push", "url": url, "token": "log-token-0" });
         self.plain.queue(request);
-        let (result, log) = finished(&self.plain, "1");
-        assert_eq!(
-            (result.as_str(), log.result(), log.output()),
-            ("passed", "passed", "hi\n".into())
-        );
+        let log = self.plain.finish("1");
+        assert_eq!((log.result(), log.output().as_str()), ("passed", "hi\n"));
     }
 }
 
@@ -294,7 +290,7 @@ fn a_proxy_is_logged_in_to_and_reaches_hosts_that_only_it_knows() {
     });
     hub.assert_usable(UNKNOWN_HOST);
     agent.interrupt();
-    assert_eq!(agent.wait_for_exit().0, Some(0));
+    assert_eq!(agent.exit_code_and_log().0, Some(0));
     let asked = proxy.asked();
     assert!(asked.len() >= 4, "{asked:?}");
     let expected = (format!("CONNECT {}", hub.endpoint(UNKNOWN_HOST)), Some(login.to_owned()));
@@ -331,12 +327,12 @@ fn hosts_that_need_no_proxy_and_plain_http_are_reached_directly() {
         hub.assert_usable("127.0.0.1");
         assert_eq!(proxy.asked(), [], "{spared}");
     }
-    let control_plane = hub();
+    let control_plane = Hub::start(SOON);
     let proxy = ConnectProxy::to(([127, 0, 0, 1], 1).into(), "");
-    let _agent = StartAgent::start(&world, &control_plane, |command| {
+    let _agent = StartAgent::start_with(&world, &control_plane, |command| {
         command.env("HTTPS_PROXY", format!("http://{}", proxy.address));
     });
     control_plane.queue(job("1", &["true"]));
-    assert_eq!(finished(&control_plane, "1").0, "passed");
+    assert_eq!(control_plane.finish("1").result(), "passed");
     assert_eq!(proxy.asked(), []);
 }

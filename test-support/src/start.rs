@@ -1,40 +1,44 @@
 //! A running `agent start`, and the control plane that it works for.
 
 use std::ops::{Deref, DerefMut};
-use std::process::Command;
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use actors::log::event::LogEvent;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::control_plane::{Asked, ControlPlane, Fault, Known, Settings};
 use crate::daemon::Daemon;
 use crate::finished::events;
-use crate::{Finished, World};
+use crate::{Finished, World, wait_for_end};
+
+/// The token that agents register with. No output may ever show it.
+pub const TOKEN: &str = "canary-registration-token";
 
 /// The name of all agents here.
 pub const NAME: &str = "agent-of-a-test";
 
-/// How long a test waits for what must happen. Much shorter than [`FAR_OFF`]: what takes so long
-/// happened only because the next report was due.
+/// How long a test waits for what must happen. It is much shorter than [`FAR_OFF`], so that no test passes only
+/// because the agent's next regular report was due.
 const PATIENCE: Duration = Duration::from_secs(50);
 
-/// A pause between two reports that no test lives to see the end of, in milliseconds. Jobs are queued
-/// before the agent starts then: it asks only once for one.
+/// A pause between two reports that is longer than any test, in milliseconds. A test with it queues its jobs before
+/// it starts the agent, which asks only once for one.
 pub const FAR_OFF: u64 = 200_000;
 
-/// A pause for those who wait for answers, in milliseconds.
+/// A short pause between two reports, in milliseconds.
 pub const SOON: u64 = 100;
 
-/// A control plane of which a test asks things that must come true.
+/// A control plane on a free port. Each of its waits fails the test if what it waits for does not come true.
 pub struct Hub {
     plane: ControlPlane,
 }
 
 impl Hub {
-    /// Agents report again after so many milliseconds.
+    /// `next_sync_after` is how often agents report, in milliseconds.
     pub fn start(next_sync_after: u64) -> Self {
-        let settings = Settings { next_sync_after, ..Settings::default() };
+        let settings = Settings { next_sync_after, token: TOKEN.into(), ..Settings::default() };
         let plane = ControlPlane::start("127.0.0.1:0", settings, Box::new(|_| {})).unwrap();
         Self { plane }
     }
@@ -71,8 +75,7 @@ impl Hub {
         self.find(id, |known| known.jobs[id].result.clone())
     }
 
-    /// Waits until the job's result is reported; the log as it was by then, which must be whole, and
-    /// say the same.
+    /// Waits until the job's result is reported. The log must be whole by then, and end with the same result.
     pub fn finish(&self, id: &str) -> Finished {
         let (result, log) = self
             .find(id, |known| Some((known.jobs[id].result.clone()?, known.jobs[id].log_bytes())));
@@ -96,19 +99,19 @@ impl Hub {
         self.finish(&id)
     }
 
-    /// What was reported: state, job and result, as words; what is told again once.
+    /// The reports so far: state, job and result, as words. Equal ones in a row count once.
     pub fn states(&self) -> Vec<String> {
         let mut states: Vec<_> = self.plane.look(|known| known.reports.iter().map(state).collect());
         states.dedup();
         states
     }
 
-    /// From now on the hub meets every request of a kind with a fault.
+    /// From now on every request of a kind meets this fault.
     pub fn fail(&self, fault: Fault, mut which: impl FnMut(&Asked) -> bool + Send + 'static) {
         self.plane.misbehave(Some(Box::new(move |asked, _| which(asked).then_some(fault))));
     }
 
-    /// Answers what `look` saw whenever a report of this state came, before that was answered.
+    /// Calls `look` whenever a report of this state comes, before it is answered, and sends what it returns.
     pub fn watch<T: Send + 'static>(
         &self,
         state: &'static str,
@@ -144,36 +147,72 @@ impl DerefMut for Hub {
     }
 }
 
-/// An `agent start` with private places for all that it writes.
-pub struct SelfHosted {
+/// `agent start` with private places for all that it writes, and nothing else that it needs.
+pub fn command(world: &World) -> Command {
+    world.daemon("start")
+}
+
+/// The output of an agent that soon ends by itself.
+pub fn run(command: &mut Command) -> Output {
+    wait_for_end(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
+}
+
+/// The error message of an agent that refuses its configuration.
+pub fn refusal(command: &mut Command) -> String {
+    let output = run(command);
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{command:?}: {message}");
+    assert!(output.stdout.is_empty(), "{command:?}: {message}");
+    assert!(!message.contains("canary"), "{command:?}: {message}");
+    message
+}
+
+/// An `agent start`. It is killed with this value.
+pub struct StartAgent {
     daemon: Daemon,
 }
 
-impl SelfHosted {
+impl StartAgent {
+    /// An agent of this control plane, to which it speaks plain HTTP.
     pub fn start(world: &World, hub: &Hub) -> Self {
         Self::start_with(world, hub, |_| {})
     }
 
     /// `adapt` adds arguments and variables; a flag wins over what is set here.
     pub fn start_with(world: &World, hub: &Hub, adapt: impl FnOnce(&mut Command)) -> Self {
-        let mut command = world.agent();
-        command.arg("start");
+        let mut command = command(world);
         command.env("SEMAPHORE_AGENT_ENDPOINT", hub.endpoint());
-        command.env("SEMAPHORE_AGENT_NO_HTTPS", "true").env("SEMAPHORE_AGENT_TOKEN", "dev");
+        command.env("SEMAPHORE_AGENT_NO_HTTPS", "true").env("SEMAPHORE_AGENT_TOKEN", TOKEN);
         command.env("SEMAPHORE_AGENT_NAME", NAME);
-        command.env("SEMAPHORE_AGENT_SSH_JUMP_POINT_PATH", world.jump_point());
-        command.env("SEMAPHORE_AGENT_LOG_FILE_PATH", world.home().with_file_name("agent_log"));
         adapt(&mut command);
+        Self::spawn(world, command)
+    }
+
+    /// An agent with this command as it is; see [`command`].
+    pub fn spawn(world: &World, command: Command) -> Self {
         Self { daemon: Daemon::start(world, command) }
     }
 
-    /// Its exit code, as soon as it has ended.
+    /// Asks the agent to end, as a service manager does.
+    pub fn interrupt(&self) {
+        self.signal(Signal::SIGTERM);
+    }
+
+    /// Waits for the agent's end.
     pub fn exit_code(&mut self) -> Option<i32> {
         self.wait_for_exit().code()
     }
+
+    /// Waits for the agent's end. Its own log is whole then, and must not hold a secret.
+    pub fn exit_code_and_log(&mut self) -> (Option<i32>, String) {
+        let code = self.exit_code();
+        let own_log = self.whole_log();
+        assert!(!own_log.contains("canary"), "{own_log}");
+        (code, own_log)
+    }
 }
 
-impl Deref for SelfHosted {
+impl Deref for StartAgent {
     type Target = Daemon;
 
     fn deref(&self) -> &Daemon {
@@ -181,7 +220,7 @@ impl Deref for SelfHosted {
     }
 }
 
-impl DerefMut for SelfHosted {
+impl DerefMut for StartAgent {
     fn deref_mut(&mut self) -> &mut Daemon {
         &mut self.daemon
     }
