@@ -1,15 +1,15 @@
 //! Jobs in containers, beside what the engine's own client does with the same image.
 
 use std::io::Read as _;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use test_support::docker::make_images;
 use tokio::time::Instant;
 
 use crate::place::Place;
-use crate::serve::ServeAgent;
+use crate::serve::Platform;
 use crate::table::{Figure, Target};
 use crate::{LINES, OUTPUT, Result, ms};
 
@@ -23,13 +23,6 @@ const SHORT_COMMANDS: usize = 100;
 
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_mins(1);
-
-/// Makes the images that are needed, where they are missing.
-pub(crate) fn make_images() -> Result<()> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/images/build");
-    let made = Command::new(script).status()?;
-    if made.success() { Ok(()) } else { Err("the images can't be made".into()) }
-}
 
 /// A job in so many containers.
 fn request(containers: usize, commands: &[&str]) -> Value {
@@ -65,7 +58,7 @@ pub(crate) async fn first_command(
     containers: usize,
     target: Target,
 ) -> Result<Figure> {
-    make_images()?;
+    make_images();
     let (mut floor, mut runs) = (Vec::new(), Vec::new());
     for _ in 0..RUNS {
         floor.push(bare_runs(containers)?.as_secs_f64());
@@ -76,7 +69,7 @@ pub(crate) async fn first_command(
 }
 
 pub(crate) async fn short_commands(place: &Place) -> Result<Figure> {
-    make_images()?;
+    make_images();
     let request = request(1, &vec!["true"; SHORT_COMMANDS]);
     let mut runs = Vec::new();
     for _ in 0..RUNS {
@@ -88,7 +81,7 @@ pub(crate) async fn short_commands(place: &Place) -> Result<Figure> {
 
 /// From the log's last event to the moment when nothing of the job is left.
 pub(crate) async fn clean_up(place: &Place) -> Result<Figure> {
-    make_images()?;
+    make_images();
     let mut runs = Vec::new();
     for _ in 0..RUNS {
         let log = place.run_request(request(1, &["true"])).await?;
@@ -100,15 +93,15 @@ pub(crate) async fn clean_up(place: &Place) -> Result<Figure> {
 /// From the request to stop to the callback that says that the job has finished, in ms; or to the moment when
 /// the engine has no container of the job any more, in s.
 pub(crate) fn stop(place: &Place, until_gone: bool) -> Result<Figure> {
-    make_images()?;
-    let mut agent = ServeAgent::start(place)?;
+    make_images();
+    let mut platform = Platform::start(place)?;
     let mut runs = Vec::new();
     for _ in 0..RUNS {
-        agent.post_job(request(1, &["sleep 1000"]))?;
-        agent.wait_for_log(r#""directive":"sleep 1000""#)?;
+        platform.post_job(request(1, &["sleep 1000"]))?;
+        platform.wait_for_log(r#""directive":"sleep 1000""#)?;
         let begun = Instant::now();
-        agent.post("/stop", &json!({}))?;
-        agent.wait_for_callback("/finished")?;
+        platform.post("/stop", &json!({}))?;
+        platform.wait_for_callback("/finished")?;
         let finished = begun.elapsed();
         while until_gone && containers_are_there()? {
             if begun.elapsed() > PATIENCE {
@@ -116,7 +109,7 @@ pub(crate) fn stop(place: &Place, until_gone: bool) -> Result<Figure> {
             }
         }
         runs.push(if until_gone { begun.elapsed().as_secs_f64() } else { ms(finished) });
-        agent.tear_down()?;
+        platform.tear_down()?;
     }
     Ok(Figure::without_floor(runs, if until_gone { 0.5 } else { 20.0 }))
 }
@@ -129,7 +122,7 @@ fn containers_are_there() -> Result<bool> {
 /// The large output by `cat` in a container, in MB/s: from its first byte on by the engine's client, and
 /// from the start of the command to its end in a job.
 pub(crate) async fn large_output(place: &Place) -> Result<Figure> {
-    make_images()?;
+    make_images();
     let megabytes = f64::from(OUTPUT) / 1e6;
     let (mut floor, mut runs) = (Vec::new(), Vec::new());
     for _ in 0..5 {

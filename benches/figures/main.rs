@@ -13,6 +13,7 @@ mod start;
 mod table;
 
 use std::error::Error;
+use std::fmt::Display;
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -62,12 +63,13 @@ fn main() -> Result<()> {
         Some("docker-watch") => return Ok(watch::run()?),
         _ => {}
     }
-    System::new().block_on(measure_all(&argument.unwrap_or_default()))
+    // Made here, as it needs a runtime of its own for a moment.
+    let place = Place::make()?;
+    System::new().block_on(measure_all(&place, &argument.unwrap_or_default()))
 }
 
 /// Measures every figure that has `part` in its name.
-async fn measure_all(part: &str) -> Result<()> {
-    let place = &Place::make()?;
+async fn measure_all(place: &Place, part: &str) -> Result<()> {
     // Nothing is measured before it is waited for.
     let figures: [(&str, LocalBoxFuture<'_, Result<Figure>>); 31] = [
         ("50 MB of 80-byte lines by cat, MB/s", Box::pin(large_output(place))),
@@ -237,7 +239,7 @@ fn printed(event: &LogEvent) -> usize {
 }
 
 async fn last_events(place: &Place) -> Result<Figure> {
-    let spool = FileSpool::create(place.directory.path().join("long.jsonl"))?;
+    let spool = FileSpool::create(place.world.directory().join("long.jsonl"))?;
     let arbiter = Arbiter::new();
     let buffer = LogBuffer::new(Box::new(spool), Published::default());
     let buffer = LogBuffer::start_in_arbiter(&arbiter.handle(), |_| buffer);
@@ -270,18 +272,14 @@ async fn last_events(place: &Place) -> Result<Figure> {
 }
 
 async fn peak_memory(place: &Place) -> Result<Figure> {
-    let job = place.directory.path().join("job.json");
+    let job = place.world.directory().join("job.json");
     let request = json!({"job_id": "1", "commands": [{"directive": place.cat()}]});
     fs::write(&job, request.to_string())?;
     let mut runs = Vec::new();
     for _ in 0..5 {
-        let mut agent = Command::new(agent_program())
-            .args(["run", "--output", "json"])
-            .arg(&job)
-            .env_clear()
-            .envs(place.shell.environment.clone())
-            .stdout(Stdio::null())
-            .spawn()?;
+        let mut agent = place.world.agent();
+        agent.args(["run", "--output", "json"]).arg(&job);
+        let mut agent = agent.stdout(Stdio::null()).spawn()?;
         // The peak only ever rises, so the last look misses no more than the last moment's.
         let mut peak = 0.0;
         let ended = loop {
@@ -300,7 +298,7 @@ async fn peak_memory(place: &Place) -> Result<Figure> {
 }
 
 /// A process's resident memory in MB, as this field of its status has it; nothing if it is over.
-fn memory_in_mb(process: u32, field: &str) -> Result<Option<f64>> {
+fn memory_in_mb(process: impl Display, field: &str) -> Result<Option<f64>> {
     let status = fs::read_to_string(format!("/proc/{process}/status"))?;
     let found = status.lines().find_map(|line| line.strip_prefix(field));
     let kibibytes = found.and_then(|found| found.trim().strip_suffix(" kB"));
@@ -309,7 +307,7 @@ fn memory_in_mb(process: u32, field: &str) -> Result<Option<f64>> {
 }
 
 fn start_up(place: &Place) -> Result<Figure> {
-    let nothing = compile_nothing(place.directory.path())?;
+    let nothing = compile_nothing(place.world.directory())?;
     let (mut floor, mut runs) = (Vec::new(), Vec::new());
     for _ in 0..200 {
         floor.push(ms(wall(&mut Command::new(&nothing))?));

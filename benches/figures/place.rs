@@ -22,14 +22,17 @@ use semaphore_agent::executors::docker::{DockerConfig, DockerExecutor};
 use semaphore_agent::executors::shell::{ShellConfig, ShellExecutor};
 use semaphore_agent::service::environment::Environment;
 use serde_json::{Value, json};
-use tempfile::TempDir;
+use test_support::World;
 use tokio::time::Instant;
 
 use crate::{LINES, Result};
 
-/// Where everything is made that is measured; gone with this value.
+/// How long an agent may run that is measured.
+const TIME_LIMIT: Duration = Duration::from_mins(30);
+
+/// The files of everything that is measured. They are gone with this value.
 pub(crate) struct Place {
-    pub(crate) directory: TempDir,
+    pub(crate) world: World,
     /// The file with the large output.
     pub(crate) lines: PathBuf,
     /// The jobs' surroundings.
@@ -38,29 +41,22 @@ pub(crate) struct Place {
 
 impl Place {
     pub(crate) fn make() -> Result<Self> {
-        let directory = tempfile::tempdir()?;
-        let lines = directory.path().join("lines");
+        let world = World::with_time_limit(TIME_LIMIT);
+        let lines = world.directory().join("lines");
         let mut file = BufWriter::new(File::create_new(&lines)?);
         for number in 0..LINES {
             writeln!(file, "{number:079}")?;
         }
         file.into_inner()?;
-        let home = directory.path().to_owned();
+        let home = world.home();
         let environment = vec![
             ("PATH".into(), std::env::var_os("PATH").unwrap_or_default()),
             ("HOME".into(), home.clone().into()),
             ("TERM".into(), "xterm".into()),
         ];
-        Ok(Self {
-            directory,
-            lines,
-            shell: ShellConfig { temporary_directory: std::env::temp_dir(), home, environment },
-        })
-    }
-
-    /// What the agent keeps.
-    pub(crate) fn state(&self) -> PathBuf {
-        self.directory.path().join("state")
+        let shell =
+            ShellConfig { temporary_directory: std::env::temp_dir(), home, environment };
+        Ok(Self { world, lines, shell })
     }
 
     /// A job's shell alone.
@@ -95,7 +91,7 @@ impl Place {
             docker: DockerExecutor { config: docker, metrics: metrics.clone() },
         };
         let (state, home) =
-            (open_state(&self.state(), &Environment::of_process())?, self.shell.home.clone());
+            (open_state(&self.world.state(), &Environment::of_process())?, self.shell.home.clone());
         let jobs = Jobs { state, executors, home, login: None };
         let supervisor = JobSupervisor::new(Box::new(jobs), metrics, Config::default()).start();
         let (finished, end) = FinishedOnce::ask();

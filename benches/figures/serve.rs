@@ -2,29 +2,22 @@
 
 use std::fs;
 use std::io::{self, BufRead as _, BufReader, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
-use std::thread;
+use std::thread::{self, ScopedJoinHandle};
 use std::time::Duration;
 
-use base64::Engine as _;
-use base64::prelude::BASE64_URL_SAFE_NO_PAD;
-use openssl::hash::MessageDigest;
-use openssl::pkey::PKey;
-use openssl::sign::Signer;
-use openssl::ssl::{Ssl, SslContext, SslMethod, SslStream};
+use openssl::ssl::SslStream;
 use serde_json::{Value, json};
+use test_support::http::{Answer, Request};
+use test_support::serve::{ServeAgent, good_authorization};
 use tokio::time::Instant;
 
 use crate::place::Place;
 use crate::table::{Figure, Target};
 use crate::{LAST, Result, memory_in_mb, ms, wall};
-use test_support::agent_program;
-use test_support::http::{Answer, Request};
-
-const SECRET: &str = "of no use to anybody";
 
 /// The log that is read as a whole, in bytes at least.
 const LONG_LOG: u64 = 79_000_000;
@@ -41,50 +34,50 @@ const READS: usize = 50;
 /// From the start of the program to its first answer.
 pub(crate) fn start_up(place: &Place) -> Result<Figure> {
     // Makes the key.
-    drop(ServeAgent::start(place)?);
+    drop(Platform::start(place)?);
     let mut runs = Vec::new();
     for _ in 0..30 {
         let begun = Instant::now();
-        let agent = ServeAgent::start(place)?;
+        let platform = Platform::start(place)?;
         runs.push(ms(begun.elapsed()));
-        drop(agent);
+        drop(platform);
     }
     Ok(Figure::without_floor(runs, 10.0))
 }
 
 /// From the request to the callback that says that the job has finished.
 pub(crate) fn short_job(place: &Place, command: &str, target: f64) -> Result<Figure> {
-    let mut agent = ServeAgent::start(place)?;
+    let mut platform = Platform::start(place)?;
     let (mut floor, mut runs) = (Vec::new(), Vec::new());
     for _ in 0..60 {
         floor.push(ms(wall(&mut place.bare_login(command))?));
-        runs.push(ms(agent.run_job(&[command])?.to_finished));
+        runs.push(ms(platform.run_job(&[command])?.to_finished));
     }
     Ok(Figure { floor, runs, target: Target::AtMost(target) })
 }
 
 /// From the archivator's last byte to the callback that says that everything is gone.
 pub(crate) fn teardown(place: &Place) -> Result<Figure> {
-    let mut agent = ServeAgent::start(place)?;
+    let mut platform = Platform::start(place)?;
     let mut runs = Vec::new();
     for _ in 0..60 {
-        runs.push(ms(agent.run_job(&["true"])?.to_teardown));
+        runs.push(ms(platform.run_job(&["true"])?.to_teardown));
     }
     Ok(Figure::without_floor(runs, 5.0))
 }
 
 /// From the request to stop to the callback that says that the job has finished.
 pub(crate) fn stop(place: &Place) -> Result<Figure> {
-    let mut agent = ServeAgent::start(place)?;
+    let mut platform = Platform::start(place)?;
     let mut runs = Vec::new();
     for _ in 0..20 {
-        agent.post_job(json!({"commands": [{"directive": "sleep 1000"}]}))?;
-        agent.wait_for_log(r#""directive":"sleep 1000""#)?;
+        platform.post_job(json!({"commands": [{"directive": "sleep 1000"}]}))?;
+        platform.wait_for_log(r#""directive":"sleep 1000""#)?;
         let begun = Instant::now();
-        agent.post("/stop", &json!({}))?;
-        agent.wait_for_callback("/finished")?;
+        platform.post("/stop", &json!({}))?;
+        platform.wait_for_callback("/finished")?;
         runs.push(ms(begun.elapsed()));
-        agent.tear_down()?;
+        platform.tear_down()?;
     }
     Ok(Figure::without_floor(runs, 10.0))
 }
@@ -94,24 +87,23 @@ const COMMANDS: u64 = 10_000;
 
 /// One reader near the end of a log of 30,000 events, or the 99th percentile of several at once.
 pub(crate) fn last_events(place: &Place, readers: usize, target: f64) -> Result<Figure> {
-    let mut agent = ServeAgent::start(place)?;
+    let mut platform = Platform::start(place)?;
     let command = json!({"directive": "true", "alias": "a command"});
     let commands = vec![command; usize::try_from(COMMANDS)?];
-    agent.post_job(json!({"commands": commands}))?;
-    agent.wait_for_callback("/finished")?;
-    agent.wait_for_log(JOB_FINISHED)?;
-    let path = format!("{}?start_from={}", agent.log_path(), 3 * COMMANDS - LAST);
+    platform.post_job(json!({"commands": commands}))?;
+    platform.wait_for_callback("/finished")?;
+    platform.wait_for_log(JOB_FINISHED)?;
+    let path = format!("{}?start_from={}", platform.log_path(), 3 * COMMANDS - LAST);
     let mut runs = Vec::new();
     for _ in 0..10 {
-        let reading: Vec<_> = (0..readers)
-            .map(|_| {
-                let (path, address) = (path.clone(), agent.address);
-                thread::spawn(move || read_often(address, &path).map_err(|error| error.to_string()))
-            })
-            .collect();
+        let read = || read_often(&platform.agent, &path).map_err(|error| error.to_string());
+        let all = thread::scope(|scope| {
+            let readers: Vec<_> = (0..readers).map(|_| scope.spawn(read)).collect();
+            readers.into_iter().map(ScopedJoinHandle::join).collect::<Vec<_>>()
+        });
         let mut times = Vec::new();
-        for reader in reading {
-            times.extend(reader.join().map_err(|_| "a reader panicked")??);
+        for read in all {
+            times.extend(read.map_err(|_| "a reader panicked")??);
         }
         times.sort_by(f64::total_cmp);
         let percent = if readers == 1 { 50 } else { 99 };
@@ -120,8 +112,8 @@ pub(crate) fn last_events(place: &Place, readers: usize, target: f64) -> Result<
     Ok(Figure::without_floor(runs, target))
 }
 
-fn read_often(address: SocketAddr, path: &str) -> Result<Vec<f64>> {
-    let mut client = Client::connect(address)?;
+fn read_often(agent: &ServeAgent, path: &str) -> Result<Vec<f64>> {
+    let mut client = Client::connect(agent);
     let mut times = Vec::new();
     for _ in 0..READS {
         let begun = Instant::now();
@@ -136,14 +128,14 @@ fn read_often(address: SocketAddr, path: &str) -> Result<Vec<f64>> {
 
 /// A long log for `curl`, from the agent and from a server of plain files, in MB/s.
 pub(crate) fn whole_log(place: &Place) -> Result<Figure> {
-    let mut agent = ServeAgent::start(place)?;
+    let mut platform = Platform::start(place)?;
     let print = format!("cat {0} {0} | head -c {LONG_LOG}", place.lines.display());
-    agent.post_job(json!({"commands": [{"directive": print}]}))?;
-    agent.wait_for_callback("/finished")?;
-    agent.wait_for_log(JOB_FINISHED)?;
+    platform.post_job(json!({"commands": [{"directive": print}]}))?;
+    platform.wait_for_callback("/finished")?;
+    platform.wait_for_log(JOB_FINISHED)?;
 
-    let plain = place.directory.path().join("log");
-    let url = format!("https://{}{}", agent.address, agent.log_path());
+    let plain = place.world.directory().join("log");
+    let url = format!("https://{}{}", platform.agent.address(), platform.log_path());
     curl(&url, &plain)?;
     let size = fs::metadata(&plain)?.len();
     if size < LONG_LOG {
@@ -162,7 +154,7 @@ pub(crate) fn whole_log(place: &Place) -> Result<Figure> {
 fn curl(url: &str, to: &Path) -> Result<f64> {
     let mut curl = Command::new("curl");
     curl.args(["--silent", "--fail", "--insecure", "--write-out", "%{speed_download}"]);
-    curl.arg("--header").arg(format!("Authorization: Bearer {}", token()?));
+    curl.arg("--header").arg(format!("Authorization: {}", good_authorization()));
     let output = curl.arg("--output").arg(to).arg(url).stderr(Stdio::inherit()).output()?;
     if !output.status.success() {
         return Err(format!("curl ended with {}", output.status).into());
@@ -178,7 +170,7 @@ struct FileServer {
 
 impl FileServer {
     fn start(place: &Place) -> Result<Self> {
-        let tls = place.state().join("tls");
+        let tls = place.world.state().join("tls");
         // Free again at the end of this line.
         let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let mut process = Command::new("openssl")
@@ -187,7 +179,7 @@ impl FileServer {
             .arg(tls.join("server.crt"))
             .arg("-key")
             .arg(tls.join("server.key"))
-            .current_dir(place.directory.path())
+            .current_dir(place.world.directory())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -216,11 +208,11 @@ impl Drop for FileServer {
 pub(crate) fn memory(place: &Place, jobs: usize, target: f64) -> Result<Figure> {
     let mut runs = Vec::new();
     for _ in 0..3 {
-        let mut agent = ServeAgent::start(place)?;
+        let mut platform = Platform::start(place)?;
         for _ in 0..jobs {
-            agent.run_job(&["true"])?;
+            platform.run_job(&["true"])?;
         }
-        runs.push(memory_in_mb(agent.process.id(), "VmRSS:")?.ok_or("the agent has ended")?);
+        runs.push(memory_in_mb(platform.agent.pid(), "VmRSS:")?.ok_or("the agent has ended")?);
     }
     Ok(Figure::without_floor(runs, target))
 }
@@ -233,43 +225,22 @@ struct Times {
     to_teardown: Duration,
 }
 
-/// A running `agent serve`, and a client of it. Ends with this value.
-pub(crate) struct ServeAgent {
-    process: Child,
-    address: SocketAddr,
+/// A running `agent serve`, and a platform that gives it jobs. The agent is killed with this value.
+pub(crate) struct Platform {
+    agent: ServeAgent,
     client: Client,
     callbacks: Callbacks,
     jobs: usize,
 }
 
-impl ServeAgent {
-    /// Answers as soon as the agent answers that it is alive.
+impl Platform {
+    /// Returns as soon as the agent answers that it is alive.
     pub(crate) fn start(place: &Place) -> Result<Self> {
         let callbacks = Callbacks::serve()?;
-        let directory = place.directory.path();
-        let mut process = Command::new(agent_program())
-            .args(["serve", "--host", "127.0.0.1", "--port", "0"])
-            .current_dir(directory)
-            .env_clear()
-            .envs(place.shell.environment.clone())
-            .env("SEMAPHORE_AGENT_AUTH_TOKEN_SECRET", SECRET)
-            .env("SEMAPHORE_AGENT_STATE_DIR", place.state())
-            .env("SEMAPHORE_AGENT_LOG_FILE_PATH", directory.join("agent_log"))
-            .env("SEMAPHORE_AGENT_SSH_JUMP_POINT_PATH", directory.join("ssh_jump_point"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let mut lines = BufReader::new(process.stdout.take().ok_or("no output")?).lines();
-        let address = lines
-            .by_ref()
-            .map_while(io::Result::ok)
-            .find_map(|line| line.split_once(" address=")?.1.split(' ').next()?.parse().ok());
-        // It must be able to go on writing its log.
-        thread::spawn(move || lines.for_each(drop));
-        let address = address.ok_or("the agent does not say where it listens")?;
-        let mut client = Client::connect(address)?;
+        let agent = ServeAgent::start(&place.world);
+        let mut client = Client::connect(&agent);
         client.get("/is_alive")?;
-        Ok(Self { process, address, client, callbacks, jobs: 0 })
+        Ok(Self { agent, client, callbacks, jobs: 0 })
     }
 
     fn log_path(&self) -> String {
@@ -332,28 +303,14 @@ impl ServeAgent {
     }
 }
 
-impl Drop for ServeAgent {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
 /// A client of the agent with a connection that stays.
 struct Client {
     stream: BufReader<SslStream<TcpStream>>,
-    token: String,
 }
 
 impl Client {
-    fn connect(address: SocketAddr) -> Result<Self> {
-        // Verifies nothing.
-        let context = SslContext::builder(SslMethod::tls_client())?.build();
-        let stream = TcpStream::connect(address)?;
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        let stream = BufReader::new(Ssl::new(&context)?.connect(stream)?);
-        Ok(Self { stream, token: token()? })
+    fn connect(agent: &ServeAgent) -> Self {
+        Self { stream: BufReader::new(agent.connect()) }
     }
 
     fn get(&mut self, path: &str) -> Result<Vec<u8>> {
@@ -362,9 +319,9 @@ impl Client {
 
     fn answer(&mut self, method: &str, path: &str, header: &str, body: &[u8]) -> Result<Vec<u8>> {
         let head = format!(
-            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {}\r\n\
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: {}\r\n\
              Content-Length: {}\r\n{header}\r\n",
-            self.token,
+            good_authorization(),
             body.len()
         );
         self.stream.get_mut().write_all(&[head.as_bytes(), body].concat())?;
@@ -374,15 +331,6 @@ impl Client {
             status => Err(format!("{status}: {}", String::from_utf8_lossy(&answer.body)).into()),
         }
     }
-}
-
-fn token() -> Result<String> {
-    let part = |value: Value| BASE64_URL_SAFE_NO_PAD.encode(value.to_string());
-    let signed = format!("{}.{}", part(json!({"alg": "HS256", "typ": "JWT"})), part(json!({})));
-    let key = PKey::hmac(SECRET.as_bytes())?;
-    let mut hmac = Signer::new(MessageDigest::sha256(), &key)?;
-    let signature = hmac.sign_oneshot_to_vec(signed.as_bytes())?;
-    Ok(format!("{signed}.{}", BASE64_URL_SAFE_NO_PAD.encode(signature)))
 }
 
 /// Where the agent tells how its jobs go.

@@ -36,7 +36,7 @@ impl Daemon {
     pub fn start(world: &World, mut command: Command) -> Self {
         command.stdout(Stdio::piped());
         let mut child = spawned(&mut command);
-        let watchdog = Watchdog::over(&child);
+        let watchdog = world.watch(&child);
         let own_log = OwnLog::collect(child.stdout.take().unwrap());
         let world = world.keep();
         Self { child, own_log, _watchdog: watchdog, _world: world }

@@ -30,6 +30,7 @@ pub fn agent_program() -> &'static Path {
 /// Directories for one test, as a user of a machine has them. They are gone with the last value that uses them.
 pub struct World {
     directory: Arc<TempDir>,
+    time_limit: Duration,
 }
 
 impl Default for World {
@@ -43,7 +44,12 @@ impl World {
         heed_signals();
         let directory = tempfile::tempdir().unwrap();
         fs::create_dir(directory.path().join("home")).unwrap();
-        Self { directory: Arc::new(directory) }
+        Self { directory: Arc::new(directory), time_limit: Duration::from_mins(2) }
+    }
+
+    /// The same, but each agent is killed only after this time, instead of two minutes.
+    pub fn with_time_limit(time_limit: Duration) -> Self {
+        Self { time_limit, ..Self::new() }
     }
 
     pub fn home(&self) -> PathBuf {
@@ -62,6 +68,11 @@ impl World {
     /// Keeps the directory for as long as the answer lives.
     pub(crate) fn keep(&self) -> Arc<TempDir> {
         Arc::clone(&self.directory)
+    }
+
+    /// Kills this agent if it takes far too long.
+    pub(crate) fn watch(&self, child: &Child) -> Watchdog {
+        Watchdog::over(child, self.time_limit)
     }
 
     /// The script that leads people who log in over SSH into a job.
@@ -117,7 +128,7 @@ impl World {
         command.args(["run", "--output", "json"]).arg(path);
         adapt(&mut command);
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let watchdog = Watchdog::over(&child);
+        let watchdog = self.watch(&child);
         Running { child, lines: None, _watchdog: watchdog, _world: self.keep() }
     }
 
@@ -141,11 +152,11 @@ pub(crate) struct Watchdog {
 }
 
 impl Watchdog {
-    pub(crate) fn over(child: &Child) -> Self {
+    fn over(child: &Child, time_limit: Duration) -> Self {
         let pid = Pid::from_raw(child.id().try_into().unwrap());
         let (called_off, done) = mpsc::channel::<()>();
         std::thread::spawn(move || {
-            if done.recv_timeout(Duration::from_mins(2)) == Err(mpsc::RecvTimeoutError::Timeout) {
+            if done.recv_timeout(time_limit) == Err(mpsc::RecvTimeoutError::Timeout) {
                 eprintln!("the agent {pid} hangs and is killed");
                 let _ = kill(pid, Signal::SIGKILL);
             }

@@ -107,7 +107,7 @@ fn an_agent_that_is_asked_to_end_waits_no_longer_either() {
     assert!(asked.elapsed() < Duration::from_secs(30), "{:?}", asked.elapsed());
     assert_eq!(paths(&server, 2), ["/finished", "/teardown_finished"]);
     agent.whole_log();
-    assert_eq!(warnings(&agent, "1").len(), 1, "{}", agent.own_log());
+    assert_eq!(warnings(&agent, "1").len(), 1, "{}", agent.whole_log());
 }
 
 #[test]

@@ -372,6 +372,6 @@ fn an_agent_that_is_refused_again_and_again_ends_with_1() {
     let tries = hub.look(|known| known.requests.clone());
     assert_eq!(tries.len(), 30);
     assert!(tries.iter().all(|asked| asked.is("POST", "/register") && asked.status == Some(401)));
-    let own_log = agent.own_log();
+    let own_log = agent.whole_log();
     assert!(own_log.contains("not registered") && !own_log.contains("not-the-right-one"));
 }
