@@ -18,7 +18,7 @@ pub const SECOND: &str = "/bin/echo second";
 pub const THIRD: &str = "/bin/sh -c '/bin/echo third; exit 3'";
 
 /// How long a job of short commands takes at most, on a machine that does much else.
-pub const SHORT_JOB: Duration = Duration::from_secs(30);
+pub const SHORT_JOB: Duration = Duration::from_mins(1);
 
 /// As above, with containers that come and go.
 pub const DOCKER_JOB: Duration = Duration::from_mins(1);
