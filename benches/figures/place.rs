@@ -54,8 +54,7 @@ impl Place {
             ("HOME".into(), home.clone().into()),
             ("TERM".into(), "xterm".into()),
         ];
-        let shell =
-            ShellConfig { temporary_directory: std::env::temp_dir(), home, environment };
+        let shell = ShellConfig { temporary_directory: std::env::temp_dir(), home, environment };
         Ok(Self { world, lines, shell })
     }
 

@@ -201,7 +201,7 @@ async fn method_not_allowed(request: HttpRequest) -> HttpResponse {
     let allowed = allowed.unwrap_or(Method::GET);
     let mut answer = message(
         StatusCode::METHOD_NOT_ALLOWED,
-        format_args!("{} is not possible here; {allowed} is", request.method()),
+        format_args!("method {} is not allowed; allowed: {allowed}", request.method()),
     );
     if let Ok(allowed) = header::HeaderValue::from_str(allowed.as_str()) {
         answer.headers_mut().insert(header::ALLOW, allowed);

@@ -97,7 +97,7 @@ pub fn words_of_send_error(error: &SendRequestError) -> String {
 
 /// An URL of http or https, or why `text` is none.
 pub fn parse_url(text: &str) -> Result<Uri, &'static str> {
-    let url: Uri = text.parse().map_err(|_| "its URL is none")?;
+    let url: Uri = text.parse().map_err(|_| "its URL is invalid")?;
     if matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some() {
         Ok(url)
     } else {

@@ -1,7 +1,6 @@
-//! Job files and arguments that can't be run: a clear word about it, exit code 2, and nothing done.
+//! Job files that can't be run: a clear word about it, exit code 2, and nothing done.
 
 use std::fs::File;
-use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Output, Stdio};
 
 use test_support::{World, base64, feed, wait_for_end};
@@ -10,22 +9,22 @@ use test_support::{World, base64, feed, wait_for_end};
 const SECRET: &str = "hunter2";
 
 /// The end of every job here: proof that it ran.
-const MARK: &str = "commands: [{directive: touch ~/executed}]\n";
+pub(super) const MARK: &str = "commands: [{directive: touch ~/executed}]\n";
 
 /// Runs the agent with these arguments in the directory beside HOME.
-fn agent(world: &World, arguments: &[&str]) -> Output {
+pub(super) fn agent(world: &World, arguments: &[&str]) -> Output {
     let mut command = world.agent();
     command.current_dir(world.home().join(".."));
     wait_for_end(spawn(command.args(arguments)))
 }
 
-fn spawn(command: &mut Command) -> std::process::Child {
+pub(super) fn spawn(command: &mut Command) -> std::process::Child {
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     command.spawn().unwrap()
 }
 
 /// Asserts that the agent refused to do anything; answers what it said.
-fn refusal(world: &World, output: &Output) -> String {
+pub(super) fn refusal(world: &World, output: &Output) -> String {
     let stderr = String::from_utf8(output.stderr.clone()).unwrap();
     assert_eq!(output.status.code(), Some(2), "{stderr}");
     assert_eq!(output.stdout, b"", "{stderr}");
@@ -36,7 +35,7 @@ fn refusal(world: &World, output: &Output) -> String {
     stderr
 }
 
-fn names_in(directory: &std::path::Path) -> Vec<String> {
+pub(super) fn names_in(directory: &std::path::Path) -> Vec<String> {
     let entries = std::fs::read_dir(directory).unwrap();
     let name = |entry: std::io::Result<std::fs::DirEntry>| entry.unwrap().file_name();
     entries.map(|entry| name(entry).to_string_lossy().into_owned()).collect()
@@ -503,59 +502,4 @@ fn standard_input_is_called_dash() {
     let (output, world) = run("");
     let stderr = refusal(&world, &output);
     assert!(stderr.contains("standard input: is empty"), "{stderr}");
-}
-
-#[test]
-fn arguments_that_make_no_sense() {
-    for (arguments, expected) in [
-        (&["run", "--fast", "job.yaml"][..], "--fast"),
-        (&["run", "job.yaml", "other.yaml"], "other.yaml"),
-        (&["run"], "<FILE>"),
-        (&["run", "--output", "html", "job.yaml"], "pretty, plain, json"),
-        (&["run", "--state-dir"], "--state-dir"),
-        (&["walk"], "walk"),
-        (&["--fast"], "--fast"),
-    ] {
-        let world = World::new();
-        world.file("job.yaml", format!("job_id: x\n{MARK}"));
-        let stderr = refusal(&world, &agent(&world, arguments));
-        assert!(stderr.contains(expected), "{arguments:?}: {stderr}");
-    }
-}
-
-#[test]
-fn no_arguments_at_all_show_the_help() {
-    let world = World::new();
-    let output = agent(&world, &[]);
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(2));
-    assert!(stderr.contains("Usage: agent <COMMAND>"), "{stderr}");
-}
-
-/// The exit code says what happened even when nothing can be said.
-#[test]
-fn a_full_disk_below_standard_error_changes_no_exit_code() {
-    let world = World::new();
-    let bad = world.file("bad.yaml", "job_id: ''\n");
-    let warned = world.file("warned.yaml", format!("job_id: x\nzzzz: 1\n{MARK}"));
-    for (path, expected) in [(bad, 2), (warned, 0)] {
-        let full = File::options().write(true).open("/dev/full").unwrap();
-        let mut command = world.agent();
-        let child = command.args(["run", "--lenient"]).arg(&path).stdout(Stdio::null());
-        let output = wait_for_end(child.stderr(full).spawn().unwrap());
-        assert_eq!(output.status.code(), Some(expected), "{}", path.display());
-    }
-    assert!(world.home().join("executed").exists());
-}
-
-#[test]
-fn the_jobs_first_process_is_nothing_to_call() {
-    let world = World::new();
-    let mut command = world.agent();
-    command.arg("job-init").arg0("agent");
-    let output = wait_for_end(spawn(&mut command));
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_ne!(output.status.code(), Some(0), "{stderr}");
-    assert!(stderr.starts_with("error: "), "{stderr}");
-    assert_eq!(names_in(&world.home()), [""; 0]);
 }

@@ -1,6 +1,7 @@
 //! Jobs as `agent run` has them, and what holds for jobs in a shell whoever hands them in.
 
 mod bad_input;
+mod bad_usage;
 mod clone_over_ssh;
 mod containment;
 mod example_jobs;
