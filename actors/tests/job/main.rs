@@ -451,14 +451,6 @@ async fn a_crash_of_the_jump_point_costs_the_job_nothing_and_access_is_still_clo
     assert_eq!(world.calls().last().unwrap(), "close access");
 }
 
-#[actix::test]
-async fn who_waits_for_an_intake_notices_that_it_crashed() {
-    let agent = hosted(&ScriptedJob::default(), 1, false);
-    let drained = agent.intake.send(UntilDrained);
-    agent.intake.do_send(PanicNow);
-    assert!(drained.await.is_err(), "a crashed intake is not a drained one");
-}
-
 /// Runs a job whose log can't be written from its first command on, until `again`.
 async fn with_a_full_disk(reactions: [Reaction; 3], again: bool) -> (Outcome, ScriptedJob) {
     let world = ScriptedJob::new(reactions);

@@ -232,3 +232,11 @@ async fn logs_that_can_not_be_pulled_are_refused() {
     }
     assert_eq!(agent.state().await, State::WaitingForJob);
 }
+
+#[actix::test]
+async fn who_waits_for_an_intake_notices_that_it_crashed() {
+    let agent = hosted(&ScriptedJob::default(), 1, false);
+    let drained = agent.intake.send(UntilDrained);
+    agent.intake.do_send(PanicNow);
+    assert!(drained.await.is_err(), "a crashed intake is not a drained one");
+}
