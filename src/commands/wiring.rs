@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use actors::job::Job;
-use actors::ports::{JobParts, JobPartsFactory, JumpPointFiles, SparePlace};
+use actors::ports::{JobParts, JobPartsFactory, JumpPointFiles, Place};
 
 use crate::executors::{Executors, dead_jobs};
 use crate::service::environment::Environment;
@@ -63,7 +63,7 @@ impl JobPartsFactory for Jobs {
         let spool = Box::new(FileSpool::create(directory.log())?);
         let access = self.access(job, &directory);
         let jump_point = access.clone().map(|access| Rc::new(access) as Rc<dyn JumpPointFiles>);
-        let SparePlace { backend, containment } = executor.place(job, directory, access);
+        let Place { backend, containment } = executor.place(job, directory, access);
         Ok(JobParts { backend, containment, spool, jump_point })
     }
 
@@ -72,7 +72,7 @@ impl JobPartsFactory for Jobs {
         FileSpool::create(directory.log()).map(drop)
     }
 
-    fn make_spare_place(&self, job: &Job) -> io::Result<SparePlace> {
+    fn make_spare_place(&self, job: &Job) -> io::Result<Place> {
         let directory = Rc::new(self.state.make_job_dir(None)?);
         Ok(self.executors.of(job).spare_place(job, directory))
     }

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use actors::job::{ExecutorKind, Job};
-use actors::ports::SparePlace as Place;
+pub use actors::ports::Place;
 
 use self::docker::DockerExecutor;
 use self::shell::ShellExecutor;

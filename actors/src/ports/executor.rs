@@ -23,8 +23,8 @@ pub struct JobParts {
     pub jump_point: Option<Rc<dyn JumpPointFiles>>,
 }
 
-/// A second place for a stopped job, whose first one is being ended: the post-job hook runs there.
-pub struct SparePlace {
+/// A place where commands of a job run, and what ends everything in it.
+pub struct Place {
     /// Prepares the place.
     pub backend: Box<dyn ExecutorBackend>,
     /// Ends everything that was started in the place.
@@ -47,7 +47,7 @@ pub trait JobPartsFactory {
     /// Makes a place for the post-job hook of a stopped `job`.
     ///
     /// Called at most once for a job, while the first place is being ended: the two share nothing.
-    fn make_spare_place(&self, job: &Job) -> io::Result<SparePlace>;
+    fn make_spare_place(&self, job: &Job) -> io::Result<Place>;
 }
 
 /// Why a step failed, in words for the job's log.

@@ -18,7 +18,7 @@ use crate::job::hooks::JobHooks;
 use crate::job::{Job, Outcome};
 use crate::log::writer::JobLog;
 use crate::metrics::{Metrics, Time};
-use crate::ports::{Containment, JobPartsFactory, JumpPointFiles, LeftBehind, SparePlace};
+use crate::ports::{Containment, JobPartsFactory, JumpPointFiles, LeftBehind, Place};
 use crate::ssh_access::{CloseAccess, JumpPoint};
 
 /// The pause between two checks whether somebody is still logged in to a job that is over.
@@ -136,7 +136,7 @@ impl AfterStop {
             return;
         }
         let JobEnd { job, log, grace, .. } = end;
-        let SparePlace { backend, containment } = match self.factory.make_spare_place(job) {
+        let Place { backend, containment } = match self.factory.make_spare_place(job) {
             Ok(place) => place,
             Err(error) => {
                 return log::error!(job:% = job.id, error:%; "no place for the post-job hook");

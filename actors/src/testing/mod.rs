@@ -17,8 +17,8 @@ use crate::job::{EnvVar, InjectedFile, Job};
 use crate::log::buffer::LogRange;
 use crate::ports::{
     Callback, CallbackError, CallbackSender, Containment, ExecutorBackend, JobParts,
-    JobPartsFactory, JumpPointFiles, LeftBehind, LogUploads, MetricsSink, PreparationError,
-    PreparationStep, Script, ScriptEnd, SessionEvent, ShellSession, SparePlace, StepError, StepLog,
+    JobPartsFactory, JumpPointFiles, LeftBehind, LogUploads, MetricsSink, Place, PreparationError,
+    PreparationStep, Script, ScriptEnd, SessionEvent, ShellSession, StepError, StepLog,
 };
 
 mod hub;
@@ -198,8 +198,8 @@ impl JobPartsFactory for ScriptedJob {
         if self.0.is_not_ready.get() { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
     }
 
-    fn make_spare_place(&self, _: &Job) -> io::Result<SparePlace> {
-        Ok(SparePlace { backend: Box::new(self.clone()), containment: Box::new(self.clone()) })
+    fn make_spare_place(&self, _: &Job) -> io::Result<Place> {
+        Ok(Place { backend: Box::new(self.clone()), containment: Box::new(self.clone()) })
     }
 }
 

@@ -6,7 +6,7 @@ use actors::log::event::{LogEvent, MAX_OUTPUT_LINE};
 
 use test_support::{Finished, World};
 
-const SIZE: usize = 50 * 1024 * 1024;
+const SIZE: usize = 16 * 1024 * 1024;
 
 /// Has a job print `content` from a file; answers all of its output.
 fn printed(content: &[u8]) -> String {
