@@ -116,9 +116,12 @@ pub enum LogError {
     /// The event could not be encoded; impossible for events of strings and numbers.
     #[error("an event could not be encoded")]
     Encode(#[from] serde_json::Error),
-    /// The spool could not be written or read. The line is not in the log.
+    /// The spool could not be written. The line is not in the log.
     #[error("the job's log could not be written: {0}")]
     Spool(#[from] io::Error),
+    /// The spool could not be read.
+    #[error("the job's log could not be read: {0}")]
+    Unreadable(#[source] io::Error),
     /// Another process changed the log. Returned once for each change; the line that gets the
     /// error is not in the log, later ones are.
     #[error("the job's log was changed by somebody else: {0}")]
@@ -281,7 +284,7 @@ impl LogBuffer {
     }
 
     fn range_from(&mut self, line: u64) -> Result<LogRange, LogError> {
-        self.notice_changes()?;
+        self.notice_changes().map_err(LogError::Unreadable)?;
         let end = self.index.end();
         Ok(LogRange {
             source: self.spool.source(),
@@ -296,9 +299,9 @@ impl LogBuffer {
         let Position { line: mut at, mut offset } = self.index.at_or_before(line);
         let mut buffer = [0; 16 * 1024];
         while at < line {
-            let read = self.spool.read_at(offset, &mut buffer)?;
+            let read = self.spool.read_at(offset, &mut buffer).map_err(LogError::Unreadable)?;
             if read == 0 {
-                return Err(LogError::Spool(io::ErrorKind::UnexpectedEof.into()));
+                return Err(LogError::Unreadable(io::ErrorKind::UnexpectedEof.into()));
             }
             let wanted = usize::try_from(line - at - 1).unwrap_or(usize::MAX);
             let mut newlines = memchr::memchr_iter(b'\n', &buffer[..read]);

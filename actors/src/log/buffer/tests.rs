@@ -143,3 +143,19 @@ async fn a_log_that_was_cut_after_a_crash_is_recovered() {
     let range = recovered.send(ReadFrom { line: 0 }).await.unwrap().unwrap();
     assert_eq!((read(&spool, &range), range.next_line), (vec![String::new(); 3], 3));
 }
+
+#[actix::test]
+async fn a_line_that_can_not_be_found_any_more_could_not_be_read() {
+    let spool = MemorySpool::default();
+    let log = LogBuffer::new(Box::new(spool.clone()), Published::default()).start();
+    for _ in 0..3 {
+        log.send(output("text")).await.unwrap().unwrap();
+    }
+    let bytes = spool.contents();
+    for newline in memchr::memchr_iter(b'\n', &bytes) {
+        spool.overwrite_behind_the_writer(newline, b" ");
+    }
+    let failed = log.send(ReadFrom { line: 2 }).await.unwrap().unwrap_err();
+    assert!(matches!(failed, LogError::Unreadable(_)), "{failed:?}");
+    assert!(failed.to_string().starts_with("the job's log could not be read: "), "{failed}");
+}
