@@ -15,13 +15,23 @@ const TELL_AGAIN: Duration = Duration::from_mins(1);
 /// Stands for the time since when a connection does nothing that does something.
 const BUSY: u64 = u64::MAX;
 
+/// Counts moments: no two are the same, however fast connections come.
+#[derive(Default)]
+struct Clock(AtomicU64);
+
+impl Clock {
+    fn next(&self) -> u64 {
+        self.0.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
 /// All connections of the server; shared by its threads.
 pub(super) struct Admission {
     /// How many there may be.
     most: usize,
     /// How many one address may have.
     most_per_client: usize,
-    begun: Instant,
+    clock: Arc<Clock>,
     state: Mutex<State>,
 }
 
@@ -34,9 +44,9 @@ struct State {
 /// What a connection and who admits it know of each other.
 pub(super) struct Place {
     client: Option<IpAddr>,
-    /// Since when it does nothing, in milliseconds from the server's begin.
+    /// Since when the connection is idle, or [`BUSY`].
     idle_since: AtomicU64,
-    begun: Instant,
+    clock: Arc<Clock>,
     /// It has to go.
     evicted: CancellationToken,
 }
@@ -55,7 +65,7 @@ impl Place {
 
     /// It waits for a request.
     pub(super) fn set_idle(&self) {
-        self.idle_since.store(millis_since(self.begun), Ordering::Relaxed);
+        self.idle_since.store(self.clock.next(), Ordering::Relaxed);
     }
 
     /// Resolves when it has to go.
@@ -95,8 +105,8 @@ impl State {
 impl Admission {
     /// At most `most` connections; one address at most `most_per_client` of them.
     pub(super) fn new(most: usize, most_per_client: usize) -> Arc<Self> {
-        let (begun, state) = (Instant::now(), Mutex::default());
-        Arc::new(Self { most, most_per_client, begun, state })
+        let (clock, state) = Default::default();
+        Arc::new(Self { most, most_per_client, clock, state })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -120,18 +130,14 @@ impl Admission {
         }
         let place = Arc::new(Place {
             client,
-            idle_since: AtomicU64::new(millis_since(self.begun)),
-            begun: self.begun,
+            idle_since: AtomicU64::new(self.clock.next()),
+            clock: Arc::clone(&self.clock),
             evicted: CancellationToken::new(),
         });
         state.places.push(Arc::clone(&place));
         drop(state);
         Some(Admitted { admission: Arc::clone(self), place })
     }
-}
-
-fn millis_since(begun: Instant) -> u64 {
-    u64::try_from(begun.elapsed().as_millis()).unwrap_or(BUSY - 1)
 }
 
 /// Has the one go that has done nothing for longest; whether there is one.
@@ -179,5 +185,14 @@ mod tests {
         assert!(admission.admit(Some(client(4))).is_none());
         places.remove(3);
         assert!(admission.admit(Some(client(4))).is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn those_that_come_in_the_same_moment_go_in_their_order() {
+        let admission = Admission::new(3, 100);
+        let places: Vec<_> = (0..20).map(|_| admission.admit(Some(client(1))).unwrap()).collect();
+        let evicted = places.iter().filter(|admitted| admitted.place.evicted.is_cancelled());
+        assert_eq!(evicted.count(), 17);
+        assert!(places[..17].iter().all(|admitted| admitted.place.evicted.is_cancelled()));
     }
 }

@@ -49,7 +49,10 @@ pub fn as_user(world: &World, user: u32, command: &mut Command) {
     let usual = crate::agent_program();
     let program = directory.join("agent");
     if !program.exists() {
-        fs::copy(usual, &program).unwrap();
+        // By another program: a thread's child would inherit a copy that is open to be written here, and no copy that is
+        // can be started.
+        let copied = Command::new("cp").arg(usual).arg(&program).status().unwrap();
+        assert!(copied.success());
         fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
     }
     give_away(directory, user);
