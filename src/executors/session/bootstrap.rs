@@ -60,3 +60,48 @@ impl<T: Terminal> Session<T> {
         self.start_when_ready(&format!("__agent_boot=\n{lines} {eval}"))
     }
 }
+
+/// The line that asks whether the shell is ready, for the time number `number`. It has no quotes: a startup file may
+/// have read its beginning, and what is left for the shell must open none.
+pub(super) fn probe(ready: &str, number: u32) -> String {
+    // In POSIX mode special builtins come before functions of their names, and none of them is an alias. The
+    // variable may be readonly; then that mode is on.
+    let (posix, no_posix) =
+        if number.is_multiple_of(2) { ("POSIXLY_CORRECT=y; ", " +o posix") } else { ("", "") };
+    format!(
+        " __agent_options=${{__agent_options-$-:$SHELLOPTS:$BASHOPTS}}; {posix}\\unset -f builtin; \
+         \\set +o emacs +o vi{no_posix}; \\builtin shopt -u expand_aliases; \
+         \\builtin printf \\\\001%s\\\\001 {ready} >/dev/tty\n"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{Seek as _, Write as _};
+    use std::process::Command;
+
+    use super::*;
+
+    fn file_of(text: &str) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        file.rewind().unwrap();
+        file
+    }
+
+    #[test]
+    fn whatever_is_left_of_a_probe_does_not_keep_the_next_one_from_being_run() {
+        for number in 0..2 {
+            let line = probe("READY", number).replace("/dev/tty", "/dev/stdout");
+            for cut in 0..line.len() {
+                // One that goes on after an error, as a login shell on a terminal does.
+                let mut shell = Command::new("bash");
+                shell.args(["--norc", "--noprofile", "-i"]).env("HISTFILE", "");
+                let stdin = file_of(&format!("{}{line}", &line[cut..]));
+                let ran = shell.stdin(stdin).output().unwrap();
+                assert!(ran.stdout.ends_with(b"\x01READY\x01"), "{cut}: {ran:?}");
+            }
+        }
+    }
+}

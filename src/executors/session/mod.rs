@@ -38,6 +38,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, timeout_at};
 
+use self::bootstrap::probe;
 pub use self::frames::Mark;
 use self::frames::{Frames, Piece, ScriptWords};
 use self::job_options::JobOptions;
@@ -158,20 +159,8 @@ impl<T: Terminal> Session<T> {
     /// What a shell whose startup files are read answers with READY. Typed until it does: startup files may read
     /// it away. Only the first one that is run counts.
     fn type_probe(&mut self) -> io::Result<()> {
-        let ready = self.frames.ready.as_str();
-        // In POSIX mode special builtins come before functions of their names, and none of them is an alias. The
-        // variable may be readonly; then that mode is on.
-        let (posix, no_posix) = if self.probes.is_multiple_of(2) {
-            ("POSIXLY_CORRECT=y; ", " +o posix")
-        } else {
-            ("", "")
-        };
+        let line = probe(self.frames.ready.as_str(), self.probes);
         self.probes += 1;
-        let line = format!(
-            " __agent_options=${{__agent_options-$-:$SHELLOPTS:$BASHOPTS}}; {posix}\\unset -f builtin; \
-             \\set +o emacs +o vi{no_posix}; \\builtin shopt -u expand_aliases; \
-             \\builtin printf '\\001%s\\001' {ready} >/dev/tty\n"
-        );
         self.queue(&line)
     }
 

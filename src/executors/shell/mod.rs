@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use actors::job::{EnvVar, InjectedFile, Job};
 use actors::ports::{
-    ExecutorBackend, PreparationError, PreparationStep, Script, SessionEvent, ShellSession,
-    StepError, StepLog,
+    Containment as _, ExecutorBackend, PreparationError, PreparationStep, Script, SessionEvent,
+    ShellSession, StepError, StepLog,
 };
 use actors::request::parse_octal_mode;
 use bytes::Bytes;
@@ -156,6 +156,7 @@ impl ShellBackend {
             open_files: open_files::before(),
         };
         self.containment.start(&spec, shell_end, self.config.environment.clone()).await?;
+        let mut unready = Unready { containment: &self.containment, is_over: false };
         let mut session = Session::new(pty, gone)?;
         let path = self.directory.scratch().join("session");
         write_private(&path, session.bootstrap().as_bytes())?;
@@ -181,6 +182,7 @@ impl ShellBackend {
                 printed.trim()
             )));
         }
+        unready.is_over = true;
         let script = self.directory.scratch().join("command");
         Ok(LocalSession { session, script, kills_before: memory_kills(), end: None })
     }
@@ -200,6 +202,21 @@ impl ShellBackend {
             }
         }
         normal
+    }
+}
+
+/// A shell that has not begun with the job. It is killed if it is given up: asked to end, bash would keep what was typed
+/// so far in the user's history.
+struct Unready<'a> {
+    containment: &'a ShellContainment,
+    is_over: bool,
+}
+
+impl Drop for Unready<'_> {
+    fn drop(&mut self) {
+        if !self.is_over {
+            self.containment.kill_all();
+        }
     }
 }
 

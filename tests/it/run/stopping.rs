@@ -2,7 +2,7 @@
 
 use nix::sys::signal::Signal;
 
-use test_support::{World, job_of};
+use test_support::{World, job_of, wait_for_file};
 
 #[test]
 fn a_stopped_command_finishes_with_1_and_nothing_follows() {
@@ -144,4 +144,16 @@ fn signals_that_were_ignored_at_the_start_stay_ignored() {
     std::fs::write(world.home().join("go"), "").unwrap();
     let output = test_support::wait_for_end(child);
     assert_eq!(test_support::Finished::of(&output).result(), "passed");
+}
+
+#[test]
+fn a_shell_that_is_stopped_before_it_is_ready_leaves_no_history() {
+    let world = World::new();
+    let profile = "history -s remembered; : > ~/there; while :; do sleep 1; done\n";
+    std::fs::write(world.home().join(".bash_profile"), profile).unwrap();
+    let running = world.start(&job_of(&["true"]));
+    wait_for_file(&world.home().join("there"));
+    running.signal(Signal::SIGTERM);
+    assert_eq!(running.finish().result(), "stopped");
+    assert!(!world.home().join(".bash_history").exists());
 }
