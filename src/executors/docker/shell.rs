@@ -26,6 +26,10 @@ const KEPT: usize = 64 << 10;
 /// How long an engine may take to tell of a container.
 const PING_PATIENCE: Duration = Duration::from_secs(5);
 
+/// The exit code of a container that was killed, and how long to look for the reason.
+const KILLED: i64 = 137;
+const KILLED_PATIENCE: Duration = Duration::from_millis(500);
+
 /// How long a container may go on whose terminal has ended, and the pause between two looks.
 const END_PATIENCE: Duration = Duration::from_secs(2);
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -157,6 +161,7 @@ impl DockerSession {
     /// Why the stream has ended: with the shell, its container, or the engine.
     async fn why_it_ended(&self) -> String {
         let give_up = Instant::now() + END_PATIENCE;
+        let killed_for_good = Instant::now() + KILLED_PATIENCE;
         loop {
             let found = timeout(
                 PING_PATIENCE,
@@ -174,12 +179,15 @@ impl DockerSession {
                 return "its container ran out of memory".into();
             }
             if state.running != Some(true) {
-                return match code {
-                    137 => "its container or the shell in it was killed, exit code 137".into(),
-                    code => format!("exit code {code}"),
-                };
-            }
-            if Instant::now() >= give_up {
+                match code {
+                    // The engine may hear only after the end that it was for the lack of memory.
+                    KILLED if Instant::now() < killed_for_good => {}
+                    KILLED => {
+                        return "its container or the shell in it was killed, exit code 137".into();
+                    }
+                    code => return format!("exit code {code}"),
+                }
+            } else if Instant::now() >= give_up {
                 return "the connection to its terminal was cut".into();
             }
             sleep(LOOK_AGAIN).await;
