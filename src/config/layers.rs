@@ -125,7 +125,7 @@ impl Settings {
             warnings: Vec::new(),
         };
         settings.add(Layer::Flags, flags.values.clone())?;
-        let variables = settings.variables(environment);
+        let variables = settings.variables(environment)?;
         settings.add(Layer::Variables, variables)?;
         if let Some(path) = settings.get(&CONFIG_FILE) {
             settings.add_file(&path)?;
@@ -138,7 +138,7 @@ impl Settings {
     }
 
     /// Returns what variables set; those that look like an option and are none become warnings.
-    fn variables(&mut self, environment: &Environment) -> Map<String, Value> {
+    fn variables(&mut self, environment: &Environment) -> Result<Map<String, Value>, ConfigError> {
         let mut values = Map::new();
         let variables: Vec<_> = self.options.iter().map(|option| option.variable()).collect();
         for (name, value) in environment.with_prefix(PREFIX) {
@@ -151,8 +151,8 @@ impl Settings {
                 self.warnings.push(format!("unknown variable {name}; the nearest is {nearest}"));
                 continue;
             };
-            // What is not text is refused by its type, or shown with replacements.
-            let value = value.to_string_lossy();
+            let value = value.to_str();
+            let value = value.ok_or_else(|| ConfigError(format!("{name}: is not UTF-8")))?;
             let value = if option.is_list() {
                 value.split_whitespace().collect()
             } else {
@@ -160,7 +160,7 @@ impl Settings {
             };
             values.insert(option.key.to_owned(), value);
         }
-        values
+        Ok(values)
     }
 
     fn add_file(&mut self, path: &Path) -> Result<(), ConfigError> {
