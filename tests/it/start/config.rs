@@ -1,6 +1,7 @@
 //! The configuration of `agent start`: flags, variables, a file, and mistakes in them.
 
 use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
@@ -410,4 +411,11 @@ fn the_example_configuration_has_every_option_with_its_default() {
         let fits = default.is_none_or(|default| default.trim_matches('`') == value);
         assert!(fits, "{key} is {value}, but its help says {default:?}");
     }
+}
+
+#[test]
+fn a_variable_that_is_not_text_is_refused() {
+    let not_text = std::ffi::OsStr::from_bytes(b"\xff");
+    let message = refusal(command(&World::new()).env("SEMAPHORE_AGENT_ENDPOINT", not_text));
+    assert!(message.contains("SEMAPHORE_AGENT_ENDPOINT: is not UTF-8"), "{message}");
 }
