@@ -97,7 +97,11 @@ impl Watch {
 
     fn tell(&mut self, line: &str) -> io::Result<()> {
         let pipe = self.pipe.as_mut().ok_or(io::ErrorKind::BrokenPipe)?;
-        pipe.write_all(format!("{line}\n").as_bytes())
+        match pipe.write_all(format!("{line}\n").as_bytes()) {
+            // A guard can be killed at any moment. `end` shows that, and its successor is told everything again.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            written => written,
+        }
     }
 }
 
@@ -165,5 +169,25 @@ async fn remove_patiently(place: &str, scratch: &Path) -> io::Result<()> {
             removed => return removed,
         }
         pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::StateDir;
+
+    #[test]
+    fn a_killed_guard_shows_at_its_end_only() {
+        let state = tempfile::tempdir().unwrap();
+        let (state_dir, _) = StateDir::open(&state.path().join("agent")).unwrap();
+        let directory = state_dir.make_job_dir(None).unwrap();
+        let estate = Estate { files: directory.files().clone(), access: None };
+        // This test program knows no guards: started as one, it ends.
+        let mut guard = Watch::start(estate, &[]).unwrap();
+        guard.process.take().unwrap().wait().unwrap();
+        guard.on_engine().unwrap();
+        guard.group(None).unwrap();
+        assert!(guard.end().is_some());
     }
 }
