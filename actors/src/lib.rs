@@ -5,7 +5,7 @@
 //! signals ──▶ Interrupt · LeaveSoon ──▶ SyncPoller ◀── HubApi          │
 //!                                           └──────────────┬───────────┘
 //!                                                          ▼
-//! an intake ──▶ StartJob · StopJob · GetStatus · GetLog · ReportTransfer ──▶ JobSupervisor
+//! an intake ──▶ StartJob · StopJob · GetActiveJob · GetLog · ReportTransfer ──▶ JobSupervisor
 //!        ▲                                                         │  spawns anew for each job:
 //!        └── JobFinished{id, outcome} (a Recipient) ◀──────────────┤
 //!                                                                  │

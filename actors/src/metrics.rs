@@ -62,13 +62,3 @@ impl Handler<Time> for Metrics {
         self.sink.time(message.name, message.duration, &message.tag);
     }
 }
-
-/// Makes the actor panic as a bug would.
-#[cfg(feature = "testing")]
-impl Handler<crate::testing::PanicNow> for Metrics {
-    type Result = ();
-
-    fn handle(&mut self, _: crate::testing::PanicNow, _: &mut Self::Context) {
-        crate::testing::panic_as_asked();
-    }
-}

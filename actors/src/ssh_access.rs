@@ -55,13 +55,3 @@ impl Handler<CloseAccess> for JumpPoint {
         self.files.close()
     }
 }
-
-/// Makes the actor panic as a bug would.
-#[cfg(feature = "testing")]
-impl Handler<crate::testing::PanicNow> for JumpPoint {
-    type Result = ();
-
-    fn handle(&mut self, _: crate::testing::PanicNow, _: &mut Self::Context) {
-        crate::testing::panic_as_asked();
-    }
-}

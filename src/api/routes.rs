@@ -15,7 +15,7 @@ use actix_web::middleware::{Next, from_fn};
 use actix_web::web::{self, Bytes, BytesMut, Data, Payload};
 use actix_web::{App, Error, HttpRequest, HttpResponse, Route};
 use actors::intake::http::{
-    GetState, ReadJobLog, ReadRefused, RequestStop, Status, Submission, SubmitJob, SubmitRefused,
+    GetStatus, ReadJobLog, ReadRefused, RequestStop, Status, Submission, SubmitJob, SubmitRefused,
 };
 use actors::job::{Job, JobId};
 use actors::request::{OnlyMap, WireRequest};
@@ -215,19 +215,19 @@ fn broken() -> HttpResponse {
 }
 
 async fn is_alive(api: Data<Api>) -> HttpResponse {
-    let is_alive = api.intake.send(GetState).await.is_ok_and(|status| status.is_alive);
+    let is_alive = api.intake.send(GetStatus).await.is_ok_and(|status| status.is_alive);
     let (status, word) =
         if is_alive { (StatusCode::OK, "yes") } else { (StatusCode::SERVICE_UNAVAILABLE, "no") };
     HttpResponse::build(status).content_type("text/plain; charset=utf-8").body(word)
 }
 
 async fn status(api: Data<Api>) -> HttpResponse {
-    match api.intake.send(GetState).await {
+    match api.intake.send(GetStatus).await {
         Ok(Status { state, waits_for, .. }) => {
             let version = env!("CARGO_PKG_VERSION");
             let mut status = json!({"state": state.as_str(), "version": version});
             if let Some(waits_for) = waits_for {
-                status["waiting_for"] = waits_for.into();
+                status["waiting_for"] = waits_for.as_str().into();
             }
             HttpResponse::Ok().json(status)
         }

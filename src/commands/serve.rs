@@ -1,6 +1,5 @@
 //! `agent serve`: takes jobs from a platform over HTTPS.
 
-use std::cell::Cell;
 use std::io;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -197,8 +196,6 @@ impl Agent {
             }),
             archive_timeout: config.archive_timeout,
             asked_to_end,
-            waits_for: Cell::default(),
-            job_ended: Cell::default(),
         };
         let job_config = Config {
             grace: config.grace,

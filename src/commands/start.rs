@@ -9,12 +9,12 @@ use std::time::Duration;
 use actix::{Actor as _, Addr};
 use actors::delivery::Delivery;
 use actors::delivery::departure::Urgency;
-use actors::delivery::push::PushDelivery;
+use actors::delivery::push::{PushDelivery, PushPlatform};
 use actors::intake::poller::{AwaitLeave, Interrupt, LeaveSoon, Left, SyncPoller};
 use actors::intake::protocol::ShutdownReason;
 use actors::metrics::Metrics;
 use actors::ports::DiscardMetrics;
-use actors::supervisor::{AwaitDeath, Config, GetStatus, JobSupervisor, StopJob, StopManner};
+use actors::supervisor::{AwaitDeath, Config, GetActiveJob, JobSupervisor, StopJob, StopManner};
 use nix::sys::utsname::uname;
 use tokio::signal::unix::SignalKind;
 use tokio::sync::watch;
@@ -34,11 +34,12 @@ use crate::os::programs::run_for;
 use crate::remote::http_client::HttpClients;
 use crate::remote::hub::{Hub, PATIENCE, Registration};
 use crate::remote::log_artifact::ArtifactUploads;
-use crate::remote::log_server::HttpLogUplink;
+use crate::remote::log_server::HttpLogServer;
 use crate::service::environment::Environment;
 use crate::service::own_log::AgentLogConfig;
 use crate::service::signals::Signals;
 use crate::state::StateDir;
+use crate::state::log_files::StateLogFiles;
 
 /// Where logs are kept that could not be delivered, in the state directory.
 const UNDELIVERED: &str = "undelivered";
@@ -161,8 +162,13 @@ impl Agent {
         let _claimed = claim_script(&shell, &config.jump_point);
         let (urgency, urgent) = watch::channel(Urgency::default());
         let kept = config.state_dir.join(UNDELIVERED);
+        let platform = PushPlatform {
+            files: Rc::new(StateLogFiles::new(kept)),
+            server: Rc::new(HttpLogServer::new(clients)),
+            hub: Rc::new(hub.clone()),
+        };
         let delivery = PushDelivery {
-            uplink: Rc::new(HttpLogUplink::new(clients, hub.clone(), kept)),
+            platform,
             uploads: Box::new(ArtifactUploads {
                 environment: shell.environment.clone(),
                 state: state.clone(),
@@ -300,7 +306,7 @@ async fn live(
         // A job whose end was not waited for. It may still have a log to put aside.
         let end_of_job = async {
             kill_job(supervisor, by).await;
-            while matches!(supervisor.send(GetStatus).await, Ok(Some(_))) {
+            while matches!(supervisor.send(GetActiveJob).await, Ok(Some(_))) {
                 sleep(LOOK_AGAIN).await;
             }
         };

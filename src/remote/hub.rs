@@ -111,12 +111,6 @@ impl Hub {
         let shared = Shared { clients, base, registration_token, registration, access_token };
         Ok(Self { shared: Rc::new(shared) })
     }
-
-    /// Gets a new token for logs.
-    pub async fn refresh_token(&self) -> Result<String, HubError> {
-        let body = self.shared.ask(Method::POST, "/refresh", Bytes::new(), LARGEST_ANSWER).await?;
-        decode::<Refreshed>(&body).map(|refreshed| refreshed.token)
-    }
 }
 
 impl Shared {
@@ -327,6 +321,15 @@ impl HubApi for Hub {
                 (job.executor, job.ssh_keys) = (Err(vec![problem]), Ok(Vec::new()));
             }
             Ok(job)
+        }
+        .boxed_local()
+    }
+
+    fn refresh_log_token(&self) -> LocalBoxFuture<'static, Result<String, HubError>> {
+        let shared = Rc::clone(&self.shared);
+        async move {
+            let body = shared.ask(Method::POST, "/refresh", Bytes::new(), LARGEST_ANSWER).await?;
+            decode::<Refreshed>(&body).map(|refreshed| refreshed.token)
         }
         .boxed_local()
     }

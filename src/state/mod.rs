@@ -1,6 +1,7 @@
 //! The agent's private directory, and one directory in it for each job.
 
 pub mod log_file;
+pub mod log_files;
 
 use std::cell::Cell;
 use std::ffi::OsStr;

@@ -7,12 +7,14 @@ mod shipper;
 
 use std::rc::Rc;
 
+use futures_util::FutureExt as _;
+use futures_util::future::{LocalBoxFuture, ready};
 use tokio::sync::watch;
 
-use crate::delivery::pull::{Archive, PullDelivery, WaitsFor};
-use crate::delivery::push::{PushDelivery, Shipping};
+use crate::delivery::pull::{Archive, PullDelivery, PullJob, WaitsFor};
+use crate::delivery::push::{PushDelivery, PushJob};
 use crate::job::{Job, Outcome};
-use crate::log::writer::JobLog;
+use crate::log::job_log::JobLog;
 
 /// How logs and outcomes get to the platform; the same for all jobs of an agent.
 #[derive(Clone, Default)]
@@ -26,75 +28,57 @@ pub enum Delivery {
     Push(Rc<PushDelivery>),
 }
 
-/// The delivery of one job. Clones share it.
-#[derive(Clone)]
-pub(crate) struct JobDelivery {
-    delivery: Delivery,
-    archive: watch::Receiver<Archive>,
-    shipping: Option<Rc<Shipping>>,
-}
-
 impl Delivery {
-    /// Returns what a job whose outcome is known still waits for, in the API's word.
-    pub(crate) fn waits_for(&self) -> Option<&'static str> {
-        match self {
-            Self::Pull(delivery) => delivery.waits_for.get().map(WaitsFor::as_str),
-            Self::Push(_) | Self::None => None,
-        }
-    }
-
     /// Begins the delivery of a job that starts now.
     pub(crate) fn begin(
         &self,
-        job: &Job,
+        job: &Rc<Job>,
         log: &Rc<JobLog>,
         archive: watch::Receiver<Archive>,
-    ) -> JobDelivery {
-        let shipping = match self {
-            Self::Push(delivery) => delivery.begin(job, log).map(Rc::new),
-            Self::Pull(_) | Self::None => None,
-        };
-        JobDelivery { delivery: self.clone(), archive, shipping }
+    ) -> Rc<dyn JobDelivery> {
+        match self {
+            Self::None => Rc::new(NoDelivery),
+            Self::Pull(delivery) => {
+                Rc::new(PullJob::new(Rc::clone(delivery), Rc::clone(job), Rc::clone(log), archive))
+            }
+            Self::Push(delivery) => Rc::new(PushJob::begin(delivery, job, log)),
+        }
     }
 }
 
-impl JobDelivery {
-    /// Returns the log shipper, for tests that make it crash.
-    #[cfg(feature = "testing")]
-    pub(crate) fn shipper(&self) -> Option<crate::delivery::push::CurrentShipper> {
-        self.shipping.as_ref().map(|shipping| Rc::clone(&shipping.shipper))
-    }
-
+/// The delivery of one job. The methods are called in the order in which they stand here, each
+/// once; none of them fails, as a platform that can't be reached must not keep a job from its end.
+pub(crate) trait JobDelivery {
     /// Tells the platform the outcome, before `job_finished` is logged.
-    pub(crate) async fn tell_outcome(&self, job: &Job, outcome: Outcome) {
-        if let Delivery::Pull(delivery) = &self.delivery {
-            delivery.tell_outcome(job, outcome).await;
-        }
+    fn tell_outcome(&self, _outcome: Outcome) -> LocalBoxFuture<'_, ()> {
+        ready(()).boxed_local()
     }
 
-    /// Waits until the platform has the whole log, which must be sealed, or a deadline passes.
-    pub(crate) async fn deliver(&self, job: &Job, log: &JobLog) {
-        match &self.delivery {
-            Delivery::None => {}
-            Delivery::Pull(delivery) => {
-                delivery.deliver(job, log.whole().await, self.archive.clone()).await;
-            }
-            Delivery::Push(_) => self.deliver_pushed(job, log).await,
-        }
-    }
+    /// Waits until the platform has the whole log, which is sealed, or a deadline passes.
+    fn deliver(&self) -> LocalBoxFuture<'_, ()>;
 
-    /// Waits for a log that is pushed, as [`Self::deliver`] does. A pulled one is not waited for:
-    /// after a crash of the job's task nothing but the shipping goes on.
-    pub(crate) async fn deliver_pushed(&self, job: &Job, log: &JobLog) {
-        if let Delivery::Push(delivery) = &self.delivery {
-            delivery.deliver(job, log, self.shipping.as_ref()).await;
-        }
+    /// Called in place of [`Self::deliver`] after a crash of the job's task. By default waits for
+    /// nothing.
+    fn deliver_after_crash(&self) -> LocalBoxFuture<'_, ()> {
+        ready(()).boxed_local()
     }
 
     /// Tells the platform that nothing of the job is left.
-    pub(crate) async fn tell_torn_down(&self, job: &Job) {
-        if let Delivery::Pull(delivery) = &self.delivery {
-            delivery.tell_torn_down(job).await;
-        }
+    fn tell_torn_down(&self) -> LocalBoxFuture<'_, ()> {
+        ready(()).boxed_local()
+    }
+
+    /// Returns what a job whose outcome is known still waits for. Called at any moment.
+    fn waits_for(&self) -> Option<WaitsFor> {
+        None
+    }
+}
+
+/// For a job without a platform.
+struct NoDelivery;
+
+impl JobDelivery for NoDelivery {
+    fn deliver(&self) -> LocalBoxFuture<'_, ()> {
+        ready(()).boxed_local()
     }
 }

@@ -2,13 +2,17 @@
 //! callbacks, and waits until an archivator has fetched the whole log.
 
 use std::cell::Cell;
+use std::rc::Rc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use crate::delivery::JobDelivery;
 use crate::job::{Job, Outcome};
-use crate::log::buffer::LogRange;
+use crate::log::job_log::JobLog;
 use crate::ports::{Callback, CallbackError, CallbackSender, LogUploads};
 use crate::retry::Retry;
 
@@ -43,10 +47,19 @@ pub struct PullDelivery {
     pub archive_timeout: Duration,
     /// The time when the agent was asked to end, if it was.
     pub asked_to_end: watch::Receiver<Option<Instant>>,
-    /// What the job waits for, if anything. Set here; starts as `None`.
-    pub waits_for: Cell<Option<WaitsFor>>,
-    /// The time when the outcome of the last job was decided. Set here; starts as `None`.
-    pub job_ended: Cell<Option<Instant>>,
+}
+
+/// The delivery of one job whose log is pulled.
+pub(crate) struct PullJob {
+    pub(crate) delivery: Rc<PullDelivery>,
+    pub(crate) job: Rc<Job>,
+    pub(crate) log: Rc<JobLog>,
+    /// Closes when the supervisor crashes.
+    pub(crate) archive: watch::Receiver<Archive>,
+    /// What the job waits for, if anything.
+    waits_for: Cell<Option<WaitsFor>>,
+    /// The time when the outcome was decided.
+    job_ended: Cell<Option<Instant>>,
 }
 
 /// What a job whose outcome is known may wait for.
@@ -111,63 +124,65 @@ impl Archive {
     }
 }
 
-impl PullDelivery {
-    /// Sends the `finished` callback.
-    pub(crate) async fn tell_outcome(&self, job: &Job, outcome: Outcome) {
-        self.job_ended.set(Some(Instant::now()));
-        let body = format!(r#"{{"result":"{outcome}"}}"#);
-        self.tell(job, "finished", job.callbacks.finished.as_ref(), body).await;
+impl PullJob {
+    pub(crate) fn new(
+        delivery: Rc<PullDelivery>,
+        job: Rc<Job>,
+        log: Rc<JobLog>,
+        archive: watch::Receiver<Archive>,
+    ) -> Self {
+        let (waits_for, job_ended) = (Cell::default(), Cell::default());
+        Self { delivery, job, log, archive, waits_for, job_ended }
     }
 
     /// Waits until an archivator has the whole log, then uploads the log as an artifact if the job
-    /// asks for that. `log` is `None` if the log can't be read.
-    pub(crate) async fn deliver(
-        &self,
-        job: &Job,
-        log: Option<LogRange>,
-        archive: watch::Receiver<Archive>,
-    ) {
+    /// asks for that.
+    async fn archive_and_upload(&self) {
+        let job = &self.job.id;
         let since = Instant::now();
         self.waits_for.set(Some(WaitsFor::Archivator));
+        let at_most = since + self.delivery.archive_timeout;
         let archived = tokio::select! {
             // An archivator that is done already counts, however late it is.
             biased;
-            archived = is_archived(archive) => archived,
-            () = self.time_is_up(job, since + self.archive_timeout, WaitsFor::Archivator) => false,
+            archived = is_archived(self.archive.clone()) => archived,
+            () = self.time_is_up(at_most, WaitsFor::Archivator) => false,
         };
         self.waits_for.set(None);
         if !archived {
             let seconds = since.elapsed().as_secs();
-            log::warn!(job:% = job.id, seconds; "gave up waiting for an archivator to fetch the job's whole log");
+            log::warn!(job:%, seconds; "gave up waiting for an archivator to fetch the job's whole log");
         }
-        let Some(log) = log else {
+        let Some(log) = self.log.whole().await else {
             return;
         };
-        let most = job.logger.as_ref().map_or(u64::MAX, |logger| logger.max_size);
+        let most = self.job.logger.as_ref().map_or(u64::MAX, |logger| logger.max_size);
         let trimmed = log.end >= most;
         self.waits_for.set(Some(WaitsFor::Upload));
+        let at_most = Instant::now() + UPLOAD_PATIENCE;
         let uploaded = tokio::select! {
             // An upload that is not wanted ends at once.
             biased;
-            uploaded = self.uploads.upload(job, &log, trimmed) => uploaded,
-            () = self.time_is_up(job, Instant::now() + UPLOAD_PATIENCE, WaitsFor::Upload) => Err("it took too long".to_owned()),
+            uploaded = self.delivery.uploads.upload(&self.job, &log, trimmed) => uploaded,
+            () = self.time_is_up(at_most, WaitsFor::Upload) => Err("it took too long".to_owned()),
         };
         self.waits_for.set(None);
         if let Err(why) = uploaded {
-            log::error!(job:% = job.id, why:%; "the job's log was not uploaded");
+            log::error!(job:%, why:%; "the job's log was not uploaded");
         }
     }
 
     /// Resolves at `at_most`, or sooner if the agent is asked to end. Logs how long the wait may
     /// take.
-    async fn time_is_up(&self, job: &Job, at_most: Instant, waits_for: WaitsFor) {
+    async fn time_is_up(&self, at_most: Instant, waits_for: WaitsFor) {
+        let job = &self.job.id;
         let began = Instant::now();
         let job_ended = self.job_ended.get().unwrap_or(began);
         let at_least = match waits_for {
             WaitsFor::Callback | WaitsFor::Upload => CALLBACK_AT_LEAST,
             WaitsFor::Archivator => Duration::ZERO,
         };
-        let mut asked_to_end = self.asked_to_end.clone();
+        let mut asked_to_end = self.delivery.asked_to_end.clone();
         loop {
             let asked = *asked_to_end.borrow_and_update();
             let when_ending =
@@ -177,15 +192,15 @@ impl PullDelivery {
             let seconds = left.as_millis().div_ceil(1000);
             match waits_for {
                 WaitsFor::Archivator => {
-                    log::info!(job:% = job.id, at_most_seconds:% = seconds; "waiting for an archivator to fetch the job's log");
+                    log::info!(job:%, at_most_seconds:% = seconds; "waiting for an archivator to fetch the job's log");
                 }
                 // Most callbacks are accepted at once: not worth a line.
                 WaitsFor::Callback | WaitsFor::Upload if asked.is_none() => {}
                 WaitsFor::Callback => {
-                    log::info!(job:% = job.id, at_most_seconds:% = seconds; "waiting for the platform to take a callback");
+                    log::info!(job:%, at_most_seconds:% = seconds; "waiting for the platform to take a callback");
                 }
                 WaitsFor::Upload => {
-                    log::info!(job:% = job.id, at_most_seconds:% = seconds; "waiting for the upload of the job's log");
+                    log::info!(job:%, at_most_seconds:% = seconds; "waiting for the upload of the job's log");
                 }
             }
             tokio::select! {
@@ -195,54 +210,71 @@ impl PullDelivery {
         }
     }
 
-    /// Sends the `teardown_finished` callback.
-    pub(crate) async fn tell_torn_down(&self, job: &Job) {
-        let url = job.callbacks.teardown_finished.as_ref();
-        self.tell(job, "teardown_finished", url, "{}".to_owned()).await;
-    }
-
-    async fn tell(&self, job: &Job, what: &str, url: Option<&String>, body: String) {
+    /// Sends a callback, if the job has a URL for it.
+    async fn tell(&self, what: &str, url: Option<&String>, body: String) {
         let Some(url) = url.cloned() else {
             return;
         };
-        let callback = Callback { url, token: job.callbacks.token.clone(), body };
+        let callback = Callback { url, token: self.job.callbacks.token.clone(), body };
         self.waits_for.set(Some(WaitsFor::Callback));
         let mut last_failure = None;
-        let taken = tokio::select! {
-            taken = self.send_until_taken(job, what, &callback, &mut last_failure) => taken,
-            () = self.time_is_up(job, Instant::now() + CALLBACK_PATIENCE, WaitsFor::Callback) => Err("there was no answer in time".to_owned()),
+        let at_most = Instant::now() + CALLBACK_PATIENCE;
+        let accepted = tokio::select! {
+            accepted = self.send_until_accepted(what, &callback, &mut last_failure) => accepted,
+            () = self.time_is_up(at_most, WaitsFor::Callback) => Err("there was no answer in time".to_owned()),
         };
         self.waits_for.set(None);
-        if let Err(why) = taken {
+        if let Err(why) = accepted {
             let why = last_failure.unwrap_or(why);
-            log::error!(job:% = job.id, callback = what, why:%; "callback given up");
+            log::error!(job:% = self.job.id, callback = what, why:%; "callback given up");
         }
     }
 
-    /// Sends `callback` until the platform accepts it. Fails with the last error after `attempts`
-    /// attempts; `last_failure` keeps the error so far, for a caller that gives up earlier.
-    async fn send_until_taken(
+    /// Sends `callback` until the platform accepts it. Fails with the last error after
+    /// [`PullDelivery::attempts`]; `last_failure` keeps the error so far, for a caller that gives up
+    /// earlier.
+    async fn send_until_accepted(
         &self,
-        job: &Job,
         what: &str,
         callback: &Callback,
         last_failure: &mut Option<String>,
     ) -> Result<(), String> {
-        let job = &job.id;
+        let job = &self.job.id;
         let failed = |error: &CallbackError, tries| {
             // Warn on the first failure only.
             let level = if tries == 1 { log::Level::Warn } else { log::Level::Debug };
             log::log!(level, job:%, callback = what, why:% = error; "callback not taken, trying again");
             *last_failure = Some(error.to_string());
         };
-        let send = async || self.callbacks.send(callback).await;
-        let retry = Retry::every(CALLBACK_PAUSE, self.attempts);
+        let send = async || self.delivery.callbacks.send(callback).await;
+        let retry = Retry::every(CALLBACK_PAUSE, self.delivery.attempts);
         retry
             .run(CallbackError::is_transient, send, failed)
             .await
             .map_err(|error| error.to_string())?;
         log::info!(job:%, callback = what; "callback sent");
         Ok(())
+    }
+}
+
+impl JobDelivery for PullJob {
+    fn tell_outcome(&self, outcome: Outcome) -> LocalBoxFuture<'_, ()> {
+        self.job_ended.set(Some(Instant::now()));
+        let body = format!(r#"{{"result":"{outcome}"}}"#);
+        self.tell("finished", self.job.callbacks.finished.as_ref(), body).boxed_local()
+    }
+
+    fn deliver(&self) -> LocalBoxFuture<'_, ()> {
+        self.archive_and_upload().boxed_local()
+    }
+
+    fn tell_torn_down(&self) -> LocalBoxFuture<'_, ()> {
+        let url = self.job.callbacks.teardown_finished.as_ref();
+        self.tell("teardown_finished", url, "{}".to_owned()).boxed_local()
+    }
+
+    fn waits_for(&self) -> Option<WaitsFor> {
+        self.waits_for.get()
     }
 }
 

@@ -7,16 +7,20 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use actix::Actor as _;
+use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::delivery::JobDelivery;
 use crate::delivery::departure::Urgency;
 use crate::delivery::shipper::{Acknowledged, AwaitShipped, LogShipper, Shipped};
 use crate::job::{Job, LogMethod, PushTarget};
 use crate::log::buffer::LogRange;
-use crate::log::writer::JobLog;
-use crate::ports::{LogUplink, LogUploads};
+use crate::log::job_log::JobLog;
+use crate::log::writer::OutputShape;
+use crate::ports::{HubApi, LogFiles, LogServer, LogUploads};
 
 /// How long after the job's end delivery may go without any progress.
 const WITHOUT_PROGRESS: Duration = Duration::from_mins(2);
@@ -34,8 +38,8 @@ const AFTER_CRASH: Duration = Duration::from_secs(1);
 
 /// Delivers jobs whose logs are pushed.
 pub struct PushDelivery {
-    /// Reads and sends log lines.
-    pub uplink: Rc<dyn LogUplink>,
+    /// Where log lines come from and go to.
+    pub platform: PushPlatform,
     /// Stores logs as artifacts.
     pub uploads: Box<dyn LogUploads>,
     /// How long after the job's end delivery may take in all.
@@ -46,20 +50,32 @@ pub struct PushDelivery {
     pub in_background: Rc<Cell<u32>>,
 }
 
+/// Everything that log shippers need of the outside world.
+#[derive(Clone)]
+pub struct PushPlatform {
+    /// Reads the lines.
+    pub files: Rc<dyn LogFiles>,
+    /// Stores the lines.
+    pub server: Rc<dyn LogServer>,
+    /// Gives out tokens for the server.
+    pub hub: Rc<dyn HubApi>,
+}
+
+/// The delivery of one job whose log is pushed, or is not valid: only stored as an artifact then.
+pub(crate) struct PushJob {
+    delivery: Rc<PushDelivery>,
+    job: Rc<Job>,
+    log: Rc<JobLog>,
+    shipping: Option<Rc<Shipping>>,
+}
+
 /// The pushing of one log; ends when this value is dropped.
-pub(crate) struct Shipping {
+struct Shipping {
     acknowledged: Acknowledged,
-    shipped: watch::Receiver<Option<Shipped>>,
-    /// The current log shipper.
-    #[cfg(feature = "testing")]
-    pub(crate) shipper: CurrentShipper,
+    ended: watch::Receiver<Option<Shipped>>,
     /// Ends the log shipper when dropped.
     _wanted: DropGuard,
 }
-
-/// The current log shipper of a job, for tests that make it crash.
-#[cfg(feature = "testing")]
-pub(crate) type CurrentShipper = Rc<std::cell::RefCell<Option<actix::Addr<LogShipper>>>>;
 
 /// Returns where `job`'s log is pushed; `None` for a log that is pulled or not valid.
 pub(crate) fn target_of(job: &Job) -> Option<&PushTarget> {
@@ -69,34 +85,46 @@ pub(crate) fn target_of(job: &Job) -> Option<&PushTarget> {
     }
 }
 
+/// Returns the shape of the output in `job`'s log.
+pub(crate) fn output_shape(job: &Job) -> OutputShape {
+    if target_of(job).is_some() { OutputShape::PUSHED } else { OutputShape::PULLED }
+}
+
+impl PushJob {
+    /// Begins to push the log while it grows.
+    pub(crate) fn begin(delivery: &Rc<PushDelivery>, job: &Rc<Job>, log: &Rc<JobLog>) -> Self {
+        let target = target_of(job);
+        let shipping = target.map(|target| Rc::new(delivery.ship(target.clone(), log)));
+        Self { delivery: Rc::clone(delivery), job: Rc::clone(job), log: Rc::clone(log), shipping }
+    }
+}
+
+impl JobDelivery for PushJob {
+    fn deliver(&self) -> LocalBoxFuture<'_, ()> {
+        self.delivery.deliver(&self.job, &self.log, self.shipping.as_ref()).boxed_local()
+    }
+
+    fn deliver_after_crash(&self) -> LocalBoxFuture<'_, ()> {
+        self.deliver()
+    }
+}
+
 impl PushDelivery {
-    /// Begins to push the log while it grows; `None` if it is not to be pushed.
-    pub(crate) fn begin(&self, job: &Job, log: &Rc<JobLog>) -> Option<Shipping> {
-        let target = target_of(job)?.clone();
-        let (log, uplink) = (Rc::clone(log), Rc::clone(&self.uplink));
+    fn ship(&self, target: PushTarget, log: &Rc<JobLog>) -> Shipping {
         let acknowledged: Acknowledged = Rc::default();
         let (end, ended) = watch::channel(None);
-        let progress = Rc::clone(&acknowledged);
-        #[cfg(feature = "testing")]
-        let (shipper_at_work, current) = {
-            let current = CurrentShipper::default();
-            (Rc::clone(&current), current)
-        };
         let unwanted = CancellationToken::new();
         let wanted = unwanted.clone().drop_guard();
+        let shipper = LogShipper {
+            log: Rc::clone(log),
+            platform: self.platform.clone(),
+            target,
+            acknowledged: Rc::clone(&acknowledged),
+            unwanted,
+        };
         actix::spawn(async move {
             for _ in 0..MOST_CRASHES {
-                let shipper = LogShipper {
-                    log: Rc::clone(&log),
-                    uplink: Rc::clone(&uplink),
-                    target: target.clone(),
-                    acknowledged: Rc::clone(&progress),
-                    unwanted: unwanted.clone(),
-                };
-                let shipper = shipper.start();
-                #[cfg(feature = "testing")]
-                current.replace(Some(shipper.clone()));
-                if let Ok(shipped) = shipper.send(AwaitShipped).await {
+                if let Ok(shipped) = shipper.clone().start().send(AwaitShipped).await {
                     end.send_replace(shipped);
                     return;
                 }
@@ -104,25 +132,19 @@ impl PushDelivery {
                 sleep(AFTER_CRASH).await;
             }
         });
-        Some(Shipping {
-            acknowledged,
-            shipped: ended,
-            #[cfg(feature = "testing")]
-            shipper: shipper_at_work,
-            _wanted: wanted,
-        })
+        Shipping { acknowledged, ended, _wanted: wanted }
     }
 
     /// Waits until the platform has the whole log or a deadline passes, then uploads the log as an
     /// artifact if that is asked for. A log that is not delivered is kept on disk, and pushed on in
     /// the background.
-    pub(crate) async fn deliver(&self, job: &Job, log: &JobLog, shipping: Option<&Rc<Shipping>>) {
+    async fn deliver(&self, job: &Job, log: &JobLog, shipping: Option<&Rc<Shipping>>) {
         let job_ended = Instant::now();
         let mut trimmed = false;
         if let Some(shipping) = shipping {
-            let mut shipped = shipping.shipped.clone();
+            let mut ended = shipping.ended.clone();
             let shipped = tokio::select! {
-                shipped = shipped.wait_for(Option::is_some) => shipped.ok().and_then(|end| *end),
+                shipped = ended.wait_for(Option::is_some) => shipped.ok().and_then(|end| *end),
                 () = self.no_progress(&shipping.acknowledged) => None,
                 () = self.time_is_up(job_ended) => None,
             };
@@ -189,13 +211,14 @@ impl PushDelivery {
         }
         self.in_background.update(|count| count + 1);
         let (job, shipping) = (job.id.clone(), Rc::clone(shipping));
-        let (uplink, in_background) = (Rc::clone(&self.uplink), Rc::clone(&self.in_background));
+        let (files, in_background) =
+            (Rc::clone(&self.platform.files), Rc::clone(&self.in_background));
         actix::spawn(async move {
-            let mut shipped = shipping.shipped.clone();
-            let shipped = timeout(BACKGROUND_PATIENCE, shipped.wait_for(Option::is_some)).await;
+            let mut ended = shipping.ended.clone();
+            let shipped = timeout(BACKGROUND_PATIENCE, ended.wait_for(Option::is_some)).await;
             if shipped.is_ok_and(|shipped| shipped.is_ok()) {
                 log::info!(job:%; "the log that was not delivered in time is delivered now");
-                if let Err(error) = uplink.remove_kept(&kept) {
+                if let Err(error) = files.remove_kept(&kept) {
                     log::warn!(job:%, error:%; "the kept log can't be removed");
                 }
             }
@@ -218,7 +241,7 @@ impl PushDelivery {
         let events = rest.next_line.saturating_sub(acknowledged);
         let bytes = rest.end - rest.start;
         let whole = LogRange { start: 0, ..rest };
-        match self.uplink.keep(&job.id, &whole) {
+        match self.platform.files.keep(&job.id, &whole) {
             Ok(kept) => {
                 log::error!(job:% = job.id, events, bytes, kept:% = kept.display(); "a part of the job's log was not delivered");
                 Some(kept)

@@ -2,7 +2,7 @@
 //! acknowledged.
 //!
 //! Receives [`AwaitShipped`], whose reply is the end of its work. Follows the job's log for ranges
-//! of new lines, and has the uplink read and send them: the job never waits for the platform.
+//! of new lines, and has them read and sent: the job never waits for the platform.
 //!
 //! A crash loses nothing: [`Acknowledged`] survives it, and the next shipper goes on from there.
 
@@ -14,9 +14,10 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
+use crate::delivery::push::PushPlatform;
 use crate::job::PushTarget;
-use crate::log::writer::JobLog;
-use crate::ports::{LogUplink, PushError};
+use crate::log::job_log::JobLog;
+use crate::ports::PushError;
 
 /// The most lines of one batch (docs/protocol.md: "Pushing logs").
 const MOST_LINES: u64 = 2000;
@@ -67,7 +68,7 @@ pub(crate) struct AwaitShipped;
 #[derive(Clone)]
 pub(crate) struct LogShipper {
     pub(crate) log: Rc<JobLog>,
-    pub(crate) uplink: Rc<dyn LogUplink>,
+    pub(crate) platform: PushPlatform,
     pub(crate) target: PushTarget,
     pub(crate) acknowledged: Acknowledged,
     pub(crate) unwanted: CancellationToken,
@@ -142,7 +143,8 @@ fn random(milliseconds: std::ops::Range<u64>) -> Duration {
 
 impl LogShipper {
     async fn ship(self) -> Shipped {
-        let Self { log, uplink, mut target, acknowledged, .. } = self;
+        let Self { log, platform, mut target, acknowledged, .. } = self;
+        let PushPlatform { files, server, hub } = platform;
         let mut limits = Limits::LARGEST;
         let mut back_off = BackOff::default();
         let mut fresh_token = false;
@@ -161,10 +163,10 @@ impl LogShipper {
                     debug_assert!(range.sealed);
                     return Shipped::Whole;
                 }
-                Ok(range) => match uplink.read(&range, limits.lines, limits.bytes).await {
+                Ok(range) => match files.read(&range, limits.lines, limits.bytes).await {
                     Ok(batch) => {
                         let lines = batch.lines;
-                        let pushed = uplink.push(&target, line, batch).await;
+                        let pushed = server.push(&target, line, batch).await;
                         pushed.map(|()| (range, lines)).map_err(|error| (error, lines))
                     }
                     Err(error) => Err((PushError::Failed(error.to_string()), 0)),
@@ -195,7 +197,7 @@ impl LogShipper {
             log::log!(level, error:%, line; "log not taken, trying again");
             match error {
                 PushError::QuotaUsedUp => return Shipped::Trimmed,
-                PushError::Unauthorized if !fresh_token => match uplink.refresh_token().await {
+                PushError::Unauthorized if !fresh_token => match hub.refresh_log_token().await {
                     Ok(token) => {
                         (target.token, fresh_token) = (token, true);
                         continue;
@@ -213,7 +215,7 @@ impl LogShipper {
                 {
                     limits = limits.after_time_out();
                 }
-                PushError::TimedOut | PushError::Failed(_) | PushError::Away(_) => {
+                PushError::TimedOut | PushError::Failed(_) | PushError::Unavailable(_) => {
                     outage.since.get_or_insert_with(Instant::now);
                 }
                 PushError::Unauthorized => fresh_token = false,
@@ -237,16 +239,6 @@ impl Handler<AwaitShipped> for LogShipper {
         let this = self.clone();
         let unwanted = this.unwanted.clone();
         Box::pin(unwanted.run_until_cancelled_owned(this.ship()).into_actor(self))
-    }
-}
-
-/// Makes the actor panic as a bug would.
-#[cfg(feature = "testing")]
-impl Handler<crate::testing::PanicNow> for LogShipper {
-    type Result = ();
-
-    fn handle(&mut self, _: crate::testing::PanicNow, _: &mut Self::Context) {
-        crate::testing::panic_as_asked();
     }
 }
 

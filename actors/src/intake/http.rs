@@ -1,6 +1,6 @@
 //! Owns the decision whether this agent accepts jobs, and passes on the requests of API clients.
 //!
-//! Receives [`SubmitJob`], [`ReadJobLog`], [`RequestStop`], [`GetState`] and [`ReportTransfer`]
+//! Receives [`SubmitJob`], [`ReadJobLog`], [`RequestStop`], [`GetStatus`] and [`ReportTransfer`]
 //! from the HTTP routes, [`Close`] and [`UntilDrained`] from the command that ends the agent, and
 //! [`JobFinished`] from the supervisor.
 //!
@@ -15,12 +15,13 @@ use actix::prelude::*;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
+use crate::delivery::pull::WaitsFor;
 use crate::job::lifecycle::StartRefused;
 use crate::job::{Job, JobId, LogMethod};
 use crate::log::buffer::{LogError, LogRange, ReadFrom};
 use crate::supervisor::{
-    GetLog, GetStatus, GetWait, JobFinished, JobSupervisor, ReportTransfer, StartJob, StopJob,
-    StopManner,
+    GetActiveJob, GetLog, GetWaitsFor, JobFinished, JobSupervisor, ReportTransfer, StartJob,
+    StopJob, StopManner,
 };
 
 /// How often a log is requested again after a crash of its buffer.
@@ -98,15 +99,15 @@ pub struct RequestStop {
 /// Returns what the agent is doing.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Status")]
-pub struct GetState;
+pub struct GetStatus;
 
 /// What the agent is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Status {
     /// The agent's state.
     pub state: State,
-    /// What a job whose outcome is known still waits for: `callback` or `archivator`.
-    pub waits_for: Option<&'static str>,
+    /// What a job whose outcome is known still waits for.
+    pub waits_for: Option<WaitsFor>,
     /// Whether the supervisor is alive; without it no job can run any more.
     pub is_alive: bool,
 }
@@ -291,11 +292,11 @@ impl Handler<ReportTransfer> for HttpIntake {
     }
 }
 
-impl Handler<GetState> for HttpIntake {
+impl Handler<GetStatus> for HttpIntake {
     type Result = ResponseFuture<Status>;
 
-    fn handle(&mut self, _: GetState, _: &mut Self::Context) -> Self::Result {
-        let (job, wait) = (self.supervisor.send(GetStatus), self.supervisor.send(GetWait));
+    fn handle(&mut self, _: GetStatus, _: &mut Self::Context) -> Self::Result {
+        let (job, wait) = (self.supervisor.send(GetActiveJob), self.supervisor.send(GetWaitsFor));
         Box::pin(async move {
             let job = job.await;
             let is_alive = job.is_ok();
@@ -328,15 +329,5 @@ impl Handler<UntilDrained> for HttpIntake {
             let _ = progress.wait_for(|now| now.closed && now.active == 0).await;
         };
         Box::pin(drained.into_actor(self))
-    }
-}
-
-/// Makes the actor panic as a bug would.
-#[cfg(feature = "testing")]
-impl Handler<crate::testing::PanicNow> for HttpIntake {
-    type Result = ();
-
-    fn handle(&mut self, _: crate::testing::PanicNow, _: &mut Self::Context) {
-        crate::testing::panic_as_asked();
     }
 }

@@ -487,13 +487,3 @@ impl Handler<AwaitLeave> for SyncPoller {
         Box::pin(left.into_actor(self))
     }
 }
-
-/// Makes the actor panic as a bug would.
-#[cfg(feature = "testing")]
-impl Handler<crate::testing::PanicNow> for SyncPoller {
-    type Result = ();
-
-    fn handle(&mut self, _: crate::testing::PanicNow, _: &mut Self::Context) {
-        crate::testing::panic_as_asked();
-    }
-}

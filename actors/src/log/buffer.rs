@@ -131,6 +131,13 @@ pub enum LogError {
     Crashed,
 }
 
+impl LogError {
+    /// Whether a line is missing from the log, and later ones may still be written.
+    pub fn is_lost_line(&self) -> bool {
+        matches!(self, Self::Spool(_) | Self::Changed(_))
+    }
+}
+
 /// How many lines and bytes of the spool are readable. Clones share the numbers, which outlive a
 /// crash of the log buffer.
 #[derive(Clone, Debug, Default)]
@@ -381,16 +388,6 @@ impl Handler<Seal> for LogBuffer {
     fn handle(&mut self, _: Seal, _: &mut Self::Context) {
         self.sealed = true;
         self.wake_followers();
-    }
-}
-
-/// Makes the actor panic as a bug would.
-#[cfg(feature = "testing")]
-impl Handler<crate::testing::PanicNow> for LogBuffer {
-    type Result = ();
-
-    fn handle(&mut self, _: crate::testing::PanicNow, _: &mut Self::Context) {
-        crate::testing::panic_as_asked();
     }
 }
 

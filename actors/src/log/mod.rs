@@ -3,5 +3,6 @@
 pub mod buffer;
 pub mod event;
 pub mod index;
+pub(crate) mod job_log;
 pub mod text;
-pub(crate) mod writer;
+pub mod writer;

@@ -63,7 +63,7 @@ pub enum PreparationError {
     Failed(#[from] StepError),
     /// The backend has put the reason into the agent's own log, and the job's log must not show it.
     #[error("the reason is in the agent's own log")]
-    Untold,
+    NotShown,
 }
 
 /// The job's log, as a preparation step sees it.
@@ -74,7 +74,7 @@ pub trait StepLog {
     /// In a [hidden](PreparationStep::Hidden) step, the first call makes the step visible.
     ///
     /// Fails if the log can't be written; the caller need not repeat the text elsewhere.
-    fn tell<'a>(&'a mut self, text: &'a str) -> LocalBoxFuture<'a, Result<(), StepError>>;
+    fn print<'a>(&'a self, text: &'a str) -> LocalBoxFuture<'a, Result<(), StepError>>;
 }
 
 /// One step of preparing the place where a job's commands run.
@@ -82,32 +82,36 @@ pub trait StepLog {
 pub enum PreparationStep {
     /// The job's log always shows the step, with this title.
     Shown(&'static str),
-    /// The job's log shows the step only if it fails or calls [`StepLog::tell`].
+    /// The job's log shows the step only if it fails or calls [`StepLog::print`].
     Hidden,
+}
+
+/// What a step of the preparation has led to.
+pub enum Prepared {
+    /// Another step comes next.
+    Next,
+    /// The place is ready, and this is the job's shell session in it.
+    Ready(Box<dyn ShellSession>),
 }
 
 /// The place where a job's commands run: a shell of this machine, or containers.
 ///
-/// Order of calls: [`Self::preparation`]; [`Self::prepare`] for each step until one fails; then,
-/// once the last step has opened the session and only while no script runs,
+/// Order of calls: [`Self::next_step`] and [`Self::prepare`] in turn, until a step fails or the
+/// place is [ready](Prepared::Ready); then, only while no script runs,
 /// [`Self::stage_variables`] and [`Self::inject`] in any number.
 ///
 /// Calls never overlap. A stop drops the future at work, and no other method is called after that.
 /// Whatever a dropped future has started, or is about to start, is for the job's [`Containment`] to
 /// end, which must know of it before it exists.
 pub trait ExecutorBackend {
-    /// Returns the steps of the preparation, in their order. Pure: the same steps at every call.
-    fn preparation(&self) -> Vec<PreparationStep>;
+    /// Returns the step that the next [`Self::prepare`] does. Pure.
+    fn next_step(&self) -> PreparationStep;
 
-    /// Does step number `step` (from 0 on). Each step is done once, in order, and none after one
-    /// that failed.
-    ///
-    /// The last step returns the job's shell session, each earlier one `None`.
+    /// Does the next step of the preparation.
     fn prepare<'a>(
         &'a mut self,
-        step: usize,
-        log: &'a mut dyn StepLog,
-    ) -> LocalBoxFuture<'a, Result<Option<Box<dyn ShellSession>>, PreparationError>>;
+        log: &'a dyn StepLog,
+    ) -> LocalBoxFuture<'a, Result<Prepared, PreparationError>>;
 
     /// Puts the variables where the shell can read them, and nobody but the job's user. Returns the
     /// script that exports them, without their values in its text; the executor runs it next.
@@ -189,18 +193,26 @@ pub struct LeftBehind {
     pub what: String,
 }
 
+/// What is ended at the end of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Everything that the job started.
+    Everything,
+    /// The shell, and everything that does not survive its hangup. The rest (daemons) is no part of
+    /// the job from then on. Where nothing can outlive the place, as in a container, the same as
+    /// [`Self::Everything`].
+    AllButDaemons,
+}
+
 /// Ends what a job started, in whole or in part.
 ///
 /// All methods may be called at any moment, in any order, any number of times: before anything was
 /// started, during the preparation, and after a crash of the executor or of the job's task. What
 /// does not exist (any more) is skipped without an error. The `kill_` methods only send a request,
 /// and return at once.
-///
-/// [`Self::end_everything`] or [`Self::release`] is called for every job. From that call on, the
-/// place refuses to start anything new.
 pub trait Containment {
     /// Keeps the session's shell from running any further command of the job. Its processes may
-    /// live on, and the shell may still run its EXIT trap during [`Self::end_everything`].
+    /// live on, and the shell may still run its EXIT trap during [`Self::end`].
     ///
     /// The first act of every stop: whatever ends the running command next must not let the shell
     /// go on to the one behind it.
@@ -208,32 +220,26 @@ pub trait Containment {
 
     /// Kills the foreground processes that the shell waits for; the shell goes on behind them.
     ///
-    /// An implementation that can't tell these processes does nothing, so callers wait with a time
-    /// limit and then resort to [`Self::kill_all`] or an abort.
-    fn kill_foreground(&self);
+    /// Returns `false` if the implementation can't tell these processes from others, and has killed
+    /// none; the caller resorts to [`Self::end`] or an abort, as it does if the shell does not go on
+    /// within some time.
+    fn kill_foreground(&self) -> bool;
 
-    /// Kills everything, the session's shell included. The session then reports
-    /// [`SessionEvent::ShellEnded`], and the job's steps go on to fail.
-    fn kill_all(&self);
-
-    /// Asks everything to end (SIGTERM, or a hangup for the shell), kills after `grace` what is
-    /// left, and removes what was made for the job. Resolves within a bounded time: with success
-    /// once nothing is left, else with what could not be ended.
+    /// Asks `what` to end (SIGTERM, or a hangup for the shell), kills after `grace` what is left,
+    /// and removes what was made for the job. Resolves within a bounded time: with success once
+    /// nothing of it is left, else with what could not be ended.
+    ///
+    /// Called for every job. From the first call on, the place refuses to start anything new, and
+    /// the session reports [`SessionEvent::ShellEnded`]. The terminal is to be read until then (see
+    /// [`ShellSession::next_event`]).
     ///
     /// The grace begins anew for the shell's EXIT trap. A second call while one is at work can only
     /// shorten the grace, and both resolve at the end; a later call is harmless. If the
     /// future is dropped, another call must be made to complete the work.
     ///
-    /// The terminal is to be read meanwhile (see [`ShellSession::next_event`]).
-    fn end_everything(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>>;
-
-    /// Hangs up on the shell, kills it after `grace`, and spares what survives the hangup
-    /// (daemons). Resolves when the shell is gone; what is left is then no part of the job any
-    /// more, and a later [`Self::end_everything`] does not touch it.
-    ///
-    /// Called instead of [`Self::end_everything`], once, and only for a job that was not stopped.
-    /// Where nothing can outlive the place, as in a container, the two are the same.
-    fn release(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>>;
+    /// [`End::AllButDaemons`] is for a job that was not stopped. A later call with
+    /// [`End::Everything`] does not touch what has become a daemon.
+    fn end(&self, what: End, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>>;
 }
 
 /// SSH access to the place where a job runs: keys, script and login profile (docs/protocol.md: "SSH

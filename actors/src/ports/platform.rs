@@ -100,17 +100,14 @@ pub enum PushError {
     /// The log server can't be reached, or answers with a 5xx: it may have lost what it had
     /// acknowledged.
     #[error("{0}")]
-    Away(String),
+    Unavailable(String),
     /// Any other failure, taken for a transient one.
     #[error("{0}")]
     Failed(String),
 }
 
-/// Reads logs and sends them to the platform (docs/protocol.md: "Pushing logs").
-///
-/// For one job [`Self::read`], [`Self::push`] and [`Self::refresh_token`] are called one at a time,
-/// in the order of the lines; [`Self::keep`] may come in between.
-pub trait LogUplink {
+/// Reads logs that are to be pushed, and keeps those that were not delivered.
+pub trait LogFiles {
     /// Reads lines from the start of `range`, which is not empty: as many as fit both limits, and
     /// at least one, however long.
     ///
@@ -123,21 +120,6 @@ pub trait LogUplink {
         most_bytes: u64,
     ) -> LocalBoxFuture<'static, io::Result<LogBatch>>;
 
-    /// Sends `batch`, whose first line has the number `first_line` (0 based), and resolves when the
-    /// platform has acknowledged it. Makes one attempt, which ends within a bounded time.
-    ///
-    /// The platform replaces everything from `first_line` on, so sending again is always safe, also
-    /// from line 0.
-    fn push(
-        &self,
-        target: &PushTarget,
-        first_line: u64,
-        batch: LogBatch,
-    ) -> LocalBoxFuture<'static, Result<(), PushError>>;
-
-    /// Gets a new log token for [`PushTarget::token`]. Called after [`PushError::Unauthorized`].
-    fn refresh_token(&self) -> LocalBoxFuture<'static, Result<String, HubError>>;
-
     /// Keeps the whole of a log whose delivery was given up, beyond the job's end. Returns the path
     /// of the kept file.
     ///
@@ -147,6 +129,22 @@ pub trait LogUplink {
 
     /// Removes a file that `keep` has returned, because its log was delivered after all.
     fn remove_kept(&self, kept: &Path) -> io::Result<()>;
+}
+
+/// The server that stores logs (docs/protocol.md: "Pushing logs").
+pub trait LogServer {
+    /// Sends `batch`, whose first line has the number `first_line` (0 based), and resolves when the
+    /// server has acknowledged it. Makes one attempt, which ends within a bounded time. Called for
+    /// one batch of a job at a time, in the order of the lines.
+    ///
+    /// The server replaces everything from `first_line` on, so sending again is always safe, also
+    /// from line 0.
+    fn push(
+        &self,
+        target: &PushTarget,
+        first_line: u64,
+        batch: LogBatch,
+    ) -> LocalBoxFuture<'static, Result<(), PushError>>;
 }
 
 /// Why a request to the control plane failed. The texts are fit for the agent's log.
@@ -188,7 +186,7 @@ impl HubError {
 /// safe. After a dropped future the control plane may have got the request.
 ///
 /// Order of calls: [`Self::register`] until it succeeds, then [`Self::sync`] again and again, with
-/// [`Self::fetch_job`] beside it, then [`Self::disconnect`]. An agent that the control plane has
+/// [`Self::fetch_job`] and [`Self::refresh_log_token`] beside it, then [`Self::disconnect`]. An agent that the control plane has
 /// deleted begins with [`Self::register`] again.
 pub trait HubApi {
     /// Registers the agent. The port keeps the access token of the answer for all later calls.
@@ -208,6 +206,9 @@ pub trait HubApi {
     /// Fails with [`HubError::JobGone`] if the job was stopped meanwhile. Dropped when the job is
     /// to be stopped before it is here.
     fn fetch_job(&self, id: &JobId) -> LocalBoxFuture<'static, Result<Job, HubError>>;
+
+    /// Gets a new token for [`PushTarget::token`], after the log server has refused the current one.
+    fn refresh_log_token(&self) -> LocalBoxFuture<'static, Result<String, HubError>>;
 
     /// Deregisters the agent. The last call; it may be repeated after an error.
     fn disconnect(&self) -> LocalBoxFuture<'static, Result<(), HubError>>;

@@ -1,62 +1,46 @@
 //! Owns the place where one job's commands run, and its one shell session.
 //!
-//! Receives [`GetPreparation`] and [`Prepare`], then [`Export`], [`Inject`] and [`RunCommand`] one
-//! at a time, and [`Abort`] at any moment. Sends `Append` with the session's output to the log
-//! buffer, awaited.
+//! Receives [`GetNextStep`] and [`Prepare`], then [`Export`], [`Inject`] and [`RunCommand`] one
+//! at a time, and [`Abort`] at any moment. Writes the session's output to the job's log, awaited.
 //!
 //! The reply to a message is the only end of that work, and comes after all of its output was
 //! appended. After the shell's end, every message that needs it fails at once.
 
 use std::future::Future;
 use std::rc::Rc;
-use std::time::Duration;
 
 use actix::prelude::*;
-use tokio::sync::{Mutex, Notify};
-use tokio::time::{Instant, sleep_until, timeout};
+use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
+use tokio::sync::Mutex;
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::job::{EnvVar, InjectedFile};
-use crate::log::buffer::LogBuffer;
-use crate::log::text::TerminalText;
+use crate::log::buffer::LogError;
+use crate::log::writer::{LogWriter, OutputShape};
 use crate::ports::{
-    ExecutorBackend, PreparationError, PreparationStep, Script, ScriptEnd, SessionEvent,
-    ShellSession, StepError,
+    ExecutorBackend, PreparationError, PreparationStep, Prepared, Script, ScriptEnd, SessionEvent,
+    ShellSession, StepError, StepLog,
 };
-use crate::supervisor::output::{Output, OutputShape};
 
-/// How long [`FlushOutput`] waits for output to be appended.
-const FLUSH_PATIENCE: Duration = Duration::from_secs(1);
-
-/// Returns the steps of the preparation (see [`ExecutorBackend::preparation`]).
+/// Returns the next step of the preparation (see [`ExecutorBackend::next_step`]).
 #[derive(Clone, Copy, Debug, Message)]
-#[rtype(result = "Result<Vec<PreparationStep>, ExecutorError>")]
-pub struct GetPreparation;
+#[rtype(result = "Result<PreparationStep, ExecutorError>")]
+pub struct GetNextStep;
 
-/// Does one step of the preparation.
+/// Does the next step of the preparation.
 #[derive(Clone, Copy, Debug, Message)]
-#[rtype(result = "Result<(), ExecutorError>")]
-pub struct Prepare {
-    /// The step's index, from 0 on.
-    pub step: usize,
-    /// For a hidden step, the title under which its first output begins a step of the log. `None`
-    /// if the sender has logged `cmd_started`.
-    pub begins: Option<&'static str>,
-}
+#[rtype(result = "Result<Preparation, ExecutorError>")]
+pub struct Prepare;
 
-/// Returns, once, the log step that the output of the last [`Prepare`] began; `None` if it began
-/// none. The sender must log its `cmd_finished`.
-#[derive(Clone, Copy, Debug, Message)]
-#[rtype(result = "Option<BegunStep>")]
-pub struct TakeBegunStep;
-
-/// The beginning of a step of the log.
-#[derive(Clone, Copy, Debug)]
-pub struct BegunStep {
-    /// The time of `cmd_started`, in seconds since the epoch.
-    pub started_at: u64,
-    /// The same moment on the monotonic clock, to measure the step's duration.
-    pub begun: Instant,
+/// What is left of the preparation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preparation {
+    /// Another step.
+    Next,
+    /// Nothing: scripts can be run.
+    Done,
 }
 
 /// Exports variables in the session.
@@ -98,12 +82,6 @@ pub struct RunCommand {
 #[rtype(result = "()")]
 pub struct Abort;
 
-/// Appends the output that was read so far, so that the sender's own line comes behind it. The
-/// reply comes after a second at most, appended or not.
-#[derive(Clone, Copy, Debug, Message)]
-#[rtype(result = "()")]
-pub struct FlushOutput;
-
 /// From now on, drops output that can't be appended instead of failing. Sent after
 /// [`ExecutorError::LogProblem`]; the reply comes when the script that still runs, if any, has
 /// ended.
@@ -123,9 +101,9 @@ pub enum ExecutorError {
     #[error(transparent)]
     Step(#[from] StepError),
     /// The preparation failed, and the job's log must not show the reason
-    /// (see [`PreparationError::Untold`]).
+    /// (see [`PreparationError::NotShown`]).
     #[error("the reason is in the agent's own log")]
-    Untold,
+    NotShown,
     /// The shell ended while the script ran (see [`SessionEvent::ShellEnded`] for the text).
     #[error("the job's shell ended {0}")]
     ShellEnded(String),
@@ -147,7 +125,7 @@ impl From<PreparationError> for ExecutorError {
     fn from(error: PreparationError) -> Self {
         match error {
             PreparationError::Failed(error) => Self::Step(error),
-            PreparationError::Untold => Self::Untold,
+            PreparationError::NotShown => Self::NotShown,
         }
     }
 }
@@ -156,18 +134,9 @@ impl From<PreparationError> for ExecutorError {
 pub struct Executor {
     work: Rc<Mutex<Work>>,
     aborted: CancellationToken,
-    flush: Rc<Flush>,
-}
-
-/// The two halves of [`FlushOutput`].
-#[derive(Debug, Default)]
-struct Flush {
-    asked: Notify,
-    done: Notify,
 }
 
 struct Work {
-    flush: Rc<Flush>,
     backend: Box<dyn ExecutorBackend>,
     session: Option<Box<dyn ShellSession>>,
     /// A script was started, and has not ended as far as the session has told.
@@ -175,27 +144,53 @@ struct Work {
     output: Output,
 }
 
+/// The output of the session on its way into the job's log.
+struct Output {
+    log: Rc<LogWriter>,
+    /// Set by [`GoOnWithoutLog`].
+    may_be_lost: bool,
+}
+
+impl Output {
+    async fn send(&self) -> Result<(), ExecutorError> {
+        self.written(self.log.send().await)
+    }
+
+    async fn send_full_lines(&self) -> Result<(), ExecutorError> {
+        self.written(self.log.send_full_lines().await)
+    }
+
+    async fn finish(&self) -> Result<(), ExecutorError> {
+        self.written(self.log.finish_output().await)
+    }
+
+    fn written(&self, written: Result<(), LogError>) -> Result<(), ExecutorError> {
+        match written {
+            Err(error) if !error.is_lost_line() => {
+                Err(ExecutorError::LogCrashed(error.to_string()))
+            }
+            Err(error) if !self.may_be_lost => Err(ExecutorError::LogProblem(error.to_string())),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+}
+
+impl StepLog for Output {
+    fn print<'a>(&'a self, text: &'a str) -> LocalBoxFuture<'a, Result<(), StepError>> {
+        async move {
+            let printed = self.log.print(text).await.map_err(|error| error.to_string());
+            printed.and_then(|()| self.log.problem().map_or(Ok(()), Err)).map_err(StepError)
+        }
+        .boxed_local()
+    }
+}
+
 impl Executor {
-    /// Creates an executor that appends output to `log`, cut into events by `shape`.
-    pub fn new(
-        backend: Box<dyn ExecutorBackend>,
-        log: Addr<LogBuffer>,
-        shape: OutputShape,
-    ) -> Self {
-        let text = TerminalText::new(shape.max_line);
-        let output = Output {
-            log,
-            text,
-            shape,
-            may_lose: false,
-            begins: None,
-            begun: None,
-            in_flight: None,
-        };
-        let flush = Rc::<Flush>::default();
-        let work =
-            Work { flush: Rc::clone(&flush), backend, session: None, script_runs: false, output };
-        Self { work: Rc::new(Mutex::new(work)), aborted: CancellationToken::new(), flush }
+    /// Creates an executor that writes the session's output to `log`.
+    pub(crate) fn new(backend: Box<dyn ExecutorBackend>, log: Rc<LogWriter>) -> Self {
+        let output = Output { log, may_be_lost: false };
+        let work = Work { backend, session: None, script_runs: false, output };
+        Self { work: Rc::new(Mutex::new(work)), aborted: CancellationToken::new() }
     }
 
     /// Runs `step` once all earlier work has ended. `step` must heed the abort token.
@@ -251,9 +246,7 @@ impl Work {
             self.session = None;
         }
         self.script_runs &= !matches!(end, Ok(_) | Err(ExecutorError::ShellEnded(_)));
-        self.output.text.finish();
-        self.output.send().await?;
-        self.output.settle().await?;
+        self.output.finish().await?;
         end
     }
 
@@ -265,30 +258,23 @@ impl Work {
         let Some(session) = &mut self.session else {
             return Err(ExecutorError::NoShell);
         };
+        let OutputShape { gather, full, shares_lines, .. } = self.output.log.shape();
         let mut due: Option<Instant> = None;
         loop {
             let event = tokio::select! {
                 biased;
                 () = aborted.cancelled() => return Err(ExecutorError::Aborted),
                 event = session.next_event() => Some(event),
-                () = self.flush.asked.notified() => {
-                    self.output.send().await?;
-                    self.output.settle().await?;
-                    self.flush.done.notify_one();
-                    due = None;
-                    continue;
-                }
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => None,
             };
             match event {
                 Some(SessionEvent::Output(bytes)) => {
-                    self.output.text.push(&bytes);
-                    let OutputShape { gather, full, shares_lines, .. } = self.output.shape;
+                    let collected = self.output.log.collect(&bytes);
                     let now = Instant::now();
                     let is_due = now >= *due.get_or_insert_with(|| now + gather);
-                    let is_full = self.output.text.len() >= full;
+                    let is_full = collected >= full;
                     if is_full && shares_lines {
-                        self.output.send_full().await?;
+                        self.output.send_full_lines().await?;
                     }
                     if !is_due && (shares_lines || !is_full) {
                         continue;
@@ -308,38 +294,28 @@ impl Actor for Executor {
     type Context = Context<Self>;
 }
 
-impl Handler<GetPreparation> for Executor {
-    type Result = ResponseActFuture<Self, Result<Vec<PreparationStep>, ExecutorError>>;
+impl Handler<GetNextStep> for Executor {
+    type Result = ResponseActFuture<Self, Result<PreparationStep, ExecutorError>>;
 
-    fn handle(&mut self, _: GetPreparation, _: &mut Self::Context) -> Self::Result {
-        self.reply_with(async |work: &mut Work, _: &CancellationToken| {
-            Ok(work.backend.preparation())
-        })
+    fn handle(&mut self, _: GetNextStep, _: &mut Self::Context) -> Self::Result {
+        self.reply_with(async |work: &mut Work, _: &CancellationToken| Ok(work.backend.next_step()))
     }
 }
 
 impl Handler<Prepare> for Executor {
-    type Result = ResponseActFuture<Self, Result<(), ExecutorError>>;
+    type Result = ResponseActFuture<Self, Result<Preparation, ExecutorError>>;
 
-    fn handle(&mut self, message: Prepare, _: &mut Self::Context) -> Self::Result {
-        self.reply_with(async move |work: &mut Work, aborted: &CancellationToken| {
-            let Work { backend, session, output, .. } = work;
-            output.begins = message.begins;
-            let prepared = backend.prepare(message.step, output);
-            if let Some(opened) = unless_aborted(aborted, prepared).await? {
-                *session = Some(opened);
+    fn handle(&mut self, _: Prepare, _: &mut Self::Context) -> Self::Result {
+        self.reply_with(async |work: &mut Work, aborted: &CancellationToken| {
+            let prepared = work.backend.prepare(&work.output);
+            match unless_aborted(aborted, prepared).await? {
+                Prepared::Next => Ok(Preparation::Next),
+                Prepared::Ready(session) => {
+                    work.session = Some(session);
+                    Ok(Preparation::Done)
+                }
             }
-            Ok(())
         })
-    }
-}
-
-impl Handler<TakeBegunStep> for Executor {
-    type Result = ResponseActFuture<Self, Option<BegunStep>>;
-
-    fn handle(&mut self, _: TakeBegunStep, _: &mut Self::Context) -> Self::Result {
-        let work = Rc::clone(&self.work);
-        Box::pin(async move { work.lock().await.output.begun.take() }.into_actor(self))
     }
 }
 
@@ -390,7 +366,7 @@ impl Handler<GoOnWithoutLog> for Executor {
 
     fn handle(&mut self, _: GoOnWithoutLog, _: &mut Self::Context) -> Self::Result {
         self.reply_with(async move |work: &mut Work, aborted: &CancellationToken| {
-            work.output.may_lose = true;
+            work.output.may_be_lost = true;
             if work.script_runs {
                 work.follow_to_the_end(aborted).await?;
             }
@@ -413,34 +389,10 @@ impl Handler<Discard> for Executor {
     }
 }
 
-impl Handler<FlushOutput> for Executor {
-    type Result = ResponseActFuture<Self, ()>;
-
-    fn handle(&mut self, _: FlushOutput, _: &mut Self::Context) -> Self::Result {
-        let flush = Rc::clone(&self.flush);
-        let flushed = async move {
-            flush.asked.notify_one();
-            // Times out if no script runs: then no output is pending either.
-            let _ = timeout(FLUSH_PATIENCE, flush.done.notified()).await;
-        };
-        Box::pin(flushed.into_actor(self))
-    }
-}
-
 impl Handler<Abort> for Executor {
     type Result = ();
 
     fn handle(&mut self, _: Abort, _: &mut Self::Context) {
         self.aborted.cancel();
-    }
-}
-
-/// Makes the actor panic as a bug would.
-#[cfg(feature = "testing")]
-impl Handler<crate::testing::PanicNow> for Executor {
-    type Result = ();
-
-    fn handle(&mut self, _: crate::testing::PanicNow, _: &mut Self::Context) {
-        crate::testing::panic_as_asked();
     }
 }

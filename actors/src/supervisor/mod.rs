@@ -1,6 +1,6 @@
 //! Owns the one job this agent may run, from its admission until nothing of it is left.
 //!
-//! Receives [`StartJob`] and [`StopJob`] from an intake, [`GetStatus`], [`GetWait`], [`GetLog`] and
+//! Receives [`StartJob`] and [`StopJob`] from an intake, [`GetActiveJob`], [`GetWaitsFor`], [`GetLog`] and
 //! [`CheckReadiness`] from any actor, [`ReportTransfer`] from the HTTP routes. Spawns a log buffer,
 //! an executor and, where SSH access is offered, a jump point for each job. Sends [`JobFinished`]
 //! to the recipient named in [`StartJob`].
@@ -18,7 +18,6 @@
 pub mod executor;
 pub mod finished_once;
 mod hooks;
-mod output;
 mod steps;
 mod task;
 
@@ -30,17 +29,18 @@ use actix::prelude::*;
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::delivery::Delivery;
-use crate::delivery::pull::{Archive, Transfer};
+use crate::delivery::pull::{Archive, Transfer, WaitsFor};
+use crate::delivery::push::output_shape;
+use crate::delivery::{Delivery, JobDelivery};
 pub use crate::job::hooks::{HookFailure, JobHooks, PostJobHook, PreJobHook};
 use crate::job::lifecycle::{JobLifecycle, StartRefused, StopDecision};
 use crate::job::{Job, JobId, Outcome};
 use crate::log::buffer::LogBuffer;
-use crate::log::writer::JobLog;
+use crate::log::job_log::JobLog;
+use crate::log::writer::LogWriter;
 use crate::metrics::Metrics;
-use crate::ports::{Containment, JobParts, JobPartsFactory};
+use crate::ports::{Containment, End, JobParts, JobPartsFactory};
 use crate::supervisor::executor::Executor;
-use crate::supervisor::output::OutputShape;
 use crate::supervisor::steps::{Interrupts, JobSteps};
 use crate::supervisor::task::{Access, AfterStop, JobEnd, JobTask, close};
 
@@ -78,13 +78,13 @@ pub enum StopManner {
 /// Returns the id of the job that holds the slot.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Option<JobId>")]
-pub struct GetStatus;
+pub struct GetActiveJob;
 
-/// Returns what a job whose outcome is known still waits for (`callback` or `archivator`); `None`
-/// if nothing, or while the job runs.
+/// Returns what a job whose outcome is known still waits for; `None` if nothing, or while the job
+/// runs.
 #[derive(Clone, Copy, Debug, Message)]
-#[rtype(result = "Option<&'static str>")]
-pub struct GetWait;
+#[rtype(result = "Option<WaitsFor>")]
+pub struct GetWaitsFor;
 
 /// Checks whether a job could be started now. The error is for logs.
 #[derive(Clone, Copy, Debug, Message)]
@@ -146,7 +146,7 @@ struct JobTornDown {
 pub struct Config {
     /// How long the processes of a job may take to end after SIGTERM, before they are killed.
     pub grace: Duration,
-    /// Spares daemons of a job that was not stopped (see [`Containment::release`]).
+    /// Spares daemons of a job that was not stopped (see [`End::AllButDaemons`]).
     pub keep_daemons: bool,
     /// The operator's hooks for every job.
     pub hooks: JobHooks,
@@ -167,10 +167,7 @@ pub struct JobSupervisor {
 struct Current {
     id: JobId,
     log: Rc<JobLog>,
-    #[cfg(feature = "testing")]
-    executor: Addr<Executor>,
-    #[cfg(feature = "testing")]
-    shipper: Option<crate::delivery::push::CurrentShipper>,
+    delivery: Rc<dyn JobDelivery>,
     containment: Rc<dyn Containment>,
     access: Option<Access>,
     archive: watch::Sender<Archive>,
@@ -223,11 +220,10 @@ impl JobSupervisor {
         });
         let JobParts { backend, containment, spool, jump_point } =
             parts.map_err(|error| error.to_string())?;
-        let shape = OutputShape::for_job(&job);
-        let log = JobLog::start(spool, shape.max_line).map_err(|error| error.to_string())?;
-        let log = Rc::new(log);
+        let log = Rc::new(JobLog::start(spool).map_err(|error| error.to_string())?);
+        let writer = Rc::new(LogWriter::new(Rc::clone(&log), output_shape(&job)));
         let containment: Rc<dyn Containment> = Rc::from(containment);
-        let executor = Executor::new(backend, log.buffer(), shape).start();
+        let executor = Executor::new(backend, Rc::clone(&writer)).start();
         let interrupts = Interrupts::default();
         let cut_short = CancellationToken::new();
         let hook_is_due = Rc::default();
@@ -239,10 +235,7 @@ impl JobSupervisor {
         self.current = Some(Current {
             id: job.id.clone(),
             log: Rc::clone(&log),
-            #[cfg(feature = "testing")]
-            executor: executor.clone(),
-            #[cfg(feature = "testing")]
-            shipper: delivery.shipper(),
+            delivery: Rc::clone(&delivery),
             containment: Rc::clone(&containment),
             access: access.clone(),
             archive,
@@ -257,7 +250,7 @@ impl JobSupervisor {
                 hook_is_due: Rc::clone(&hook_is_due),
                 executor,
                 jump_point: access.as_ref().map(|access| access.jump_point.clone()),
-                log: Rc::clone(&log),
+                log: Rc::clone(&writer),
                 containment: Rc::clone(&containment),
                 interrupts,
                 access_problem: RefCell::default(),
@@ -271,7 +264,7 @@ impl JobSupervisor {
             metrics: self.metrics.clone(),
             end: JobEnd {
                 job,
-                log,
+                log: writer,
                 containment,
                 access,
                 finished,
@@ -309,7 +302,7 @@ impl Handler<StopJob> for JobSupervisor {
             StopManner::Grace => Box::pin(async {}),
             StopManner::AtOnce => {
                 current.cut_short.cancel();
-                let ended = current.containment.end_everything(Duration::ZERO);
+                let ended = current.containment.end(End::Everything, Duration::ZERO);
                 let access = current.access.clone();
                 // In a task of its own, as the sender may drop the reply.
                 let at_once = actix::spawn(async move {
@@ -345,19 +338,19 @@ impl Handler<AwaitDeath> for JobSupervisor {
     }
 }
 
-impl Handler<GetStatus> for JobSupervisor {
+impl Handler<GetActiveJob> for JobSupervisor {
     type Result = Option<JobId>;
 
-    fn handle(&mut self, _: GetStatus, _: &mut Self::Context) -> Self::Result {
+    fn handle(&mut self, _: GetActiveJob, _: &mut Self::Context) -> Self::Result {
         self.lifecycle.active().cloned()
     }
 }
 
-impl Handler<GetWait> for JobSupervisor {
-    type Result = Option<&'static str>;
+impl Handler<GetWaitsFor> for JobSupervisor {
+    type Result = Option<WaitsFor>;
 
-    fn handle(&mut self, _: GetWait, _: &mut Self::Context) -> Self::Result {
-        self.config.delivery.waits_for()
+    fn handle(&mut self, _: GetWaitsFor, _: &mut Self::Context) -> Self::Result {
+        self.current.as_ref()?.delivery.waits_for()
     }
 }
 
@@ -393,50 +386,6 @@ impl Handler<JobTornDown> for JobSupervisor {
         // Sent twice if the job's task crashes after it has left.
         if self.lifecycle.active() == Some(&message.id) {
             self.lifecycle.torn_down();
-        }
-    }
-}
-
-/// Makes the named actor crash.
-#[cfg(feature = "testing")]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Message)]
-#[rtype(result = "()")]
-pub enum PanicIn {
-    /// The job supervisor.
-    JobSupervisor,
-    /// The executor of the running job.
-    Executor,
-    /// The log buffer of the running job.
-    LogBuffer,
-    /// The jump point of the running job.
-    JumpPoint,
-    /// The log shipper of the running job.
-    LogShipper,
-    /// The metrics actor.
-    Metrics,
-}
-
-#[cfg(feature = "testing")]
-impl Handler<PanicIn> for JobSupervisor {
-    type Result = ();
-
-    fn handle(&mut self, which: PanicIn, _: &mut Self::Context) {
-        use crate::testing::{PanicNow, panic_as_asked};
-        let current = self.current.as_ref();
-        match (which, current) {
-            (PanicIn::JobSupervisor, _) => panic_as_asked(),
-            (PanicIn::Metrics, _) => self.metrics.do_send(PanicNow),
-            (PanicIn::Executor, Some(current)) => current.executor.do_send(PanicNow),
-            (PanicIn::LogBuffer, Some(current)) => current.log.buffer().do_send(PanicNow),
-            (PanicIn::JumpPoint, Some(Current { access: Some(access), .. })) => {
-                access.jump_point.do_send(PanicNow);
-            }
-            (PanicIn::LogShipper, Some(Current { shipper: Some(shipper), .. })) => {
-                if let Some(shipper) = &*shipper.borrow() {
-                    shipper.do_send(PanicNow);
-                }
-            }
-            _ => {}
         }
     }
 }

@@ -10,19 +10,18 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use bytes::Bytes;
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::job::hooks::{HookFailure, JobHooks};
 use crate::job::{Command, EnvVar, Job, Outcome, Problem, VariableName};
 use crate::log::buffer::LogError;
-use crate::log::event::{LogEvent, unix_time};
-use crate::log::writer::JobLog;
+use crate::log::writer::LogWriter;
 use crate::ports::{Containment, PreparationStep, Script, ScriptEnd};
 use crate::ssh_access::{JumpPoint, OpenAccess};
 use crate::supervisor::executor::{
-    Abort, BegunStep, Executor, ExecutorError, Export, GetPreparation, GoOnWithoutLog, Inject,
-    Prepare, RunCommand, ShownPath, TakeBegunStep,
+    Abort, Executor, ExecutorError, Export, GetNextStep, GoOnWithoutLog, Inject, Preparation,
+    Prepare, RunCommand, ShownPath,
 };
 
 /// The exit code by which a main command stops its own job.
@@ -78,7 +77,7 @@ pub(crate) struct JobSteps {
     pub(crate) hook_is_due: Rc<Cell<bool>>,
     pub(crate) executor: Addr<Executor>,
     pub(crate) jump_point: Option<Addr<JumpPoint>>,
-    pub(crate) log: Rc<JobLog>,
+    pub(crate) log: Rc<LogWriter>,
     pub(crate) containment: Rc<dyn Containment>,
     pub(crate) interrupts: Interrupts,
     /// A line for the job's log if SSH access is not available though the job has keys.
@@ -93,14 +92,14 @@ impl JobSteps {
             Err(Interrupted::Stopped) => Outcome::Stopped,
             Err(Interrupted::Crashed(what)) => {
                 self.containment.kill_shell();
-                self.log.tell_crash(&what).await;
+                self.log.note_crash(&what).await;
                 Outcome::Failed
             }
         }
     }
 
     async fn steps(&self) -> Result<Outcome, Interrupted> {
-        self.log.append(LogEvent::job_started()).await?;
+        self.log.start_job().await?;
         if !self.prepared().await? {
             return Ok(Outcome::Failed);
         }
@@ -134,30 +133,20 @@ impl JobSteps {
         {
             return self.preparation_failed(listed(problems)).await;
         }
-        let steps = match self.ask(GetPreparation).await? {
-            Ok(steps) => steps,
-            Err(error) => return self.preparation_failed(format!("{error}\n")).await,
-        };
-        for (step, kind) in steps.into_iter().enumerate() {
-            let done = match kind {
-                PreparationStep::Hidden => match self.prepare_quietly(step).await? {
-                    Ok(()) => true,
-                    Err(ExecutorError::Untold | ExecutorError::LogProblem(_)) => false,
-                    Err(error) => self.preparation_failed(format!("{error}\n")).await?,
-                },
-                PreparationStep::Shown(title) => succeeded(
-                    &self
-                        .step(title, async {
-                            match self.ask(Prepare { step, begins: None }).await? {
-                                Ok(()) => Ok(ScriptEnd::default()),
-                                Err(error) => self.failed_because(format!("{error}\n")).await,
-                            }
-                        })
-                        .await?,
-                ),
+        loop {
+            let step = match self.ask(GetNextStep).await? {
+                Ok(step) => step,
+                Err(error) => return self.preparation_failed(format!("{error}\n")).await,
             };
-            if !done {
-                return Ok(false);
+            let preparation = match step {
+                PreparationStep::Hidden => self.prepare_hidden().await?,
+                PreparationStep::Shown(title) => self.prepare_shown(title).await?,
+            };
+            match preparation {
+                Ok(Preparation::Next) => {}
+                Ok(Preparation::Done) => break,
+                Err(ExecutorError::NotShown | ExecutorError::LogProblem(_)) => return Ok(false),
+                Err(error) => return self.preparation_failed(format!("{error}\n")).await,
             }
         }
         self.hook_is_due.set(true);
@@ -165,26 +154,43 @@ impl JobSteps {
     }
 
     /// Does a hidden step of the preparation: the log shows it only if it has output.
-    pub(super) async fn prepare_quietly(
+    pub(super) async fn prepare_hidden(
         &self,
-        step: usize,
-    ) -> Result<Result<(), ExecutorError>, Interrupted> {
-        let prepared = self.ask(Prepare { step, begins: Some(PREPARING) }).await;
-        let Ok(Some(BegunStep { started_at, begun })) = self.executor.send(TakeBegunStep).await
-        else {
+    ) -> Result<Result<Preparation, ExecutorError>, Interrupted> {
+        self.log.start_step_if_output(PREPARING);
+        let prepared = self.ask(Prepare).await;
+        let Some(step) = self.log.take_step_of_output() else {
             return prepared;
         };
-        let (exit_code, answer) = match prepared {
-            Ok(Ok(())) => (0, Ok(Ok(()))),
+        let prepared = match prepared {
             Ok(Err(ExecutorError::Step(error))) => {
-                self.log.append_output(format!("{error}\n")).await?;
-                (1, Ok(Err(ExecutorError::Untold)))
+                self.log.print(&format!("{error}\n")).await?;
+                Ok(Err(ExecutorError::NotShown))
             }
-            other => (1, other),
+            prepared => prepared,
         };
-        let took = begun.elapsed();
-        self.log.append(LogEvent::cmd_finished(PREPARING, exit_code, started_at, took)).await?;
-        answer
+        let exit_code = i32::from(!matches!(prepared, Ok(Ok(_))));
+        self.log.end_step(step, exit_code).await?;
+        prepared
+    }
+
+    /// Does a step of the preparation that the log shows. Its failure is in the log then.
+    async fn prepare_shown(
+        &self,
+        title: &str,
+    ) -> Result<Result<Preparation, ExecutorError>, Interrupted> {
+        let prepared = Cell::new(Err(ExecutorError::NotShown));
+        self.step(title, async {
+            match self.ask(Prepare).await? {
+                Ok(preparation) => {
+                    prepared.set(Ok(preparation));
+                    Ok(ScriptEnd::default())
+                }
+                Err(error) => self.failed_because(format!("{error}\n")).await,
+            }
+        })
+        .await?;
+        Ok(prepared.into_inner())
     }
 
     async fn preparation_failed(&self, why: String) -> Result<bool, Interrupted> {
@@ -251,10 +257,10 @@ impl JobSteps {
                 Err(problems) => return self.failed_because(listed(problems)).await,
             };
             for variable in variables {
-                self.log.append_output(format!("Exporting {}\n", variable.name.as_str())).await?;
+                self.log.print(&format!("Exporting {}\n", variable.name.as_str())).await?;
             }
             for line in remarks {
-                self.log.append_output(line.clone()).await?;
+                self.log.print(line).await?;
             }
             if variables.is_empty() {
                 return Ok(ScriptEnd::default());
@@ -276,7 +282,7 @@ impl JobSteps {
                     Err(error) => return self.failed_because(format!("{error}\n")).await,
                 };
                 let line = format!("Injecting {path} with file mode {}\n", file.mode);
-                self.log.append_output(line).await?;
+                self.log.print(&line).await?;
                 if let Err(error) = self.ask(Inject { file: file.clone() }).await? {
                     return self.failed_because(format!("{error}\n")).await;
                 }
@@ -303,7 +309,7 @@ impl JobSteps {
     async fn command(&self, command: &Command) -> StepEnd {
         self.step(command.title(), async {
             if command.alias.is_some() {
-                self.log.append_output(format!("Running: {}\n", command.directive)).await?;
+                self.log.print(&format!("Running: {}\n", command.directive)).await?;
             }
             let script = Script { text: command.directive.clone(), untraced: false };
             self.scripted(RunCommand { script }).await
@@ -320,7 +326,7 @@ impl JobSteps {
         };
         self.step("Checking job result", async {
             let line = format!("{line} - stopping job and marking it as {outcome}\n");
-            self.log.append_output(line).await?;
+            self.log.print(&line).await?;
             Ok(ScriptEnd::default())
         })
         .await?;
@@ -330,22 +336,19 @@ impl JobSteps {
     /// Does `work` between `cmd_started` and `cmd_finished`; the latter is logged however `work`
     /// ends.
     pub(super) async fn step(&self, title: &str, work: impl Future<Output = StepEnd>) -> StepEnd {
-        let (started_at, begun) = (unix_time(), Instant::now());
         self.check_interrupts()?;
-        self.log.append(LogEvent::cmd_started(title)).await?;
+        let step = self.log.start_step(title).await?;
         let end = work.await;
         if let Err(Interrupted::Crashed(what)) = &end {
-            self.log.tell_crash(what).await;
+            self.log.note_crash(what).await;
         }
         let exit_code = end.as_ref().map_or(1, |end| end.exit_code);
-        self.log
-            .append(LogEvent::cmd_finished(title, exit_code, started_at, begun.elapsed()))
-            .await?;
+        self.log.end_step(step, exit_code).await?;
         end
     }
 
     async fn failed_because(&self, why: String) -> StepEnd {
-        self.log.append_output(why).await?;
+        self.log.print(&why).await?;
         Ok(failed())
     }
 
@@ -432,7 +435,7 @@ impl JobSteps {
             biased;
             () = self.interrupts.stop.cancelled() => Interrupted::Stopped,
             () = self.interrupts.orphaned.cancelled() => orphaned(),
-            () = self.log.crashed() => LogError::Crashed.into(),
+            () = self.log.log().crashed() => LogError::Crashed.into(),
         }
     }
 

@@ -10,15 +10,14 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::executor::{Discard, Executor};
-use super::output::OutputShape;
 use super::steps::{Interrupts, JobSteps};
 use super::{JobFinished, JobSupervisor, JobTornDown};
 use crate::delivery::JobDelivery;
 use crate::job::hooks::JobHooks;
 use crate::job::{Job, Outcome};
-use crate::log::writer::JobLog;
+use crate::log::writer::LogWriter;
 use crate::metrics::{Metrics, Time};
-use crate::ports::{Containment, JobPartsFactory, JumpPointFiles, LeftBehind, Place};
+use crate::ports::{Containment, End, JobPartsFactory, JumpPointFiles, LeftBehind, Place};
 use crate::ssh_access::{CloseAccess, JumpPoint};
 
 /// The pause between two checks whether somebody is still logged in to a job that is over.
@@ -80,7 +79,7 @@ pub(super) struct JobTask {
 impl JobTask {
     pub(super) async fn run(self, supervisor: Addr<JobSupervisor>) {
         let Self { steps, after_stop, metrics, end } = self;
-        let JobEnd { job, log, containment, .. } = &end;
+        let JobEnd { log, containment, .. } = &end;
         let executor = steps.executor.clone();
         let Interrupts { stop, orphaned } = steps.interrupts.clone();
         let started = Instant::now();
@@ -91,7 +90,7 @@ impl JobTask {
             Ok(outcome) => (outcome, true),
             Err(_) => {
                 containment.kill_shell();
-                log.tell_crash("the job's steps have crashed").await;
+                log.note_crash("the job's steps have crashed").await;
                 (Outcome::Failed, false)
             }
         };
@@ -103,16 +102,14 @@ impl JobTask {
             }
             end.tell_outcome(outcome).await;
         };
-        let cleaning = if ended_by_itself && end.keep_daemons {
-            containment.release(end.grace)
-        } else {
-            containment.end_everything(end.grace)
-        };
+        let what =
+            if ended_by_itself && end.keep_daemons { End::AllButDaemons } else { End::Everything };
+        let cleaning = containment.end(what, end.grace);
         let ((), cleaned) = tokio::join!(told, discarding(&executor, cleaning));
         end.report_left(cleaned);
         let tag = format!("result:{outcome}");
         metrics.do_send(Time { name: "job.duration", duration: started.elapsed(), tag });
-        let mut delivered = std::pin::pin!(end.delivery.deliver(job, log));
+        let mut delivered = std::pin::pin!(end.delivery.deliver());
         tokio::select! {
             () = &mut delivered => {}
             () = close_when_unused(end.access.as_ref()) => delivered.await,
@@ -143,7 +140,7 @@ impl AfterStop {
             }
         };
         let containment: Rc<dyn Containment> = Rc::from(containment);
-        let executor = Executor::new(backend, log.buffer(), OutputShape::for_job(job)).start();
+        let executor = Executor::new(backend, Rc::clone(log)).start();
         let steps = JobSteps {
             job: Rc::clone(job),
             hooks: self.hooks,
@@ -159,7 +156,7 @@ impl AfterStop {
         if actix::spawn(steps.run_post_job_hook_afresh()).await.is_err() {
             log::error!(job:% = job.id; "the post-job hook's steps have crashed");
         }
-        end.report_left(discarding(&executor, containment.end_everything(*grace)).await);
+        end.report_left(discarding(&executor, containment.end(End::Everything, *grace)).await);
     }
 }
 
@@ -167,19 +164,19 @@ impl AfterStop {
 #[derive(Clone)]
 pub(super) struct JobEnd {
     pub(super) job: Rc<Job>,
-    pub(super) log: Rc<JobLog>,
+    pub(super) log: Rc<LogWriter>,
     pub(super) containment: Rc<dyn Containment>,
     pub(super) access: Option<Access>,
     pub(super) finished: Recipient<JobFinished>,
     pub(super) grace: Duration,
     pub(super) keep_daemons: bool,
-    pub(super) delivery: JobDelivery,
+    pub(super) delivery: Rc<dyn JobDelivery>,
 }
 
 impl JobEnd {
     pub(super) async fn tell_outcome(&self, outcome: Outcome) {
-        self.delivery.tell_outcome(&self.job, outcome).await;
-        self.log.end(outcome).await;
+        self.delivery.tell_outcome(outcome).await;
+        self.log.end_job(outcome).await;
     }
 
     pub(super) fn report_left(&self, cleaned: Result<(), LeftBehind>) {
@@ -193,23 +190,23 @@ impl JobEnd {
         // Free the slot first: the next job may come in response to the callback.
         let id = self.job.id.clone();
         let _ = supervisor.send(JobTornDown { id: id.clone() }).await;
-        self.delivery.tell_torn_down(&self.job).await;
+        self.delivery.tell_torn_down().await;
         self.finished.do_send(JobFinished { id, outcome });
     }
 
     /// Brings a job whose task has crashed to its end, as failed.
     pub(super) async fn after_crash(&self, supervisor: &Addr<JobSupervisor>) {
         self.containment.kill_shell();
-        self.log.tell_crash("the job's task has crashed").await;
+        self.log.note_crash("the job's task has crashed").await;
         let (containment, grace) = (Rc::clone(&self.containment), self.grace);
         // In a task of its own: the clean-up may be what crashed.
-        let cleaning = actix::spawn(async move { containment.end_everything(grace).await });
+        let cleaning = actix::spawn(async move { containment.end(End::Everything, grace).await });
         let ((), cleaned) = tokio::join!(self.tell_outcome(Outcome::Failed), cleaning);
         match cleaned {
             Ok(cleaned) => self.report_left(cleaned),
             Err(_) => log::error!(job:% = self.job.id; "a job's clean-up has crashed"),
         }
-        self.delivery.deliver_pushed(&self.job, &self.log).await;
+        self.delivery.deliver_after_crash().await;
         self.leave(supervisor, Outcome::Failed).await;
     }
 }

@@ -18,7 +18,7 @@ use crate::ports::{HubApi, HubError};
 /// Clones share the state.
 ///
 /// Its calls are recorded in [`ScriptedJob::calls`]: `register`,
-/// `report STATE [ID [RESULT]] [interrupted]`, `fetch ID`, `disconnect`.
+/// `report STATE [ID [RESULT]] [interrupted]`, `fetch ID`, `refresh`, `disconnect`.
 #[derive(Clone)]
 pub struct ScriptedHub(Rc<HubState>);
 
@@ -60,7 +60,7 @@ impl ScriptedHub {
         self.answer(Answer { action, job_id, ..Answer::default() });
     }
 
-    /// Lets the next `times` calls of `kind` (`register`, `report`, `fetch`, `disconnect`) fail.
+    /// Lets the next `times` calls of `kind` (`register`, `report`, `fetch`, `refresh`, `disconnect`) fail.
     pub fn refuse(&self, kind: &'static str, times: u32) {
         self.0.refusals.borrow_mut().insert(kind, times);
     }
@@ -158,6 +158,11 @@ impl HubApi for ScriptedHub {
                 None => Err(HubError::Failed("404".to_owned())),
             }
         })
+    }
+
+    /// Returns the token `fresh`.
+    fn refresh_log_token(&self) -> LocalBoxFuture<'static, Result<String, HubError>> {
+        self.called("refresh", "refresh".to_owned(), || Ok("fresh".to_owned()))
     }
 
     fn disconnect(&self) -> LocalBoxFuture<'static, Result<(), HubError>> {

@@ -6,7 +6,6 @@ use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
-use actix::prelude::*;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
@@ -16,33 +15,20 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::job::{EnvVar, InjectedFile, Job};
 use crate::log::buffer::LogRange;
 use crate::ports::{
-    Callback, CallbackError, CallbackSender, Containment, ExecutorBackend, JobParts,
+    Callback, CallbackError, CallbackSender, Containment, End, ExecutorBackend, JobParts,
     JobPartsFactory, JumpPointFiles, LeftBehind, LogUploads, MetricsSink, Place, PreparationError,
-    PreparationStep, Script, ScriptEnd, SessionEvent, ShellSession, StepError, StepLog,
+    PreparationStep, Prepared, Script, ScriptEnd, SessionEvent, ShellSession, StepError, StepLog,
 };
 
+mod crashes;
 mod hub;
 mod spool;
 mod uplink;
 
+pub use crashes::{PanicNow, panic_as_asked};
 pub use hub::ScriptedHub;
 pub use spool::MemorySpool;
 pub use uplink::{Push, Reply, ScriptedUplink};
-
-/// Makes the actor that receives it panic.
-#[derive(Clone, Copy, Debug, Message)]
-#[rtype(result = "()")]
-pub struct PanicNow;
-
-/// Panics as a bug would.
-///
-/// # Panics
-///
-/// Always.
-#[expect(clippy::panic, reason = "a crash is what it is for")]
-pub fn panic_as_asked() {
-    panic!("a test asked for this panic");
-}
 
 /// How a scripted shell runs a script. The texts are its output.
 #[derive(Clone, Debug)]
@@ -55,7 +41,7 @@ pub enum Reaction {
     StopFromInside(&'static str, &'static str),
     /// Prints a text, and the shell ends.
     EndShell(&'static str),
-    /// Prints a text, and never ends.
+    /// Prints a text, and never ends by itself (see [`ScriptedJob::crash_executor`]).
     Hang(&'static str),
 }
 
@@ -68,6 +54,9 @@ struct ScriptedState {
     reactions: RefCell<VecDeque<Reaction>>,
     calls: RefCell<Vec<(Instant, String)>>,
     called: Notify,
+    /// The shell that waits for the end of a hanging script panics.
+    executor_crash: Notify,
+    panic_in_access: Cell<bool>,
     hang_in_prepare: Cell<bool>,
     fail_prepare: Cell<bool>,
     panic_at_the_end: Cell<bool>,
@@ -104,17 +93,24 @@ impl ScriptedJob {
         self
     }
 
-    /// Makes the first [`Containment::end_everything`] panic.
+    /// Makes the first end of everything panic.
     #[must_use]
     pub fn panicking_at_the_end(self) -> Self {
         self.0.panic_at_the_end.set(true);
         self
     }
 
-    /// Makes [`Containment::end_everything`] hang.
+    /// Makes the end of everything hang.
     #[must_use]
     pub fn hanging_at_the_end(self) -> Self {
         self.0.hang_at_the_end.set(true);
+        self
+    }
+
+    /// Makes the opening of SSH access panic.
+    #[must_use]
+    pub fn panicking_in_access(self) -> Self {
+        self.0.panic_in_access.set(true);
         self
     }
 
@@ -159,6 +155,11 @@ impl ScriptedJob {
             }
             called.await;
         }
+    }
+
+    /// Makes the executor crash that runs, or will run, a script with [`Reaction::Hang`].
+    pub fn crash_executor(&self) {
+        self.0.executor_crash.notify_one();
     }
 
     /// Sets whether [`JobPartsFactory::check`] fails.
@@ -206,6 +207,9 @@ impl JobPartsFactory for ScriptedJob {
 impl JumpPointFiles for ScriptedJob {
     fn open(&self, keys: Vec<Bytes>) -> LocalBoxFuture<'static, io::Result<()>> {
         self.call(format!("open access for {} keys", keys.len()));
+        if self.0.panic_in_access.get() {
+            panic_as_asked();
+        }
         std::future::ready(Ok(())).boxed_local()
     }
 
@@ -257,15 +261,14 @@ impl LogUploads for ScriptedJob {
 }
 
 impl ExecutorBackend for ScriptedJob {
-    fn preparation(&self) -> Vec<PreparationStep> {
-        vec![PreparationStep::Hidden]
+    fn next_step(&self) -> PreparationStep {
+        PreparationStep::Hidden
     }
 
     fn prepare<'a>(
         &'a mut self,
-        _: usize,
-        _: &'a mut dyn StepLog,
-    ) -> LocalBoxFuture<'a, Result<Option<Box<dyn ShellSession>>, PreparationError>> {
+        _: &'a dyn StepLog,
+    ) -> LocalBoxFuture<'a, Result<Prepared, PreparationError>> {
         async {
             self.call("prepare");
             if self.0.hang_in_prepare.get() {
@@ -275,7 +278,7 @@ impl ExecutorBackend for ScriptedJob {
                 return Err(StepError("there is no shell".into()).into());
             }
             let session = ScriptedSession { job: self.clone(), events: VecDeque::new() };
-            Ok(Some(Box::new(session) as Box<dyn ShellSession>))
+            Ok(Prepared::Ready(Box::new(session)))
         }
         .boxed_local()
     }
@@ -353,7 +356,11 @@ impl ShellSession for ScriptedSession {
             }
             match self.events.pop_front() {
                 Some((_, event)) => event,
-                None => std::future::pending().await,
+                None => {
+                    self.job.0.executor_crash.notified().await;
+                    panic_as_asked();
+                    std::future::pending().await
+                }
             }
         }
         .boxed_local()
@@ -365,15 +372,16 @@ impl Containment for ScriptedJob {
         self.call("kill shell");
     }
 
-    fn kill_foreground(&self) {
+    fn kill_foreground(&self) -> bool {
         self.call("kill foreground");
+        true
     }
 
-    fn kill_all(&self) {
-        self.call("kill all");
-    }
-
-    fn end_everything(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
+    fn end(&self, what: End, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
+        if what == End::AllButDaemons {
+            self.call(format!("end all but daemons within {grace:?}"));
+            return std::future::ready(Ok(())).boxed_local();
+        }
         self.call(format!("end everything within {grace:?}"));
         if self.0.panic_at_the_end.replace(false) {
             panic_as_asked();
@@ -381,11 +389,6 @@ impl Containment for ScriptedJob {
         if self.0.hang_at_the_end.get() {
             return std::future::pending().boxed_local();
         }
-        std::future::ready(Ok(())).boxed_local()
-    }
-
-    fn release(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
-        self.call(format!("release within {grace:?}"));
         std::future::ready(Ok(())).boxed_local()
     }
 }

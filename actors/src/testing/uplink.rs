@@ -11,10 +11,10 @@ use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 use tokio::time::{Instant, sleep};
 
-use super::ScriptedJob;
+use super::{ScriptedJob, panic_as_asked};
 use crate::job::{JobId, PushTarget};
 use crate::log::buffer::LogRange;
-use crate::ports::{HubError, LogBatch, LogUplink, PushError};
+use crate::ports::{LogBatch, LogFiles, LogServer, PushError};
 
 /// How a log server handles a [`Push`].
 #[derive(Clone, Debug)]
@@ -47,7 +47,7 @@ pub struct Push {
 /// A log server that stores everything unless a reply is scripted. Clones share the state.
 ///
 /// Recorded in [`ScriptedJob::calls`]: `log is whole` when the last line of a job arrives and all
-/// bytes are those of the job's spool, else `log is garbled`; `refresh`, `keep ID` and `remove
+/// bytes are those of the job's spool, else `log is garbled`; `keep ID` and `remove
 /// PATH`.
 #[derive(Clone)]
 pub struct ScriptedUplink(Rc<UplinkState>);
@@ -60,7 +60,7 @@ struct UplinkState {
     latency: Cell<Duration>,
     /// The bandwidth, in bytes per second; 0 for no limit.
     rate: Cell<u32>,
-    refused_refreshes: Cell<u32>,
+    panic_in_read: Cell<bool>,
     pushes: RefCell<Vec<Push>>,
     lines: RefCell<Vec<Bytes>>,
     kept: RefCell<Option<String>>,
@@ -74,7 +74,7 @@ impl ScriptedUplink {
             reply: RefCell::new(Box::new(|_| Reply::Taken)),
             latency: Cell::default(),
             rate: Cell::default(),
-            refused_refreshes: Cell::default(),
+            panic_in_read: Cell::default(),
             pushes: RefCell::default(),
             lines: RefCell::default(),
             kept: RefCell::default(),
@@ -101,9 +101,9 @@ impl ScriptedUplink {
         self.0.lines.borrow_mut().clear();
     }
 
-    /// Lets the next `times` token refreshes fail; any other returns the token `fresh`.
-    pub fn refuse_refreshes(&self, times: u32) {
-        self.0.refused_refreshes.set(times);
+    /// Makes the log shipper crash that reads next.
+    pub fn crash_shipper(&self) {
+        self.0.panic_in_read.set(true);
     }
 
     /// Returns all batches that were sent, stored or not.
@@ -153,13 +153,16 @@ impl UplinkState {
     }
 }
 
-impl LogUplink for ScriptedUplink {
+impl LogFiles for ScriptedUplink {
     fn read(
         &self,
         range: &LogRange,
         most_lines: u64,
         most_bytes: u64,
     ) -> LocalBoxFuture<'static, io::Result<LogBatch>> {
+        if self.0.panic_in_read.replace(false) {
+            panic_as_asked();
+        }
         let mut batch = LogBatch { lines: 0, bytes: Bytes::new() };
         let mut bytes = Vec::new();
         for line in self.0.spooled(range).split_inclusive(|byte| *byte == b'\n') {
@@ -174,6 +177,21 @@ impl LogUplink for ScriptedUplink {
         std::future::ready(Ok(batch)).boxed_local()
     }
 
+    fn keep(&self, job: &JobId, log: &LogRange) -> io::Result<PathBuf> {
+        self.0.world.call(format!("keep {job}"));
+        let kept = String::from_utf8_lossy(&self.0.spooled(log)).into_owned();
+        self.0.kept.replace(Some(kept));
+        Ok(PathBuf::from("kept"))
+    }
+
+    fn remove_kept(&self, kept: &Path) -> io::Result<()> {
+        self.0.world.call(format!("remove {}", kept.display()));
+        self.0.kept.replace(None);
+        Ok(())
+    }
+}
+
+impl LogServer for ScriptedUplink {
     fn push(
         &self,
         target: &PushTarget,
@@ -213,30 +231,5 @@ impl LogUplink for ScriptedUplink {
             }
         }
         .boxed_local()
-    }
-
-    fn refresh_token(&self) -> LocalBoxFuture<'static, Result<String, HubError>> {
-        self.0.world.call("refresh");
-        let token = match self.0.refused_refreshes.get() {
-            0 => Ok("fresh".to_owned()),
-            left => {
-                self.0.refused_refreshes.set(left - 1);
-                Err(HubError::Failed("503".to_owned()))
-            }
-        };
-        std::future::ready(token).boxed_local()
-    }
-
-    fn keep(&self, job: &JobId, log: &LogRange) -> io::Result<PathBuf> {
-        self.0.world.call(format!("keep {job}"));
-        let kept = String::from_utf8_lossy(&self.0.spooled(log)).into_owned();
-        self.0.kept.replace(Some(kept));
-        Ok(PathBuf::from("kept"))
-    }
-
-    fn remove_kept(&self, kept: &Path) -> io::Result<()> {
-        self.0.world.call(format!("remove {}", kept.display()));
-        self.0.kept.replace(None);
-        Ok(())
     }
 }

@@ -3,15 +3,14 @@
 
 mod pulled;
 
-use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 
 use actix::{Actor as _, Addr};
 use actors::delivery::Delivery;
-use actors::delivery::pull::{PullDelivery, Transfer};
+use actors::delivery::pull::{PullDelivery, Transfer, WaitsFor};
 use actors::intake::http::{
-    Close, GetState, HttpIntake, ReadJobLog, ReadRefused, RequestStop, State, Submission,
+    Close, GetStatus, HttpIntake, ReadJobLog, ReadRefused, RequestStop, State, Submission,
     SubmitJob, SubmitRefused, UntilDrained,
 };
 use actors::job::lifecycle::StartRefused;
@@ -23,8 +22,8 @@ use actors::ports::DiscardMetrics;
 use actors::request::FileRequest;
 use actors::supervisor::finished_once::FinishedOnce;
 use actors::supervisor::{
-    Config, GetLog, GetStatus, JobFinished, JobSupervisor, PanicIn, ReportTransfer, StartJob,
-    StopJob, StopManner,
+    Config, GetActiveJob, GetLog, JobFinished, JobSupervisor, ReportTransfer, StartJob, StopJob,
+    StopManner,
 };
 use actors::testing::{PanicNow, Reaction, RecordingMetrics, ScriptedJob};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -128,7 +127,7 @@ async fn daemons_of_a_job_that_ended_by_itself_may_stay() {
     for end in [Reaction::End("", 7), Reaction::StopFromInside("", "failed")] {
         let world = ScriptedJob::new([end]);
         start(&daemon_keeper(&world), job(FULL_JOB)).await.await.unwrap();
-        assert!(world.calls().contains(&"release within 2s".to_owned()));
+        assert!(world.calls().contains(&"end all but daemons within 2s".to_owned()));
         assert!(!world.calls().contains(&"end everything within 2s".to_owned()));
     }
     let world = ScriptedJob::new([Reaction::Hang("")]);
@@ -137,7 +136,7 @@ async fn daemons_of_a_job_that_ended_by_itself_may_stay() {
     world.until_called("run one").await;
     supervisor.send(StopJob { id: None, manner: StopManner::Grace }).await.unwrap();
     finished.await.unwrap();
-    assert!(!world.calls().contains(&"release within 2s".to_owned()));
+    assert!(!world.calls().contains(&"end all but daemons within 2s".to_owned()));
     assert!(world.calls().contains(&"end everything within 2s".to_owned()));
 }
 
@@ -316,10 +315,10 @@ async fn stale_stops_and_second_starts_change_nothing() {
         again(r#"{"job_id":"2"}"#).await.unwrap(),
         Err(StartRefused::Busy { running: id.clone() })
     );
-    assert_eq!(supervisor.send(GetStatus).await.unwrap(), Some(id));
+    assert_eq!(supervisor.send(GetActiveJob).await.unwrap(), Some(id));
     supervisor.send(StopJob { id: None, manner: StopManner::Grace }).await.unwrap();
     assert_eq!(finished.await.unwrap().outcome, Outcome::Stopped);
-    assert_eq!(supervisor.send(GetStatus).await.unwrap(), None);
+    assert_eq!(supervisor.send(GetActiveJob).await.unwrap(), None);
 }
 
 #[actix::test]
@@ -349,14 +348,25 @@ async fn output_is_gathered_but_not_for_long() {
     supervisor.send(StopJob { id: None, manner: StopManner::AtOnce }).await.unwrap();
 }
 
-/// Crashes one actor while a command runs; answers the job's outcome and log.
-async fn crash(which: PanicIn) -> (Outcome, Vec<String>) {
+/// The actors that can crash while a command runs.
+#[derive(Clone, Copy, Debug)]
+enum Crashing {
+    Executor,
+    JobSupervisor,
+    LogBuffer,
+}
+
+/// Makes an actor crash while a command runs. Returns the job's outcome and log.
+async fn crash(which: Crashing) -> (Outcome, Vec<String>) {
     let world = ScriptedJob::new([Reaction::Hang("so far\r\n")]);
     let supervisor = supervisor(&world);
     let finished = start(&supervisor, job(FULL_JOB)).await;
     world.until_called("run one").await;
-    let asked = supervisor.send(PanicIn::clone(&which)).await;
-    assert_eq!(asked.is_err(), which == PanicIn::JobSupervisor);
+    match which {
+        Crashing::Executor => world.crash_executor(),
+        Crashing::JobSupervisor => assert!(supervisor.send(PanicNow).await.is_err()),
+        Crashing::LogBuffer => crash_log_buffer(&supervisor).await,
+    }
     let outcome = finished.await.unwrap().outcome;
     assert!(world.calls().contains(&"end everything within 2s".to_owned()), "{which:?}");
     (outcome, summary(&world))
@@ -364,7 +374,7 @@ async fn crash(which: PanicIn) -> (Outcome, Vec<String>) {
 
 #[actix::test]
 async fn a_crash_of_the_executor_fails_the_job_and_says_so() {
-    let (outcome, log) = crash(PanicIn::Executor).await;
+    let (outcome, log) = crash(Crashing::Executor).await;
     assert_eq!(outcome, Outcome::Failed);
     let line = "The agent had an internal error: the executor has crashed. The job can't go on.\n";
     assert_eq!(log[log.len() - 3..], [line, "- one 1", "job failed"]);
@@ -372,7 +382,7 @@ async fn a_crash_of_the_executor_fails_the_job_and_says_so() {
 
 #[actix::test]
 async fn a_crash_of_the_supervisor_fails_the_job_and_says_so() {
-    let (outcome, log) = crash(PanicIn::JobSupervisor).await;
+    let (outcome, log) = crash(Crashing::JobSupervisor).await;
     assert_eq!(outcome, Outcome::Failed);
     let line =
         "The agent had an internal error: the job supervisor has crashed. The job can't go on.\n";
@@ -381,11 +391,16 @@ async fn a_crash_of_the_supervisor_fails_the_job_and_says_so() {
 
 #[actix::test]
 async fn a_crash_of_the_log_buffer_fails_the_job_and_a_second_one_says_so() {
-    let (outcome, log) = crash(PanicIn::LogBuffer).await;
+    let (outcome, log) = crash(Crashing::LogBuffer).await;
     assert_eq!(outcome, Outcome::Failed);
     let line =
         "The agent had an internal error: the log buffer has crashed. The job can't go on.\n";
     assert_eq!(log[log.len() - 3..], [line, "- one 1", "job failed"]);
+}
+
+async fn crash_log_buffer(supervisor: &Addr<JobSupervisor>) {
+    let log = supervisor.send(GetLog).await.unwrap().unwrap();
+    assert!(log.buffer.send(PanicNow).await.is_err());
 }
 
 #[actix::test]
@@ -393,7 +408,7 @@ async fn the_log_of_a_crashed_buffer_is_readable_and_sealed() {
     let world = ScriptedJob::new([Reaction::Hang("")]);
     let supervisor = supervisor(&world);
     let finished = start(&supervisor, job(FULL_JOB)).await;
-    supervisor.send(PanicIn::LogBuffer).await.unwrap();
+    crash_log_buffer(&supervisor).await;
     assert_eq!(finished.await.unwrap().outcome, Outcome::Failed);
     let recovered = supervisor.send(GetLog).await.unwrap().unwrap().buffer;
     assert!(recovered.send(ReadFrom { line: 0 }).await.unwrap().unwrap().sealed);
@@ -417,7 +432,7 @@ async fn the_agent_lives_on_after_a_crash() {
     let supervisor = supervisor(&world);
     let finished = start(&supervisor, job(FULL_JOB)).await;
     world.until_called("run one").await;
-    supervisor.send(PanicIn::Executor).await.unwrap();
+    world.crash_executor();
     assert_eq!(finished.await.unwrap().outcome, Outcome::Failed);
     let next = start(&supervisor, job(r#"{"job_id":"2","commands":[{"directive":"x"}]}"#)).await;
     assert_eq!(next.await.unwrap().outcome, Outcome::Passed);
@@ -429,23 +444,23 @@ async fn metrics_are_lossy_and_their_crash_costs_a_job_nothing() {
     let metrics = Metrics::new(Box::new(RecordingMetrics(sender))).start();
     let world = ScriptedJob::default();
     let supervisor =
-        JobSupervisor::new(Box::new(world.clone()), metrics, config(Delivery::None)).start();
+        JobSupervisor::new(Box::new(world.clone()), metrics.clone(), config(Delivery::None))
+            .start();
     let passed = start(&supervisor, job(r#"{"job_id":"1"}"#)).await;
     assert_eq!(passed.await.unwrap().outcome, Outcome::Passed);
     assert_eq!(received.recv().await.unwrap(), "job.duration#result:passed");
 
-    supervisor.send(PanicIn::Metrics).await.unwrap();
+    assert!(metrics.send(PanicNow).await.is_err());
     let passed = start(&supervisor, job(r#"{"job_id":"2"}"#)).await;
     assert_eq!(passed.await.unwrap().outcome, Outcome::Passed);
 }
 
 #[actix::test]
 async fn a_crash_of_the_jump_point_costs_the_job_nothing_and_access_is_still_closed() {
-    let world = ScriptedJob::new([Reaction::Hang("")]);
+    let world = ScriptedJob::new([Reaction::Hang("")]).panicking_in_access();
     let supervisor = supervisor(&world);
     let finished = start(&supervisor, job(FULL_JOB)).await;
     world.until_called("run one").await;
-    supervisor.send(PanicIn::JumpPoint).await.unwrap();
     supervisor.send(StopJob { id: None, manner: StopManner::Grace }).await.unwrap();
     assert_eq!(finished.await.unwrap().outcome, Outcome::Stopped);
     assert_eq!(world.calls().last().unwrap(), "close access");

@@ -12,8 +12,6 @@ fn hosted(world: &ScriptedJob, attempts: u32, single_job: bool) -> Hosted {
         uploads: Box::new(world.clone()),
         archive_timeout: ARCHIVE_TIMEOUT,
         asked_to_end: asked_to_end.1,
-        waits_for: Cell::default(),
-        job_ended: Cell::default(),
     };
     let jobs = Box::new(world.clone());
     let supervisor =
@@ -42,7 +40,7 @@ impl Hosted {
     }
 
     async fn state(&self) -> State {
-        self.intake.send(GetState).await.unwrap().state
+        self.intake.send(GetStatus).await.unwrap().state
     }
 
     /// Waits for the end of the log.
@@ -69,21 +67,21 @@ async fn an_archivator_that_never_comes_is_waited_for_within_a_limit() {
         if asked {
             agent.asked_to_end.send_replace(Some(begun));
         }
-        while agent.intake.send(GetState).await.unwrap().waits_for != Some("archivator") {
+        while agent.intake.send(GetStatus).await.unwrap().waits_for != Some(WaitsFor::Archivator) {
             tokio::task::yield_now().await;
         }
         world.until_called("call t with {}").await;
         assert_eq!(begun.elapsed().as_secs(), limit.as_secs());
-        assert_eq!(agent.intake.send(GetState).await.unwrap().waits_for, None);
+        assert_eq!(agent.intake.send(GetStatus).await.unwrap().waits_for, None);
     }
 }
 
 #[actix::test]
 async fn an_agent_whose_supervisor_is_gone_is_not_alive() {
     let agent = hosted(&ScriptedJob::default(), 1, false);
-    assert!(agent.intake.send(GetState).await.unwrap().is_alive);
-    let _ = agent.supervisor.send(PanicIn::JobSupervisor).await;
-    assert!(!agent.intake.send(GetState).await.unwrap().is_alive);
+    assert!(agent.intake.send(GetStatus).await.unwrap().is_alive);
+    let _ = agent.supervisor.send(PanicNow).await;
+    assert!(!agent.intake.send(GetStatus).await.unwrap().is_alive);
 }
 
 #[actix::test]
@@ -129,7 +127,7 @@ async fn an_agent_that_is_asked_to_end_waits_a_minute_for_its_callbacks_together
         agent.asked_to_end.send_replace(Some(begun));
         agent.submit("1").await.unwrap();
         world.until_called(r#"call f with {"result":"passed"}"#).await;
-        assert_eq!(agent.intake.send(GetState).await.unwrap().waits_for, Some("callback"));
+        assert_eq!(agent.intake.send(GetStatus).await.unwrap().waits_for, Some(WaitsFor::Callback));
         world.until_called("call t with {}").await;
         agent.intake.send(Close).await.unwrap();
         agent.intake.send(UntilDrained).await.unwrap();
@@ -150,7 +148,7 @@ async fn an_agent_that_is_asked_to_end_does_not_wait_for_an_upload_that_hangs() 
     world.until_called("upload").await;
     let begun = Instant::now();
     agent.asked_to_end.send_replace(Some(begun));
-    assert_eq!(agent.intake.send(GetState).await.unwrap().waits_for, Some("upload"));
+    assert_eq!(agent.intake.send(GetStatus).await.unwrap().waits_for, Some(WaitsFor::Upload));
     world.until_called("call t with {}").await;
     assert_eq!(begun.elapsed().as_secs(), 60);
 }

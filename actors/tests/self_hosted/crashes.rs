@@ -2,7 +2,7 @@
 
 use actors::intake::poller::AwaitLeave;
 use actors::ports::PushError;
-use actors::supervisor::{AwaitDeath, PanicIn};
+use actors::supervisor::AwaitDeath;
 use actors::testing::{PanicNow, Reaction, Reply, ScriptedJob, panic_as_asked};
 
 use tokio::time::timeout;
@@ -15,7 +15,7 @@ async fn a_crash_of_the_log_shipper_loses_nothing() {
     agent.uplink.reply(unless(PushError::Unauthorized, |push| push.token == "fresh"));
     for _ in 0..3 {
         agent.wait(seconds(10)).await;
-        agent.crash(PanicIn::LogShipper).await;
+        agent.uplink.crash_shipper();
     }
     let finished = agent.until_delivered("passed").await;
     assert_eq!(finished.as_secs(), 50, "it delays nothing");
@@ -57,7 +57,7 @@ async fn a_log_shipper_that_only_crashes_is_given_up() {
 async fn a_crash_of_the_executor_is_in_the_log_that_is_delivered() {
     let agent = Agent::with_job(vec![Reaction::Hang("so far\n")]);
     agent.until("run do 0").await;
-    agent.crash(PanicIn::Executor).await;
+    agent.world.crash_executor();
     agent.until_delivered("failed").await;
     assert!(agent.uplink.log().contains("the executor has crashed"));
 }
@@ -67,7 +67,7 @@ async fn a_crash_of_the_log_buffer_is_in_the_log_that_is_delivered() {
     let agent = Agent::with_job(vec![Reaction::Hang("so far\n")]);
     agent.until("run do 0").await;
     agent.wait(seconds(10)).await;
-    agent.crash(PanicIn::LogBuffer).await;
+    agent.crash_log_buffer().await;
     agent.until_delivered("failed").await;
     assert!(agent.uplink.log().contains("the log buffer has crashed"));
 }
@@ -79,7 +79,7 @@ async fn a_crash_of_the_supervisor_fails_the_job_whose_log_is_delivered_and_all_
     agent.until("run do 0").await;
     agent.wait(seconds(10)).await;
     let death = agent.supervisor.send(AwaitDeath);
-    agent.crash(PanicIn::JobSupervisor).await;
+    agent.crash_supervisor().await;
     assert!(timeout(seconds(1), death).await.unwrap().is_err());
     agent.until_delivered("failed").await;
     assert!(agent.uplink.log().contains("the job supervisor has crashed"));
@@ -92,7 +92,7 @@ async fn a_crash_of_the_supervisor_during_the_delivery_costs_nothing() {
     let agent = Agent::with_job(vec![Reaction::EndAfter(seconds(30), "so far\n", 0)]);
     agent.uplink.take(seconds(20));
     agent.until("end everything within 2s").await;
-    agent.crash(PanicIn::JobSupervisor).await;
+    agent.crash_supervisor().await;
     agent.until_delivered("passed").await;
 }
 
@@ -122,6 +122,6 @@ async fn a_crash_of_the_log_buffer_after_the_jobs_end_costs_nothing() {
     agent.uplink.take(seconds(20));
     agent.until("end everything within 2s").await;
     agent.wait(seconds(1)).await;
-    agent.crash(PanicIn::LogBuffer).await;
+    agent.crash_log_buffer().await;
     agent.until_delivered("passed").await;
 }

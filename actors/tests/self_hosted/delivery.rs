@@ -89,7 +89,7 @@ async fn a_refused_token_is_replaced() {
 #[actix::test]
 async fn a_token_that_can_not_be_had_is_asked_for_again() {
     let agent = Agent::with_job_of(seconds(60));
-    agent.uplink.refuse_refreshes(3);
+    agent.hub.refuse("refresh", 3);
     agent.uplink.reply(unless(PushError::Unauthorized, |push| push.token == "fresh"));
     agent.until_delivered("passed").await;
     assert_eq!(agent.count("refresh"), 4);

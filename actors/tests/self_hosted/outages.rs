@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use actors::ports::PushError;
-use actors::supervisor::PanicIn;
 use actors::testing::{Push, Reaction, Reply};
 
 use crate::support::{Agent, away, case, chatter, minutes, seconds, text, unless};
@@ -68,7 +67,7 @@ async fn a_crash_of_the_log_shipper_does_not_forget_the_outage() {
     agent.wait(minutes(1)).await;
     agent.uplink.reply(|_| away());
     agent.wait(minutes(1)).await;
-    agent.crash(PanicIn::LogShipper).await;
+    agent.uplink.crash_shipper();
     agent.uplink.forget();
     agent.uplink.reply(|_| Reply::Taken);
     agent.until_delivered("passed").await;

@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use actix::{Actor as _, Addr, MailboxError};
 use actors::delivery::Delivery;
-use actors::delivery::push::PushDelivery;
+use actors::delivery::push::{PushDelivery, PushPlatform};
 use actors::intake::poller::{AwaitLeave, Left, SyncPoller};
 use actors::intake::protocol::{Answer, ShutdownReason};
 use actors::job::Job;
 use actors::metrics::Metrics;
 use actors::ports::{DiscardMetrics, PushError};
 use actors::request::FileRequest;
-use actors::supervisor::{Config, JobSupervisor, PanicIn};
-use actors::testing::{Push, Reaction, Reply, ScriptedHub, ScriptedJob, ScriptedUplink};
+use actors::supervisor::{Config, GetLog, JobSupervisor};
+use actors::testing::{PanicNow, Push, Reaction, Reply, ScriptedHub, ScriptedJob, ScriptedUplink};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
@@ -45,7 +45,11 @@ impl Agent {
         let (hub, uplink) = (ScriptedHub::new(&world), ScriptedUplink::new(&world));
         let urgency = watch::Sender::default();
         let delivery = PushDelivery {
-            uplink: Rc::new(uplink.clone()),
+            platform: PushPlatform {
+                files: Rc::new(uplink.clone()),
+                server: Rc::new(uplink.clone()),
+                hub: Rc::new(hub.clone()),
+            },
             uploads: Box::new(world.clone()),
             patience: PATIENCE,
             urgency: urgency.subscribe(),
@@ -158,10 +162,13 @@ impl Agent {
         self.time_of(&finished)
     }
 
-    /// Makes an actor crash.
-    pub(crate) async fn crash(&self, which: PanicIn) {
-        let asked = self.supervisor.send(which).await;
-        assert_eq!(asked.is_err(), which == PanicIn::JobSupervisor);
+    pub(crate) async fn crash_supervisor(&self) {
+        assert!(self.supervisor.send(PanicNow).await.is_err());
+    }
+
+    pub(crate) async fn crash_log_buffer(&self) {
+        let log = self.supervisor.send(GetLog).await.unwrap().unwrap();
+        assert!(log.buffer.send(PanicNow).await.is_err());
     }
 
     pub(crate) async fn wait(&self, time: Duration) {
@@ -194,7 +201,7 @@ pub(crate) fn shutdown(reason: &str) -> Answer {
 
 /// The log server is away.
 pub(crate) fn away() -> Reply {
-    Reply::Refused(PushError::Away("connection refused".to_owned()))
+    Reply::Refused(PushError::Unavailable("connection refused".to_owned()))
 }
 
 /// The log server takes what `fits`, and refuses the rest for this reason.

@@ -8,8 +8,8 @@ use actors::job::containers::{Compose, Container};
 use actors::job::{EnvVar, InjectedFile, JobId, Problem};
 use actors::metrics::Metrics;
 use actors::ports::{
-    ExecutorBackend, PreparationError, PreparationStep, Script, SessionEvent, ShellSession,
-    StepError, StepLog,
+    ExecutorBackend, PreparationError, PreparationStep, Prepared, Script, SessionEvent, StepError,
+    StepLog,
 };
 use bollard::query_parameters::{
     CreateContainerOptions, InspectContainerOptions, ResizeContainerTTYOptions,
@@ -57,21 +57,30 @@ pub struct DockerBackend {
     pub(super) script: String,
     /// There is to be nothing but a shell, and nobody is told how it comes about.
     pub(super) is_spare: bool,
-    pub(super) engine: Option<Engine>,
-    pub(super) registries: Option<Registries>,
-    pub(super) session: Option<SharedSession>,
-    pub(super) staged: u32,
+    staged: u32,
+    phase: Phase,
 }
 
-/// The steps of the preparation, in their order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Step {
-    SetUpHost,
-    SetUpCredentials,
-    PullImages,
-    StartContainers,
-    /// All of it, for what comes after a job's stop.
-    Spare,
+/// How far the preparation has come.
+enum Phase {
+    /// Nothing is there yet.
+    New,
+    /// The engine is known.
+    HasEngine(Host),
+    /// The engine is known, and so are the job's own credentials.
+    HasCredentials(Host),
+    /// The images are on the engine, and so is the job's network.
+    HasImages(Host),
+    /// The shell in the main container is ready.
+    Running(SharedSession),
+    /// A step of the preparation has begun, and did not succeed.
+    Failed,
+}
+
+/// Where the containers are to run, and how it gets their images.
+pub(super) struct Host {
+    pub(super) engine: Engine,
+    pub(super) registries: Registries,
 }
 
 impl DockerBackend {
@@ -101,10 +110,8 @@ impl DockerBackend {
             metrics,
             script,
             is_spare: false,
-            engine: None,
-            registries: None,
-            session: None,
             staged: 0,
+            phase: Phase::New,
         }
     }
 
@@ -114,57 +121,49 @@ impl DockerBackend {
         Self { is_spare: true, ..self }
     }
 
-    fn steps(&self) -> Vec<Step> {
-        if self.is_spare {
-            return vec![Step::Spare];
-        }
-        let has_credentials = self.compose.credentials.as_ref().map_or(true, |all| !all.is_empty());
-        let credentials = has_credentials.then_some(Step::SetUpCredentials);
-        [Some(Step::SetUpHost), credentials, Some(Step::PullImages), Some(Step::StartContainers)]
-            .into_iter()
-            .flatten()
-            .collect()
+    fn has_credentials(&self) -> bool {
+        self.compose.credentials.as_ref().map_or(true, |all| !all.is_empty())
     }
 
     fn inside(&self) -> Result<Inside, StepError> {
-        match &self.session {
-            Some(session) => Ok(Inside { session: Rc::clone(session) }),
-            None => Err(no_shell()),
+        match &self.phase {
+            Phase::Running(session) => Ok(Inside { session: Rc::clone(session) }),
+            _ => Err(no_shell()),
         }
-    }
-
-    pub(super) fn engine(&self) -> Result<Engine, StepError> {
-        self.engine.clone().ok_or_else(|| StepError("there is no Docker Engine".into()))
     }
 
     async fn start_containers(
         &mut self,
-        log: &mut dyn StepLog,
-    ) -> Result<Box<dyn ShellSession>, StepError> {
-        log.tell("Starting a new bash session.\n").await?;
-        match self.try_start_containers(log).await {
-            Ok(session) => Ok(session),
+        engine: Engine,
+        log: &dyn StepLog,
+    ) -> Result<Prepared, PreparationError> {
+        log.print("Starting a new bash session.\n").await?;
+        match self.try_start_containers(&engine, log).await {
+            Ok((session, main)) => {
+                self.phase = Phase::Running(Rc::clone(&session));
+                Ok(Prepared::Ready(Box::new(DockerSession::new(session, engine, main))))
+            }
             Err(error) => {
-                log.tell("Failed to start the docker image\n").await?;
-                Err(error)
+                log.print("Failed to start the docker image\n").await?;
+                Err(error.into())
             }
         }
     }
 
+    /// Returns the session in the main container, and the container's id.
     async fn try_start_containers(
-        &mut self,
-        log: &mut dyn StepLog,
-    ) -> Result<Box<dyn ShellSession>, StepError> {
-        let engine = self.engine()?;
+        &self,
+        engine: &Engine,
+        log: &dyn StepLog,
+    ) -> Result<(SharedSession, String), StepError> {
         let side_containers: &[Container] =
             if self.is_spare { &[] } else { &self.compose.side_containers };
         let started = try_join_all(
-            side_containers.iter().map(|container| self.start_side_container(&engine, container)),
+            side_containers.iter().map(|container| self.start_side_container(engine, container)),
         );
         let ((session, main), started) =
-            tokio::try_join!(self.start_main_container(&engine), started)?;
+            tokio::try_join!(self.start_main_container(engine), started)?;
         let session = Rc::new(Mutex::new(session));
-        self.session = Some(Rc::clone(&session));
         let mut inside = Inside { session: Rc::clone(&session) };
         let at_home = "__agent_home=$HOME; builtin cd ~ 2>/dev/null; builtin true";
         let there = timeout(SHELL_PATIENCE, inside.run(at_home, None)).await;
@@ -172,8 +171,8 @@ impl DockerBackend {
         for file in self.compose.main.files.clone() {
             inside.inject(&file).await?;
         }
-        wait_for_all(&engine, started, &mut inside, log).await?;
-        Ok(Box::new(DockerSession::new(session, engine, main)))
+        wait_for_all(engine, started, &mut inside, log).await?;
+        Ok((session, main))
     }
 
     async fn start_side_container(
@@ -305,11 +304,11 @@ impl DockerBackend {
         format!("{what} {words}").trim().to_owned()
     }
 
-    async fn prepare_spare(&mut self) -> Result<Box<dyn ShellSession>, PreparationError> {
-        let mut silence = Silence;
-        self.set_up_host().await?;
-        self.pull_images(&mut silence).await?;
-        Ok(self.start_containers(&mut silence).await?)
+    /// Starts only the main container, without a word in the job's log.
+    async fn prepare_spare(&mut self) -> Result<Prepared, PreparationError> {
+        let host = self.set_up_host().await?;
+        self.pull_images(&host, &Silence).await?;
+        self.start_containers(host.engine, &Silence).await
     }
 }
 
@@ -323,11 +322,11 @@ fn why_it_can_not_start(words: &str, image: &str) -> String {
     }
 }
 
-/// Tells nothing.
+/// Drops what a step has to say.
 struct Silence;
 
 impl StepLog for Silence {
-    fn tell<'a>(&'a mut self, _: &'a str) -> LocalBoxFuture<'a, Result<(), StepError>> {
+    fn print<'a>(&'a self, _: &'a str) -> LocalBoxFuture<'a, Result<(), StepError>> {
         std::future::ready(Ok(())).boxed_local()
     }
 }
@@ -359,30 +358,39 @@ async fn until_ready(session: &mut Session<ContainerTerminal>, printed: &mut Vec
 }
 
 impl ExecutorBackend for DockerBackend {
-    fn preparation(&self) -> Vec<PreparationStep> {
-        let kind = |step| match step {
-            Step::SetUpHost | Step::Spare => PreparationStep::Hidden,
-            Step::SetUpCredentials => PreparationStep::Shown("Setting up image pull credentials"),
-            Step::PullImages => PreparationStep::Shown("Pulling docker images..."),
-            Step::StartContainers => PreparationStep::Shown("Starting the docker image..."),
-        };
-        self.steps().into_iter().map(kind).collect()
+    fn next_step(&self) -> PreparationStep {
+        match self.phase {
+            Phase::HasEngine(_) if self.has_credentials() => {
+                PreparationStep::Shown("Setting up image pull credentials")
+            }
+            Phase::HasEngine(_) | Phase::HasCredentials(_) => {
+                PreparationStep::Shown("Pulling docker images...")
+            }
+            Phase::HasImages(_) => PreparationStep::Shown("Starting the docker image..."),
+            Phase::New | Phase::Running(_) | Phase::Failed => PreparationStep::Hidden,
+        }
     }
 
     fn prepare<'a>(
         &'a mut self,
-        step: usize,
-        log: &'a mut dyn StepLog,
-    ) -> LocalBoxFuture<'a, Result<Option<Box<dyn ShellSession>>, PreparationError>> {
+        log: &'a dyn StepLog,
+    ) -> LocalBoxFuture<'a, Result<Prepared, PreparationError>> {
         async move {
-            match self.steps()[step] {
-                Step::SetUpHost => self.set_up_host().await?,
-                Step::SetUpCredentials => self.set_up_credentials(log).await?,
-                Step::PullImages => self.pull_images(log).await?,
-                Step::StartContainers => return Ok(Some(self.start_containers(log).await?)),
-                Step::Spare => return Ok(Some(self.prepare_spare().await?)),
-            }
-            Ok(None)
+            self.phase = match std::mem::replace(&mut self.phase, Phase::Failed) {
+                Phase::New if self.is_spare => return self.prepare_spare().await,
+                Phase::New => Phase::HasEngine(self.set_up_host().await?),
+                Phase::HasEngine(mut host) if self.has_credentials() => {
+                    self.add_credentials(&mut host, log).await?;
+                    Phase::HasCredentials(host)
+                }
+                Phase::HasEngine(host) | Phase::HasCredentials(host) => {
+                    self.pull_images(&host, log).await?;
+                    Phase::HasImages(host)
+                }
+                Phase::HasImages(host) => return self.start_containers(host.engine, log).await,
+                Phase::Running(_) | Phase::Failed => return Err(no_shell().into()),
+            };
+            Ok(Prepared::Next)
         }
         .boxed_local()
     }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
-use actors::ports::{Containment, LeftBehind};
+use actors::ports::{Containment, End, LeftBehind};
 use bollard::query_parameters::KillContainerOptions;
 use futures_util::FutureExt as _;
 use futures_util::future::{LocalBoxFuture, join_all};
@@ -228,22 +228,15 @@ impl Containment for Place {
         });
     }
 
-    /// Nobody outside of the container can tell what the shell waits for.
-    fn kill_foreground(&self) {}
-
-    fn kill_all(&self) {
-        self.kill_shell();
+    /// From outside of a container, the processes that its shell waits for can't be told from others.
+    fn kill_foreground(&self) -> bool {
+        false
     }
 
-    /// Everything is killed at once: who removes a container waits for nothing in it.
-    fn end_everything(&self, _: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
+    /// Kills everything at once, daemons too: removing a container leaves nothing in it any time.
+    fn end(&self, _: End, _: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
         self.shared.closed.set(true);
         let shared = Rc::clone(&self.shared);
         async move { shared.end().await }.boxed_local()
-    }
-
-    /// No daemon outlives its container.
-    fn release(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
-        self.end_everything(grace)
     }
 }

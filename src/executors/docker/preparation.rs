@@ -9,7 +9,7 @@ use futures_util::future::try_join_all;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::backend::{DockerBackend, SHOWN, listed};
+use super::backend::{DockerBackend, Host, SHOWN, listed};
 use super::bodies::{KVM, SOCKET};
 use super::engine::Engine;
 use super::pull::{ensure_image, words_of};
@@ -21,7 +21,7 @@ use crate::os::programs::output_of;
 const SETUP_LINES: usize = 20;
 
 impl DockerBackend {
-    pub(super) async fn set_up_host(&mut self) -> Result<(), PreparationError> {
+    pub(super) async fn set_up_host(&mut self) -> Result<Host, PreparationError> {
         self.place.watch(&self.config.environment);
         self.find_files()?;
         if !self.is_spare {
@@ -39,11 +39,9 @@ impl DockerBackend {
         };
         let is_here = engine.socket.is_some();
         self.common.kvm = self.config.expose_kvm && is_here && Path::new(KVM).exists();
-        self.engine = Some(engine);
         let registries = Registries::of_user(&self.config.home, &self.config.environment);
         self.common.environment = registries.proxy_variables();
-        self.registries = Some(registries);
-        Ok(())
+        Ok(Host { engine, registries })
     }
 
     /// Files of the agent's machine that the main container is to have.
@@ -54,7 +52,7 @@ impl DockerBackend {
             let path = mount.host.display();
             if self.config.fail_on_missing_files {
                 log::error!(path:%; "a file that jobs are to have is missing; the job fails");
-                return Err(PreparationError::Untold);
+                return Err(PreparationError::NotShown);
             }
             log::warn!(path:%; "a file that jobs are to have is missing");
         }
@@ -86,29 +84,27 @@ impl DockerBackend {
         Err(failed(&format!("failed: {status}; its output is in the agent's own log")))
     }
 
-    pub(super) async fn set_up_credentials(
-        &mut self,
-        log: &mut dyn StepLog,
+    pub(super) async fn add_credentials(
+        &self,
+        host: &mut Host,
+        log: &dyn StepLog,
     ) -> Result<(), StepError> {
-        let engine = self.engine()?;
         let credentials = self.compose.credentials.as_ref().map_err(|problems| listed(problems))?;
         for each in credentials {
-            log.tell(&format!("Setting up credentials for {}\n", each.kind())).await?;
+            log.print(&format!("Setting up credentials for {}\n", each.kind())).await?;
             let login = Login::of(each, &self.config.environment).await?;
-            login.check(&engine).await?;
-            if let Some(registries) = &mut self.registries {
-                registries.add(login);
-            }
+            login.check(&host.engine).await?;
+            host.registries.add(login);
         }
         Ok(())
     }
 
-    pub(super) async fn pull_images(&mut self, log: &mut dyn StepLog) -> Result<(), StepError> {
-        let (engine, network) = (self.engine()?, self.common.network());
-        let registries = self
-            .registries
-            .clone()
-            .unwrap_or_else(|| Registries::of_user(&self.config.home, &self.config.environment));
+    pub(super) async fn pull_images(
+        &self,
+        host: &Host,
+        log: &dyn StepLog,
+    ) -> Result<(), StepError> {
+        let (Host { engine, registries }, network) = (host, self.common.network());
         let mut images: Vec<&str> = self.compose.containers().map(|c| c.image.as_str()).collect();
         if self.is_spare {
             images.truncate(1);
@@ -117,7 +113,7 @@ impl DockerBackend {
         images.dedup();
         let (told, mut lines) = mpsc::unbounded_channel();
         let pulls = try_join_all(images.into_iter().map(|image| {
-            let (engine, registries, told) = (&engine, &registries, told.clone());
+            let told = told.clone();
             let metrics = &self.metrics;
             async move {
                 let begun = Instant::now();
@@ -152,12 +148,12 @@ impl DockerBackend {
         let done = loop {
             tokio::select! {
                 biased;
-                Some(line) = lines.recv() => log.tell(&line).await?,
+                Some(line) = lines.recv() => log.print(&line).await?,
                 done = &mut work => break done,
             }
         };
         while let Ok(line) = lines.try_recv() {
-            log.tell(&line).await?;
+            log.print(&line).await?;
         }
         done
     }

@@ -44,7 +44,7 @@ pub async fn wait_for_all(
     engine: &Engine,
     containers: Vec<SideContainer>,
     probe: &mut impl PortProbe,
-    log: &mut dyn StepLog,
+    log: &dyn StepLog,
 ) -> Result<(), StepError> {
     let begun = Instant::now();
     let mut waiting = containers;
@@ -56,7 +56,7 @@ pub async fn wait_for_all(
                 Look::Ready => {}
                 Look::Problem(what) => {
                     let shown = last_lines(engine, &container.id).await;
-                    log.tell(&format!("Warning: {} {what}\n{shown}", container.name)).await?;
+                    log.print(&format!("Warning: {} {what}\n{shown}", container.name)).await?;
                 }
             }
         }

@@ -10,7 +10,7 @@ use std::process::Stdio;
 use std::rc::Rc;
 use std::time::Duration;
 
-use actors::ports::{Containment, LeftBehind};
+use actors::ports::{Containment, End, LeftBehind};
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 use nix::sys::prctl;
@@ -134,8 +134,13 @@ impl ShellContainment {
         }
     }
 
+    /// Kills everything, the shell included. Only sends the request.
+    pub fn kill_all(&self) {
+        self.tell("kill-all");
+    }
+
     /// Has the first process bring the job to its end in the way that `command` names.
-    fn end(
+    fn end_by(
         &self,
         command: &str,
         grace: Duration,
@@ -245,20 +250,18 @@ impl Containment for ShellContainment {
         self.tell("kill-shell");
     }
 
-    fn kill_foreground(&self) {
+    fn kill_foreground(&self) -> bool {
         self.tell("kill-foreground");
+        true
     }
 
-    fn kill_all(&self) {
-        self.tell("kill-all");
-    }
-
-    fn end_everything(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
-        self.end("end", grace)
-    }
-
-    fn release(&self, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
-        self.shared.may_release.set(true);
-        self.end("release", grace)
+    fn end(&self, what: End, grace: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
+        match what {
+            End::Everything => self.end_by("end", grace),
+            End::AllButDaemons => {
+                self.shared.may_release.set(true);
+                self.end_by("release", grace)
+            }
+        }
     }
 }

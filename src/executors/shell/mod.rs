@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use actors::job::{EnvVar, InjectedFile, Job};
 use actors::ports::{
-    Containment as _, ExecutorBackend, PreparationError, PreparationStep, Script, SessionEvent,
+    ExecutorBackend, PreparationError, PreparationStep, Prepared, Script, SessionEvent,
     ShellSession, StepError, StepLog,
 };
 use actors::request::parse_octal_mode;
@@ -145,7 +145,7 @@ impl ShellBackend {
         Self { config, directory, containment, access, staged: 0 }
     }
 
-    async fn open_session(&self, log: &mut dyn StepLog) -> io::Result<LocalSession> {
+    async fn open_session(&self, log: &dyn StepLog) -> io::Result<LocalSession> {
         let (pty, shell_end) = pty::open()?;
         let gone = Mark::random().map_err(io::Error::other)?;
         let spec = Spec {
@@ -226,7 +226,7 @@ async fn wait_for_bootstrap(
     session: &mut Session<Pty>,
     printed: &mut Vec<u8>,
     is_told: &mut bool,
-    log: &mut dyn StepLog,
+    log: &dyn StepLog,
 ) -> bool {
     const KEPT: usize = 2000;
     let told_from = Instant::now() + SLOW_PROFILE;
@@ -250,7 +250,7 @@ async fn wait_for_bootstrap(
                     let is_printed = |line: &&str| !is_typed(line) && !is_prompt(line);
                     let text: String = text.split_inclusive('\n').filter(is_printed).collect();
                     // A log that can't be written is noticed by the next step.
-                    let _ = log.tell(&text).await;
+                    let _ = log.print(&text).await;
                 }
             }
             SessionEvent::ScriptEnded(_) => return true,
@@ -271,19 +271,18 @@ fn is_prompt(line: &str) -> bool {
 }
 
 impl ExecutorBackend for ShellBackend {
-    fn preparation(&self) -> Vec<PreparationStep> {
-        vec![PreparationStep::Hidden]
+    fn next_step(&self) -> PreparationStep {
+        PreparationStep::Hidden
     }
 
     fn prepare<'a>(
         &'a mut self,
-        _: usize,
-        log: &'a mut dyn StepLog,
-    ) -> LocalBoxFuture<'a, Result<Option<Box<dyn ShellSession>>, PreparationError>> {
+        log: &'a dyn StepLog,
+    ) -> LocalBoxFuture<'a, Result<Prepared, PreparationError>> {
         async move {
             let session = self.open_session(log).await;
             let session = session.map_err(|error| StepError(format!("no shell: {error}")))?;
-            Ok(Some(Box::new(session) as Box<dyn ShellSession>))
+            Ok(Prepared::Ready(Box::new(session)))
         }
         .boxed_local()
     }
