@@ -8,10 +8,11 @@ use std::time::{Duration, SystemTime};
 
 use actix::Actor as _;
 use actors::job::Outcome;
-use actors::log::buffer::{Follow, LogRange};
+use actors::log::buffer::Follow;
 use actors::log::event::LogEvent;
 use actors::metrics::Metrics;
 use actors::ports::DiscardMetrics;
+use actors::ports::LogRange;
 use actors::request::FileRequest;
 use actors::supervisor::finished_once::FinishedOnce;
 use actors::supervisor::{Config, GetLog, JobSupervisor, StartJob};

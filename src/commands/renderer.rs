@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::io::{self, Read as _, Write};
 use std::time::Duration;
 
-use actors::log::buffer::LogRange;
 use actors::log::event::LogEvent;
+use actors::ports::LogRange;
 use anstream::adapter::StripBytes;
 use tokio::time::Instant;
 

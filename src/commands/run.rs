@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use actix::{Actor, Addr};
 use actors::job::{Job, Outcome};
-use actors::log::buffer::{Follow, LogRange};
+use actors::log::buffer::Follow;
 use actors::metrics::Metrics;
 use actors::ports::DiscardMetrics;
+use actors::ports::LogRange;
 use actors::supervisor::finished_once::FinishedOnce;
 use actors::supervisor::{Config, GetLog, JobSupervisor, StartJob, StopJob, StopManner};
 use tokio::signal::unix::SignalKind;

@@ -6,7 +6,7 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use actors::job::JobId;
-use actors::log::buffer::LogRange;
+use actors::ports::LogRange;
 use actors::ports::{LogBatch, LogFiles};
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;

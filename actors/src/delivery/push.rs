@@ -15,12 +15,13 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::delivery::JobDelivery;
 use crate::delivery::departure::Urgency;
+pub use crate::delivery::shipper::PushPlatform;
 use crate::delivery::shipper::{Acknowledged, AwaitShipped, LogShipper, Shipped};
 use crate::job::{Job, LogMethod, PushTarget};
-use crate::log::buffer::LogRange;
 use crate::log::job_log::JobLog;
 use crate::log::writer::OutputShape;
-use crate::ports::{HubApi, LogFiles, LogServer, LogUploads};
+use crate::ports::LogRange;
+use crate::ports::LogUploads;
 
 /// How long after the job's end delivery may go without any progress.
 const WITHOUT_PROGRESS: Duration = Duration::from_mins(2);
@@ -48,17 +49,6 @@ pub struct PushDelivery {
     pub urgency: watch::Receiver<Urgency>,
     /// How many logs are pushed on in the background. Counted here; starts as 0.
     pub in_background: Rc<Cell<u32>>,
-}
-
-/// Everything that log shippers need of the outside world.
-#[derive(Clone)]
-pub struct PushPlatform {
-    /// Reads the lines.
-    pub files: Rc<dyn LogFiles>,
-    /// Stores the lines.
-    pub server: Rc<dyn LogServer>,
-    /// Gives out tokens for the server.
-    pub hub: Rc<dyn HubApi>,
 }
 
 /// The delivery of one job whose log is pushed, or is not valid: only stored as an artifact then.

@@ -14,10 +14,9 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use crate::delivery::push::PushPlatform;
 use crate::job::PushTarget;
 use crate::log::job_log::JobLog;
-use crate::ports::PushError;
+use crate::ports::{HubApi, LogFiles, LogServer, PushError};
 
 /// The most lines of one batch (docs/protocol.md: "Pushing logs").
 const MOST_LINES: u64 = 2000;
@@ -46,6 +45,17 @@ const SHORT_PAUSE: std::ops::Range<u64> = 250..500;
 const FIRST_BACK_OFF: u64 = 250;
 /// The longest pause after any failure, in milliseconds.
 const LONGEST_BACK_OFF: u64 = 8000;
+
+/// Everything that log shippers need of the outside world.
+#[derive(Clone)]
+pub struct PushPlatform {
+    /// Reads the lines.
+    pub files: Rc<dyn LogFiles>,
+    /// Stores the lines.
+    pub server: Rc<dyn LogServer>,
+    /// Gives out tokens for the server.
+    pub hub: Rc<dyn HubApi>,
+}
 
 /// How many lines the platform has acknowledged; back to 0 after an outage.
 pub(crate) type Acknowledged = Rc<watch::Sender<u64>>;

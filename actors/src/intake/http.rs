@@ -18,7 +18,8 @@ use tokio::time::sleep;
 use crate::delivery::pull::WaitsFor;
 use crate::job::lifecycle::StartRefused;
 use crate::job::{Job, JobId, LogMethod};
-use crate::log::buffer::{LogError, LogRange, ReadFrom};
+use crate::log::buffer::{LogError, ReadFrom};
+use crate::ports::LogRange;
 use crate::supervisor::{
     GetActiveJob, GetLog, GetWaitsFor, JobFinished, JobSupervisor, ReportTransfer, StartJob,
     StopJob, StopManner,

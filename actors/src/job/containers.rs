@@ -4,7 +4,7 @@ use std::fmt;
 
 use bytes::Bytes;
 
-use crate::job::{Command, EnvVar, InjectedFile, Problems};
+use crate::job::values::{Command, EnvVar, InjectedFile, Problems};
 
 /// The name of a container within its job; the other containers reach it by this host name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

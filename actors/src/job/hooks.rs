@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::job::Command;
+use crate::job::values::Command;
 
 /// The operator's script that runs before the commands of every job.
 #[derive(Clone, Debug)]

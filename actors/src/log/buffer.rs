@@ -22,7 +22,7 @@ use tokio::sync::oneshot;
 
 use crate::log::event::LogEvent;
 use crate::log::index::{LogIndex, Position};
-use crate::ports::{ForeignChange, LogSource, LogSpool};
+use crate::ports::{ForeignChange, LogRange, LogSpool};
 
 /// Writes an event as the next line. [`LogEvent::JobFinished`] seals the log.
 #[derive(Debug, Message)]
@@ -66,46 +66,6 @@ pub struct Follow {
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "()")]
 pub struct Seal;
-
-/// A range of whole lines in a log's file.
-#[derive(Clone, Debug)]
-pub struct LogRange {
-    /// The open file.
-    pub source: Arc<dyn LogSource>,
-    /// The byte offset of the first line wanted; equal to `end` if the line does not exist.
-    pub start: u64,
-    /// The byte offset behind the last whole line.
-    pub end: u64,
-    /// The number of the line that will begin at `end`, 0 based.
-    pub next_line: u64,
-    /// Whether the log ends at `end` for good.
-    pub sealed: bool,
-}
-
-impl LogRange {
-    /// Returns a reader of the range's bytes; it ends early if the file was cut meanwhile.
-    pub fn reader(&self) -> LogReader {
-        LogReader { source: Arc::clone(&self.source), at: self.start, end: self.end }
-    }
-}
-
-/// Reads the bytes of a [`LogRange`], returned by [`LogRange::reader`].
-#[derive(Debug)]
-pub struct LogReader {
-    source: Arc<dyn LogSource>,
-    at: u64,
-    end: u64,
-}
-
-impl io::Read for LogReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = usize::try_from(self.end - self.at).unwrap_or(usize::MAX);
-        let wanted = buffer.len().min(left);
-        let read = self.source.read_at(self.at, &mut buffer[..wanted])?;
-        self.at += read as u64;
-        Ok(read)
-    }
-}
 
 /// Why the log could not be written or read.
 #[derive(Debug, thiserror::Error)]

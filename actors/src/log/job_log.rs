@@ -9,8 +9,8 @@ use actix::prelude::*;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use crate::log::buffer::{Follow, LogBuffer, LogError, LogRange, Published, ReadFrom, Seal};
-use crate::ports::LogSpool;
+use crate::log::buffer::{Follow, LogBuffer, LogError, Published, ReadFrom, Seal};
+use crate::ports::{LogRange, LogSpool};
 
 /// The pause before a reader asks again after a crash of the log buffer.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);

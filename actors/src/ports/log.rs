@@ -8,7 +8,7 @@ use std::sync::Arc;
 /// A job's log for its readers: an open file, readable even after its name was removed or reused.
 ///
 /// Read concurrently by any number of threads, and while the [`LogSpool`] appends. Readers stop at
-/// the end that the log buffer has published ([`LogRange::end`](crate::log::buffer::LogRange::end)): behind it may be half a line.
+/// the end that the log buffer has published ([`LogRange::end`]): behind it may be half a line.
 pub trait LogSource: Send + Sync + fmt::Debug {
     /// Reads from byte `offset` on. Returns the number of bytes read; 0 at the end of the file.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;
@@ -16,6 +16,46 @@ pub trait LogSource: Send + Sync + fmt::Debug {
     /// Gives the file the additional name `path`, or copies it there where no link is possible.
     /// Fails with [`io::ErrorKind::AlreadyExists`] if there is something.
     fn keep_as(&self, path: &Path) -> io::Result<()>;
+}
+
+/// A range of whole lines in a log's file.
+#[derive(Clone, Debug)]
+pub struct LogRange {
+    /// The open file.
+    pub source: Arc<dyn LogSource>,
+    /// The byte offset of the first line wanted; equal to `end` if the line does not exist.
+    pub start: u64,
+    /// The byte offset behind the last whole line.
+    pub end: u64,
+    /// The number of the line that will begin at `end`, 0 based.
+    pub next_line: u64,
+    /// Whether the log ends at `end` for good.
+    pub sealed: bool,
+}
+
+impl LogRange {
+    /// Returns a reader of the range's bytes; it ends early if the file was cut meanwhile.
+    pub fn reader(&self) -> LogReader {
+        LogReader { source: Arc::clone(&self.source), at: self.start, end: self.end }
+    }
+}
+
+/// Reads the bytes of a [`LogRange`], returned by [`LogRange::reader`].
+#[derive(Debug)]
+pub struct LogReader {
+    source: Arc<dyn LogSource>,
+    at: u64,
+    end: u64,
+}
+
+impl io::Read for LogReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = usize::try_from(self.end - self.at).unwrap_or(usize::MAX);
+        let wanted = buffer.len().min(left);
+        let read = self.source.read_at(self.at, &mut buffer[..wanted])?;
+        self.at += read as u64;
+        Ok(read)
+    }
 }
 
 /// A change that another process made to a log's file. A job can do that: it runs as the agent's

@@ -8,9 +8,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 
+use super::LogRange;
 use crate::intake::protocol::{Answer, Report};
 use crate::job::{Job, JobId, PushTarget};
-use crate::log::buffer::LogRange;
 
 /// One notification of a platform about a job's end; the body of a `POST`.
 #[derive(Clone, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::job::{EnvVar, InjectedFile, Job};
-use crate::log::buffer::LogRange;
+use crate::ports::LogRange;
 use crate::ports::{
     Callback, CallbackError, CallbackSender, Containment, End, ExecutorBackend, JobParts,
     JobPartsFactory, JumpPointFiles, LeftBehind, LogUploads, MetricsSink, Place, PreparationError,

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep};
 
 use super::{ScriptedJob, panic_as_asked};
 use crate::job::{JobId, PushTarget};
-use crate::log::buffer::LogRange;
+use crate::ports::LogRange;
 use crate::ports::{LogBatch, LogFiles, LogServer, PushError};
 
 /// How a log server handles a [`Push`].
