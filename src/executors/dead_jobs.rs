@@ -1,4 +1,4 @@
-//! Ends what jobs left whose agents died with everything that could clean up.
+//! Cleans up jobs whose agent and guard are both dead.
 
 use std::io;
 
@@ -7,8 +7,9 @@ use super::job_mark;
 use crate::service::environment::Environment;
 use crate::state::DeadJobs;
 
-/// Ends everything that the jobs have on this machine, and has a guard end what they may have elsewhere. Their files
-/// are deleted when nothing of theirs is left. `environment` tells where the engine is.
+/// Kills all processes of `dead` jobs on this machine, and starts a guard for each that may have containers.
+///
+/// A job's files are deleted once nothing of the job is left. `environment` names the engine.
 pub fn end(mut dead: DeadJobs, environment: &Environment) -> io::Result<()> {
     let environment = environment.without_secrets();
     for files in std::mem::take(&mut dead.jobs) {

@@ -1,4 +1,4 @@
-//! What a job leaves behind on this machine when its agent dies. Guards get it when they are started.
+//! What a guard must clean up on this machine when the agent dies. Guards get it at their start.
 
 use std::io;
 
@@ -7,17 +7,17 @@ use serde::{Deserialize, Serialize};
 use crate::ssh_access::SshAccess;
 use crate::state::JobFiles;
 
-/// See the module.
+/// A job's files and SSH access.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Estate {
     /// The job's files.
     pub files: JobFiles,
-    /// How people log in to where the job runs, if they can.
+    /// SSH access to the job; `None` where it is not offered.
     pub access: Option<SshAccess>,
 }
 
 impl Estate {
-    /// Takes back what lets people log in, and ends their sessions.
+    /// Closes SSH access, and ends the sessions of people who are logged in.
     pub fn close_access(&self) -> io::Result<()> {
         self.access.as_ref().map_or(Ok(()), SshAccess::close_for_good)
     }

@@ -1,8 +1,10 @@
-//! The mark by which everything is found that a job has on this machine, even if nobody is left who
-//! started it: a variable in the environment that each of its processes begins with, the name of its control
-//! group, and an argument of the processes that guard it.
+//! The mark of a job, by which all its processes on this machine are found, even after its agent and guard
+//! are dead.
 //!
-//! A process that clears its environment and was never in the control group can't be found like this.
+//! The mark, `NAME@STATE-DIRECTORY`, is the value of a variable in the initial environment of each process of
+//! the job, and an argument of its guard. The job's control group is named after it.
+//!
+//! A process that clears its environment and was never in the control group can't be found by the mark.
 
 use std::ffi::OsString;
 use std::fs;
@@ -15,24 +17,24 @@ use nix::unistd::Pid;
 use crate::os::cgroup::{JobCgroup, PREFIX};
 use crate::os::processes::{descendants, kill_those_with, other_processes, signal_all};
 
-/// The variable, whose value is the mark.
+/// The environment variable whose value is the mark.
 pub const VARIABLE: &str = "SEMAPHORE_JOB_MARK";
 
-/// How often to look, as each process that is found may just make another.
+/// How many times [`kill_all`] searches for processes, as a process may start another before it is killed.
 const SWEEPS: u32 = 100;
 
-/// The variable of the job with this mark.
+/// Returns the environment variable with this mark.
 pub fn variable(mark: &str) -> (OsString, OsString) {
     (VARIABLE.into(), mark.into())
 }
 
-/// The name of the control group of the job with this mark, or whose directory has this name: no other has it.
+/// Returns the name of a job's control group, by the job's mark or the name of its directory.
 pub fn group_name(mark: &str) -> String {
     format!("{PREFIX}{}", mark.split('@').next().unwrap_or(mark))
 }
 
-/// Kills everything that carries this mark, but no process that guards the job, and removes its control group.
-/// Whether nothing is left.
+/// Kills all processes with this mark except guards, and removes the control group. Returns whether no
+/// process is left.
 pub fn kill_all(mark: &str) -> bool {
     let group = JobCgroup::find(&group_name(mark));
     let marker = [VARIABLE.as_bytes(), b"=", mark.as_bytes(), b"\0"].concat();
@@ -47,16 +49,16 @@ pub fn kill_all(mark: &str) -> bool {
             }
             return true;
         }
-        // What was killed is seen until it has ended.
+        // A killed process is listed until it has ended.
         std::thread::yield_now();
     }
     false
 }
 
-/// The same for a job whose agent is dead: its guards go too, and what is below them.
+/// Like [`kill_all`], for a job whose agent is dead: also kills its guards and their descendants.
 pub fn kill_all_and_guards(mark: &str) -> bool {
     for guard in guards_of(mark).unwrap_or_default() {
-        // First, so that it does nothing more of its own.
+        // Stop the guard first, so that it does not react to the end of its children.
         let _ = kill(guard, Signal::SIGSTOP);
         signal_all(&descendants(guard).unwrap_or_default(), Signal::SIGKILL);
         let _ = kill(guard, Signal::SIGKILL);
@@ -64,9 +66,9 @@ pub fn kill_all_and_guards(mark: &str) -> bool {
     kill_all(mark)
 }
 
-/// Kills what carries the mark of a job in the state directory `state` for which `exists` does not hold: a job can remove
-/// its own directory.
-pub fn kill_strays(state: &Path, exists: impl Fn(&str) -> bool) {
+/// Kills the processes of all jobs in the state directory `state` whose name is not known (any more). Such
+/// jobs exist because a job can remove its own directory.
+pub fn kill_strays(state: &Path, is_known: impl Fn(&str) -> bool) {
     let state = state.display().to_string();
     let mut marks: Vec<String> = Vec::new();
     for pid in other_processes().unwrap_or_default() {
@@ -77,30 +79,30 @@ pub fn kill_strays(state: &Path, exists: impl Fn(&str) -> bool) {
             (name == VARIABLE).then_some(mark)
         });
         let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let guarded = guarded_by(&arguments).and_then(|mark| std::str::from_utf8(mark).ok());
+        let guarded = mark_of_guard(&arguments).and_then(|mark| std::str::from_utf8(mark).ok());
         marks.extend(found.chain(guarded).map(str::to_owned));
     }
     marks.sort();
     marks.dedup();
     for mark in marks {
-        let is_stray = |(name, of): (&str, &str)| of == state && !exists(name);
+        let is_stray = |(name, of): (&str, &str)| of == state && !is_known(name);
         if mark.split_once('@').is_some_and(is_stray) {
             kill_all_and_guards(&mark);
         }
     }
 }
 
-/// The processes beside the agent that look after the job with this mark.
+/// Returns the guards of the job with this mark.
 fn guards_of(mark: &str) -> io::Result<Vec<Pid>> {
     let is_guard = |pid: &Pid| {
         let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        guarded_by(&arguments) == Some(mark.as_bytes())
+        mark_of_guard(&arguments) == Some(mark.as_bytes())
     };
     Ok(other_processes()?.into_iter().filter(is_guard).collect())
 }
 
-/// The mark of the job that a process with these arguments guards, if it does.
-fn guarded_by(arguments: &[u8]) -> Option<&[u8]> {
+/// Returns the mark of the guarded job, if `arguments` are those of a guard.
+fn mark_of_guard(arguments: &[u8]) -> Option<&[u8]> {
     let mut arguments = arguments.split(|byte| *byte == 0);
     let is_guard = arguments.next() == Some(b"agent")
         && matches!(arguments.next(), Some(b"job-init" | b"docker-watch"));

@@ -1,4 +1,4 @@
-//! What runs a job's commands: one folder for each kind of executor, and what they share.
+//! The executors, which run jobs: a folder for each kind, and what they share.
 
 pub mod dead_jobs;
 pub mod docker;
@@ -19,23 +19,24 @@ use self::shell::ShellExecutor;
 use crate::ssh_access::{LeadsTo, SshAccess};
 use crate::state::JobDir;
 
-/// What runs one job.
+/// Makes the places where a job runs.
 ///
-/// Nothing of the job runs before its place's backend is told to prepare. A guard ends everything in the place if the
-/// agent dies.
+/// Making a place starts nothing; only its backend's `prepare` does. A guard ends everything in the place if
+/// the agent dies.
 pub trait Executor {
-    /// Returns where people who log in to `job` are led. `shows_environment` tells whether a shell that they get on this
-    /// machine has the job's variables.
+    /// Returns the target of the job's SSH access. `shows_environment` tells whether login shells on this
+    /// machine get the job's variables.
     fn login_target(&self, job: &Job, directory: &JobDir, shows_environment: bool) -> LeadsTo;
 
-    /// Makes the place where `job` runs, which keeps its files in `directory`. A guard takes back `access` if the agent
+    /// Makes the place where `job` runs. Its files are in `directory`. The guard closes `access` if the agent
     /// dies.
     fn place(&self, job: &Job, directory: Rc<JobDir>, access: Option<SshAccess>) -> Place;
 
-    /// Makes a place for what is to run after `job` was stopped: it has a shell, and is brought up silently.
+    /// Makes a place for the post-job hook of a stopped `job`: a shell of its own, prepared without logging.
     fn spare_place(&self, job: &Job, directory: Rc<JobDir>) -> Place;
 
-    /// Returns the path where people on the machine find the variables of `job`, if they do.
+    /// Returns the path of the copy of the job's variables for people who debug on this machine; `None` if
+    /// there is none.
     fn environment_copy(&self, job: &Job) -> Option<PathBuf>;
 }
 
@@ -48,8 +49,8 @@ pub struct Executors {
 }
 
 impl Executors {
-    /// Returns the executor that `job` asks for. A job that names none that exists fails in its first step, whatever the
-    /// place.
+    /// Returns the executor for `job`. A job with an unknown executor gets the shell's; it fails in its first
+    /// step.
     pub fn of<'a>(&'a self, job: &'a Job) -> Box<dyn Executor + 'a> {
         match &job.executor {
             Ok(ExecutorKind::DockerCompose(compose)) => Box::new(self.docker.with(compose)),

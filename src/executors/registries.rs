@@ -1,4 +1,4 @@
-//! What registries know a job by: its own credentials, or those that the agent's user has for Docker.
+//! Credentials for registries: those of the job, or those in the Docker configuration of the agent's user.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -18,23 +18,23 @@ use tokio::time::timeout;
 use crate::executors::docker::engine::Engine;
 use crate::os::programs::answer_of;
 
-/// The registry of images that name none.
+/// The registry of images whose name contains no registry.
 const DOCKER_HUB: &str = "docker.io";
 
-/// Other names of it.
-const DOCKER_HUB_TOO: [&str; 4] =
+/// Other names of Docker Hub.
+const DOCKER_HUB_ALIASES: [&str; 4] =
     ["index.docker.io", "registry-1.docker.io", "hub.docker.com", "registry.hub.docker.com"];
 
-/// How credentials for it are filed.
+/// The key of Docker Hub in the Docker configuration and in requests to engines.
 const DOCKER_HUB_KEY: &str = "https://index.docker.io/v1/";
 
-/// How long a program that knows credentials may take.
+/// How long `aws` or a credential helper may take.
 const PROGRAM_PATIENCE: Duration = Duration::from_mins(1);
 
-/// What is shown of what a program prints, in bytes.
+/// How much of a program's standard error an error message shows, in bytes.
 const SHOWN: usize = 2000;
 
-/// Name and password for one registry.
+/// The username and the password for one registry.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Login {
     registry: String,
@@ -42,14 +42,14 @@ pub struct Login {
     password: String,
 }
 
-/// Without the password.
+/// Leaves out the password.
 impl fmt::Debug for Login {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} at {}", self.username, self.registry)
     }
 }
 
-/// The body of a request to try a login.
+/// The body of the engine's request `POST /auth`, which tries a login.
 #[derive(Serialize)]
 struct AuthRequest<'a> {
     username: &'a str,
@@ -57,32 +57,32 @@ struct AuthRequest<'a> {
     serveraddress: &'a str,
 }
 
-/// The registry that `image` is in.
+/// Returns the registry of `image`: the part before the first slash, if that is a host.
 pub fn registry_of(image: &str) -> String {
     match image.split_once('/') {
-        Some((host, _)) if host == "localhost" || host.contains(['.', ':']) => normal(host),
+        Some((host, _)) if host == "localhost" || host.contains(['.', ':']) => normalized(host),
         _ => DOCKER_HUB.to_owned(),
     }
 }
 
-/// A registry's host, and its port if it has one, from however it is written.
-fn normal(registry: &str) -> String {
+/// Returns the host of `registry`, with its port if there is one; `registry` may be a URL.
+fn normalized(registry: &str) -> String {
     let host = registry.trim();
     let host = host.strip_prefix("https://").or(host.strip_prefix("http://")).unwrap_or(host);
     let host = host.split('/').next().unwrap_or_default().to_ascii_lowercase();
-    if DOCKER_HUB_TOO.contains(&host.as_str()) { DOCKER_HUB.to_owned() } else { host }
+    if DOCKER_HUB_ALIASES.contains(&host.as_str()) { DOCKER_HUB.to_owned() } else { host }
 }
 
 impl Login {
     fn new(registry: &str, username: &str, password: &str) -> Self {
-        // Files and pipes end with line ends, passwords don't.
+        // Values that were read from files or programs end with a line end, which is not part of them.
         let trimmed = |text: &str| text.trim_end_matches(['\r', '\n']).to_owned();
         let (username, password) = (trimmed(username), trimmed(password));
-        Self { registry: normal(registry), username, password }
+        Self { registry: normalized(registry), username, password }
     }
 
-    /// Makes a name and a password of what the job brings.
-    pub async fn of(
+    /// Makes a login of a job's credentials. Those for ECR are exchanged for a password by the program `aws`.
+    pub async fn from_credentials(
         credentials: &RegistryCredentials,
         environment: &[(OsString, OsString)],
     ) -> Result<Self, StepError> {
@@ -95,7 +95,7 @@ impl Login {
             }
             RegistryCredentials::Gcr { hostname, key_file } => {
                 let key = std::str::from_utf8(key_file)
-                    .map_err(|_| StepError("the key file is not text".into()))?;
+                    .map_err(|_| StepError("the key file is not UTF-8 text".into()))?;
                 Ok(Self::new(hostname, "_json_key", key))
             }
             RegistryCredentials::Ecr { region, access_key_id, secret_access_key, account_id } => {
@@ -104,17 +104,17 @@ impl Login {
                     Some(account) => account.clone(),
                     None => {
                         let query = ["sts", "get-caller-identity", "--query", "Account"];
-                        aws.ask(&[&query[..], &["--output", "text"]].concat()).await?
+                        aws.call(&[&query[..], &["--output", "text"]].concat()).await?
                     }
                 };
-                let password = aws.ask(&["ecr", "get-login-password"]).await?;
+                let password = aws.call(&["ecr", "get-login-password"]).await?;
                 let registry = format!("{account}.dkr.ecr.{region}.amazonaws.com");
                 Ok(Self::new(&registry, "AWS", &password))
             }
         }
     }
 
-    /// Has the engine try it; the registry's words if it is refused.
+    /// Lets the engine try the login. A refusal is an error with the registry's message.
     pub async fn check(&self, engine: &Engine) -> Result<(), StepError> {
         let request = AuthRequest {
             username: &self.username,
@@ -145,10 +145,10 @@ impl Login {
     }
 }
 
-/// The name that stands for a token instead of a password.
+/// The username with which credential helpers announce an identity token instead of a password.
 const IDENTITY_TOKEN: &str = "<token>";
 
-/// Amazon's own program.
+/// A job's AWS credentials, for the program `aws`.
 struct Aws<'a> {
     environment: &'a [(OsString, OsString)],
     region: &'a str,
@@ -157,44 +157,45 @@ struct Aws<'a> {
 }
 
 impl Aws<'_> {
-    async fn ask(&self, arguments: &[&str]) -> Result<String, StepError> {
+    async fn call(&self, arguments: &[&str]) -> Result<String, StepError> {
         let mut command = Command::new("aws");
         command.args(arguments).env_clear().envs(self.environment.iter().cloned());
         command.env("AWS_REGION", self.region).env("AWS_DEFAULT_REGION", self.region);
         command.env("AWS_ACCESS_KEY_ID", self.access_key_id);
         command.env("AWS_SECRET_ACCESS_KEY", self.secret_access_key);
-        // One of the agent's user would not fit this key.
+        // Those of the agent's user do not belong to this key.
         command.env_remove("AWS_SESSION_TOKEN").env_remove("AWS_PROFILE");
         run("aws", command, b"").await
     }
 }
 
-/// What a program that knows credentials prints; its own words if it fails.
+/// Runs `aws` or a credential helper, and returns its output. An error shows the program's own message.
 async fn run(name: &str, command: Command, input: &[u8]) -> Result<String, StepError> {
     let failed = |why: String| StepError(format!("`{name}`: {why}"));
-    let printed = timeout(PROGRAM_PATIENCE, answer_of(command, input)).await;
-    let printed = printed.map_err(|_| failed("took too long".into()))?;
-    let printed = printed.map_err(|error| match error.kind() {
+    let output = timeout(PROGRAM_PATIENCE, answer_of(command, input)).await;
+    let output = output.map_err(|_| failed("did not end in time".into()))?;
+    let output = output.map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => {
-            failed("this program is needed on the agent's machine, and is not there".into())
+            failed("this program is needed on the agent's machine, but not installed".into())
         }
         _ => failed(error.to_string()),
     })?;
-    if !printed.status.success() {
-        let words = &printed.stderr[..printed.stderr.len().min(SHOWN)];
-        return Err(failed(String::from_utf8_lossy(words).trim().to_owned()));
+    if !output.status.success() {
+        let message = &output.stderr[..output.stderr.len().min(SHOWN)];
+        return Err(failed(String::from_utf8_lossy(message).trim().to_owned()));
     }
-    let text = String::from_utf8(printed.stdout);
-    text.map(|text| text.trim().to_owned()).map_err(|_| failed("prints no text".into()))
+    let text = String::from_utf8(output.stdout);
+    text.map(|text| text.trim().to_owned())
+        .map_err(|_| failed("its output is not UTF-8 text".into()))
 }
 
-/// Whether `helper` is the end of a program's name, and does not lead anywhere else.
+/// Returns whether `helper` is a valid suffix of a program's name. Others, such as paths, must not be run.
 fn is_helper(helper: &str) -> bool {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
     !helper.is_empty() && helper.bytes().all(is_plain) && helper.bytes().any(|byte| byte != b'.')
 }
 
-/// What `docker` of the agent's user is set up with, as far as it is of use here.
+/// The parts of Docker's `config.json` that matter here.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 struct DockerConfig {
@@ -217,15 +218,15 @@ impl fmt::Debug for ConfigAuth {
     }
 }
 
-/// As helpers print it.
+/// The output of a credential helper's `get`.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Helped {
+struct HelperResponse {
     username: String,
     secret: String,
 }
 
-/// All that images may be pulled with.
+/// The credentials for pulling a job's images.
 #[derive(Clone, Debug)]
 pub struct Registries {
     logins: Vec<Login>,
@@ -234,8 +235,9 @@ pub struct Registries {
 }
 
 impl Registries {
-    /// What the agent's user has. A configuration that can't be read is as good as none.
-    pub fn of_user(home: &Path, environment: &[(OsString, OsString)]) -> Self {
+    /// Returns the credentials of the agent's user. A Docker configuration that can't be read is only logged,
+    /// and then ignored.
+    pub fn for_user(home: &Path, environment: &[(OsString, OsString)]) -> Self {
         let directory =
             environment.iter().find(|(name, path)| name == "DOCKER_CONFIG" && !path.is_empty());
         let directory =
@@ -243,31 +245,31 @@ impl Registries {
         let path = directory.join("config.json");
         let config = match std::fs::read(&path) {
             Ok(text) => serde_json::from_slice(&text).unwrap_or_else(|_| {
-                log::warn!(path:?; "the configuration of docker can't be understood");
+                log::warn!(path:?; "the Docker configuration is malformed, and is ignored");
                 DockerConfig::default()
             }),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => DockerConfig::default(),
             Err(error) => {
-                log::warn!(path:?, error:%; "the configuration of docker can't be read");
+                log::warn!(path:?, error:%; "the Docker configuration can't be read, and is ignored");
                 DockerConfig::default()
             }
         };
         Self { logins: Vec::new(), config, environment: environment.to_vec() }
     }
 
-    /// From now on its registry knows the job by it.
+    /// Adds a login of the job, which replaces others for the same registry.
     pub fn add(&mut self, login: Login) {
         self.logins.push(login);
     }
 
-    /// What to pull `image` with, if there is something.
+    /// Returns the credentials for pulling `image`; `None` if there are none for its registry.
     pub async fn credentials_for(&self, image: &str) -> Option<DockerCredentials> {
         let registry = registry_of(image);
         if let Some(login) = self.logins.iter().rev().find(|login| login.registry == registry) {
             return Some(login.for_engine());
         }
-        let is_it = |(key, _): &(&String, _)| normal(key) == registry;
-        let helper = self.config.cred_helpers.iter().find(|entry| normal(entry.0) == registry);
+        let is_it = |(key, _): &(&String, _)| normalized(key) == registry;
+        let helper = self.config.cred_helpers.iter().find(|entry| normalized(entry.0) == registry);
         let (key, helper) = match helper {
             Some((key, helper)) => (key.clone(), helper.clone()),
             None if self.config.creds_store.is_empty() => {
@@ -281,7 +283,7 @@ impl Registries {
             }
         };
         if !is_helper(&helper) {
-            log::warn!(helper; "the configuration of docker names a credential helper that is none");
+            log::warn!(helper; "the Docker configuration names an invalid credential helper");
             return None;
         }
         let name = format!("docker-credential-{helper}");
@@ -289,18 +291,18 @@ impl Registries {
         command.arg("get").env_clear().envs(self.environment.iter().cloned());
         match run(&name, command, key.as_bytes()).await {
             Ok(printed) => {
-                let Helped { username, secret } = serde_json::from_str(&printed).ok()?;
+                let HelperResponse { username, secret } = serde_json::from_str(&printed).ok()?;
                 Some(Login::new(&registry, &username, &secret).for_engine())
             }
             Err(error) => {
-                // Usual where it has nothing for this registry.
+                // Only a debug message: helpers fail if they have no credentials for the registry.
                 log::debug!(registry, error:%; "no credentials");
                 None
             }
         }
     }
 
-    /// Variables that containers have for the user's proxies.
+    /// Returns the variables by which containers use the proxies in the user's Docker configuration.
     pub fn proxy_variables(&self) -> Vec<(String, String)> {
         let names = [
             ("httpProxy", "HTTP_PROXY"),
@@ -339,7 +341,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_registry_is_what_stands_before_the_first_slash_if_it_is_a_host() {
+    fn the_registry_is_a_host_before_the_first_slash() {
         for (image, registry) in [
             ("ruby", DOCKER_HUB),
             ("library/ruby:3", DOCKER_HUB),
@@ -350,8 +352,8 @@ mod tests {
         ] {
             assert_eq!(registry_of(image), registry, "{image}");
         }
-        assert_eq!(normal("https://Registry.example/v2/"), "registry.example");
-        assert_eq!(normal(DOCKER_HUB_KEY), DOCKER_HUB);
+        assert_eq!(normalized("https://Registry.example/v2/"), "registry.example");
+        assert_eq!(normalized(DOCKER_HUB_KEY), DOCKER_HUB);
     }
 
     fn user(config: &str, path: Option<&Path>) -> (tempfile::TempDir, Registries) {
@@ -360,12 +362,12 @@ mod tests {
         std::fs::write(home.path().join(".docker/config.json"), config).unwrap();
         let path = path.map(|path| ("PATH".into(), path.into()));
         let environment: Vec<_> = path.into_iter().collect();
-        let registries = Registries::of_user(home.path(), &environment);
+        let registries = Registries::for_user(home.path(), &environment);
         (home, registries)
     }
 
     #[tokio::test]
-    async fn images_without_credentials_of_the_job_use_those_of_the_user() {
+    async fn credentials_of_the_job_win_over_those_of_the_user() {
         let auth = BASE64_STANDARD.encode("me:p:ss?");
         let config = format!(r#"{{"auths": {{"https://r.example": {{"auth": "{auth}"}}}}}}"#);
         let (_home, mut registries) = user(&config, None);
@@ -382,7 +384,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn helpers_are_asked() {
+    async fn credential_helpers_are_used() {
         let programs = tempfile::tempdir().unwrap();
         let script = "#!/bin/sh\nread -r key\n[ \"$key\" = r.example ] || exit 1\n\
                       echo '{\"Username\":\"<token>\",\"Secret\":\"abc\"}'\n";
@@ -403,7 +405,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn amazon_is_asked_for_a_password_and_for_the_account_if_it_is_not_given() {
+    async fn ecr_passwords_and_missing_accounts_come_from_aws() {
         let programs = tempfile::tempdir().unwrap();
         let script = "#!/bin/sh\n\
             [ \"$AWS_REGION $AWS_ACCESS_KEY_ID $AWS_SECRET_ACCESS_KEY\" = 'eu id key' ] || exit 9\n\
@@ -420,34 +422,37 @@ mod tests {
         for (account, registry) in
             [(None, "1234.dkr.ecr.eu.amazonaws.com"), (Some("7"), "7.dkr.ecr.eu.amazonaws.com")]
         {
-            let login = Login::of(&ecr(account, "key"), &environment).await.unwrap();
+            let login = Login::from_credentials(&ecr(account, "key"), &environment).await.unwrap();
             assert_eq!(login, Login::new(registry, "AWS", "secret"));
         }
-        let refused = Login::of(&ecr(None, "other"), &environment).await.unwrap_err();
+        let refused = Login::from_credentials(&ecr(None, "other"), &environment).await.unwrap_err();
         assert!(refused.0.starts_with("`aws`: "), "{refused}");
         let none = [("PATH".into(), "/missing".into())];
-        let missing = Login::of(&ecr(None, "key"), &none).await.unwrap_err();
+        let missing = Login::from_credentials(&ecr(None, "key"), &none).await.unwrap_err();
         assert!(missing.0.contains("`aws`: this program is needed"), "{missing}");
     }
 
     #[tokio::test]
-    async fn the_other_kinds_need_no_program() {
+    async fn other_kinds_of_credentials_need_no_program() {
         let hub = RegistryCredentials::DockerHub { username: "me".into(), password: "p".into() };
-        assert_eq!(Login::of(&hub, &[]).await.unwrap(), Login::new(DOCKER_HUB, "me", "p"));
+        assert_eq!(
+            Login::from_credentials(&hub, &[]).await.unwrap(),
+            Login::new(DOCKER_HUB, "me", "p")
+        );
         let key_file = bytes::Bytes::from_static(b"{\"a\": 1}");
         let gcr = RegistryCredentials::Gcr { hostname: "eu.gcr.io".into(), key_file };
-        let login = Login::of(&gcr, &[]).await.unwrap();
+        let login = Login::from_credentials(&gcr, &[]).await.unwrap();
         assert_eq!(login, Login::new("eu.gcr.io", "_json_key", "{\"a\": 1}"));
     }
 
     #[tokio::test]
-    async fn a_program_that_is_missing_is_named() {
+    async fn a_missing_program_is_named() {
         let refused = run("aws", Command::new("/missing/aws"), b"").await.unwrap_err();
-        assert!(refused.0.contains("`aws`") && refused.0.contains("is not there"), "{refused}");
+        assert!(refused.0.contains("`aws`") && refused.0.contains("not installed"), "{refused}");
     }
 
     #[test]
-    fn proxies_of_the_user_are_variables_of_containers() {
+    fn containers_get_the_proxies_of_the_user() {
         let config = r#"{"proxies": {"default": {"httpProxy": "http://p:1", "noProxy": "x"}}}"#;
         let (_home, registries) = user(config, None);
         let variables = registries.proxy_variables();

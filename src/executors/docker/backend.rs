@@ -1,4 +1,4 @@
-//! Runs a job in containers: the shell in the main one, behind its terminal.
+//! Runs a job in containers: its shell in the main container, on that container's terminal.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -24,39 +24,41 @@ use crate::executors::docker::bodies::{Common, SOCKET};
 use crate::executors::docker::engine::Engine;
 use crate::executors::docker::hijack::ContainerTerminal;
 use crate::executors::docker::place::Place;
-use crate::executors::docker::pull::words_of;
+use crate::executors::docker::pull::message_of;
 use crate::executors::docker::shell::{
-    DockerSession, Inside, SharedSession, export_lines, no_shell, show_to_logins,
+    AgentCommands, DockerSession, SharedSession, export_lines, no_shell, show_to_logins,
 };
 use crate::executors::docker::side_containers::{SideContainer, wait_for_all};
 use crate::executors::docker::upload::ContainerUser;
 use crate::executors::registries::Registries;
 use crate::executors::session::{Mark, Session};
 
-/// How long the image's entrypoint and the shell's startup files may take.
+/// How long the image's entrypoint and the shell's startup files may take until the shell is ready.
 const SHELL_PATIENCE: Duration = Duration::from_mins(2);
 
-/// How much of what they print is shown if there is no shell, in bytes.
+/// How much of a program's output an error or a line of the agent's own log shows, in bytes.
 pub(super) const SHOWN: usize = 2000;
 
-/// How much of it is kept: what the agent types, and is perhaps echoed, stands before it.
-const KEPT: usize = 10_000;
+/// How much of the output before the shell is ready is kept, in bytes. More than [`SHOWN`], as the echo of
+/// what the agent types may be in it, and is left out later.
+const MOST_KEPT: usize = 10_000;
 
-/// What programs take for granted where nobody looks.
+/// The size of the terminal, in characters: the usual default of programs.
 const ROWS: i32 = 24;
 const COLUMNS: i32 = 80;
 
-/// See the module.
+/// Prepares the containers of one job.
 pub struct DockerBackend {
     pub(super) config: DockerConfig,
     pub(super) compose: Compose,
     pub(super) place: Place,
     pub(super) common: Common,
     pub(super) metrics: Addr<Metrics>,
-    /// Where the shell keeps its scripts, in the container.
+    /// The path in the container of the file that each script is typed into; also the prefix of others.
     pub(super) script: String,
-    /// There is to be nothing but a shell, and nobody is told how it comes about.
+    /// Only start the main container, without logging (for the post-job hook).
     pub(super) is_spare: bool,
+    /// How often variables were staged.
     staged: u32,
     phase: Phase,
 }
@@ -84,7 +86,7 @@ pub(super) struct Host {
 }
 
 impl DockerBackend {
-    /// A backend for a job whose containers are all in `place`.
+    /// Returns a backend that creates the containers of `job` in `place`.
     pub fn new(
         config: DockerConfig,
         job: &JobId,
@@ -115,7 +117,7 @@ impl DockerBackend {
         }
     }
 
-    /// One that only brings up the main container, after the job was stopped.
+    /// Returns a backend that only starts the main container, for the post-job hook of a stopped job.
     #[must_use]
     pub fn spare(self) -> Self {
         Self { is_spare: true, ..self }
@@ -125,9 +127,9 @@ impl DockerBackend {
         self.compose.credentials.as_ref().map_or(true, |all| !all.is_empty())
     }
 
-    fn inside(&self) -> Result<Inside, StepError> {
+    fn agent_commands(&self) -> Result<AgentCommands, StepError> {
         match &self.phase {
-            Phase::Running(session) => Ok(Inside { session: Rc::clone(session) }),
+            Phase::Running(session) => Ok(AgentCommands { session: Rc::clone(session) }),
             _ => Err(no_shell()),
         }
     }
@@ -164,14 +166,14 @@ impl DockerBackend {
         let ((session, main), started) =
             tokio::try_join!(self.start_main_container(engine), started)?;
         let session = Rc::new(Mutex::new(session));
-        let mut inside = Inside { session: Rc::clone(&session) };
-        let at_home = "__agent_home=$HOME; builtin cd ~ 2>/dev/null; builtin true";
-        let there = timeout(SHELL_PATIENCE, inside.run(at_home, None)).await;
-        there.map_err(|_| StepError("the shell does not react".into()))??;
+        let mut commands = AgentCommands { session: Rc::clone(&session) };
+        let go_home = "__agent_home=$HOME; builtin cd ~ 2>/dev/null; builtin true";
+        let went_home = timeout(SHELL_PATIENCE, commands.run(go_home, None)).await;
+        went_home.map_err(|_| StepError("the shell does not respond".into()))??;
         for file in self.compose.main.files.clone() {
-            inside.inject(&file).await?;
+            commands.inject(&file).await?;
         }
-        wait_for_all(engine, started, &mut inside, log).await?;
+        wait_for_all(engine, started, &mut commands, log).await?;
         Ok((session, main))
     }
 
@@ -187,16 +189,16 @@ impl DockerBackend {
         if !container.files.is_empty() {
             let user = self.user_of(engine, &id, container).await;
             for file in &container.files {
-                let whose =
+                let with_owner =
                     |error| StepError(format!("{error} (a file of the container `{name}`)"));
-                user.upload(engine, &id, file).await.map_err(whose)?;
+                user.upload(engine, &id, file).await.map_err(with_owner)?;
             }
         }
         self.start(engine, &id).await.map_err(&failed)?;
         Ok(SideContainer { name, id })
     }
 
-    /// Who a container runs as: the job's choice, or the image's.
+    /// Returns the user that a container runs as: the job's choice, else the image's.
     async fn user_of(&self, engine: &Engine, id: &str, container: &Container) -> ContainerUser {
         let user = match &container.user {
             Some(user) => Some(user.clone()),
@@ -205,7 +207,7 @@ impl DockerBackend {
                 found.ok().and_then(|found| found.config?.user)
             }
         };
-        ContainerUser::of(engine, id, &user.unwrap_or_default()).await
+        ContainerUser::look_up(engine, id, &user.unwrap_or_default()).await
     }
 
     async fn create(
@@ -220,7 +222,7 @@ impl DockerBackend {
         let created =
             self.place.make(async move { api.create_container(Some(options), body).await }).await;
         let created = created.map_err(|closed| closed.to_string())?;
-        created.map(|created| created.id).map_err(|error| words_of(&error))
+        created.map(|created| created.id).map_err(|error| message_of(&error))
     }
 
     async fn start(&self, engine: &Engine, id: &str) -> Result<(), String> {
@@ -229,7 +231,7 @@ impl DockerBackend {
             api.start_container(&id, None::<bollard::query_parameters::StartContainerOptions>).await
         };
         let started = self.place.make(start).await.map_err(|closed| closed.to_string())?;
-        started.map_err(|error| words_of(&error))
+        started.map_err(|error| message_of(&error))
     }
 
     async fn start_main_container(
@@ -240,7 +242,7 @@ impl DockerBackend {
         let body = self.common.main_container(main);
         let created = self.create(engine, main.name.as_str(), body).await;
         let created = match created {
-            // The engine has its socket somewhere else: a job can do without.
+            // The engine's socket is not at the usual path of its machine. The job runs without it.
             Err(why) if engine.socket.is_none() && why.contains(SOCKET) => {
                 let without = Common { socket: None, ..self.common.clone() };
                 self.create(engine, main.name.as_str(), without.main_container(main)).await
@@ -248,9 +250,9 @@ impl DockerBackend {
             created => created,
         };
         let id = created.map_err(StepError)?;
-        self.place.has_main(&id);
+        self.place.set_main_container(&id);
         let terminal = engine.attach(&id).await.map_err(|error| StepError(error.to_string()))?;
-        // Nothing announces the shell's end but that of the stream.
+        // No job-init announces the shell's end with this mark: in a container the stream just ends.
         let gone = Mark::random().map_err(|error| StepError(error.to_string()))?;
         let failed = |error: std::io::Error| StepError(format!("the terminal failed: {error}"));
         let mut session = Session::new(terminal, gone).map_err(failed)?;
@@ -259,9 +261,9 @@ impl DockerBackend {
         let began = async {
             self.start(engine, &id)
                 .await
-                .map_err(|why| StepError(why_it_can_not_start(&why, &main.image)))?;
+                .map_err(|why| StepError(start_problem(&why, &main.image)))?;
             let size = ResizeContainerTTYOptions { h: ROWS, w: COLUMNS };
-            // Without it the terminal has no size, as with other tools.
+            // An error is ignored: the terminal then has no size, which programs can deal with.
             let _ = engine.api.resize_container_tty(&id, size).await;
             Ok(())
         };
@@ -269,24 +271,25 @@ impl DockerBackend {
         let (began, ready) = tokio::join!(began, ready);
         began?;
         let problem = match ready {
-            Ok(Ready::Yes) => return Ok((session, id)),
-            Ok(Ready::NoFile) => format!("the shell can't write to {}", self.script),
-            Ok(Ready::Ended) => self.why_there_is_no_shell(engine, &id).await,
+            Ok(Bootstrap::Done) => return Ok((session, id)),
+            Ok(Bootstrap::NoFile) => format!("the shell can't write to {}", self.script),
+            Ok(Bootstrap::ShellEnded) => self.missing_shell_problem(engine, &id).await,
             Err(_) => {
-                "there is no `bash` yet, as if the image's entrypoint waited for something, or \
-                       ran something else"
+                "`bash` was not ready in time: the image's entrypoint may be waiting for something, or \
+                 running something else"
                     .to_owned()
             }
         };
         let printed = String::from_utf8_lossy(&printed).replace("\r\n", "\n");
-        // What the agent typed is of no use to anybody.
+        // Leave out the echo of what the agent typed.
         let lines = printed.lines().filter(|line| !line.contains("__agent_"));
         let printed = lines.collect::<Vec<_>>().join("\n");
         let from = printed.ceil_char_boundary(printed.len().saturating_sub(SHOWN));
         Err(StepError(format!("{problem}; it printed: {}", printed[from..].trim())))
     }
 
-    async fn why_there_is_no_shell(&self, engine: &Engine, id: &str) -> String {
+    /// Explains why the main container has ended before its shell was ready.
+    async fn missing_shell_problem(&self, engine: &Engine, id: &str) -> String {
         let image = &self.compose.main.image;
         let found = engine.api.inspect_image(image).await;
         let made_for = found.ok().and_then(|found| found.architecture).unwrap_or_default();
@@ -296,36 +299,36 @@ impl DockerBackend {
         }
         let found = engine.api.inspect_container(id, None::<InspectContainerOptions>).await;
         let state = found.ok().and_then(|found| found.state).unwrap_or_default();
-        let words = state.error.unwrap_or_default();
-        let what = match state.exit_code.unwrap_or_default() {
+        let error = state.error.unwrap_or_default();
+        let problem = match state.exit_code.unwrap_or_default() {
             127 => format!("the image {image} has no `bash`"),
             code => format!("the container ended with exit code {code} before it was ready"),
         };
-        format!("{what} {words}").trim().to_owned()
+        format!("{problem} {error}").trim().to_owned()
     }
 
     /// Starts only the main container, without a word in the job's log.
     async fn prepare_spare(&mut self) -> Result<Prepared, PreparationError> {
         let host = self.set_up_host().await?;
-        self.pull_images(&host, &Silence).await?;
-        self.start_containers(host.engine, &Silence).await
+        self.pull_images(&host, &NoLog).await?;
+        self.start_containers(host.engine, &NoLog).await
     }
 }
 
-/// The engine's words about a main container that does not start, and which program is to blame.
-fn why_it_can_not_start(words: &str, image: &str) -> String {
-    let program = words.split_once("exec: \"").and_then(|(_, rest)| rest.split_once('"'));
+/// Returns the engine's message about a main container that does not start, and which program is the cause.
+fn start_problem(message: &str, image: &str) -> String {
+    let program = message.split_once("exec: \"").and_then(|(_, rest)| rest.split_once('"'));
     match program {
-        Some(("bash", _)) => format!("the image {image} has no `bash`: {words}"),
-        Some((entrypoint, _)) => format!("the entrypoint `{entrypoint}` can't be run: {words}"),
-        None => words.to_owned(),
+        Some(("bash", _)) => format!("the image {image} has no `bash`: {message}"),
+        Some((entrypoint, _)) => format!("the entrypoint `{entrypoint}` can't be run: {message}"),
+        None => message.to_owned(),
     }
 }
 
-/// Drops what a step has to say.
-struct Silence;
+/// Drops all output of steps.
+struct NoLog;
 
-impl StepLog for Silence {
+impl StepLog for NoLog {
     fn print<'a>(&'a self, _: &'a str) -> LocalBoxFuture<'a, Result<(), StepError>> {
         std::future::ready(Ok(())).boxed_local()
     }
@@ -336,23 +339,24 @@ pub(super) fn listed(problems: &[Problem]) -> StepError {
     StepError(lines.join("\n"))
 }
 
-/// What became of a shell's bootstrap.
-enum Ready {
-    Yes,
+/// How a shell's bootstrap ended.
+enum Bootstrap {
+    Done,
+    /// The shell can't write to the file for its scripts.
     NoFile,
-    Ended,
+    ShellEnded,
 }
 
-async fn until_ready(session: &mut Session<ContainerTerminal>, printed: &mut Vec<u8>) -> Ready {
+async fn until_ready(session: &mut Session<ContainerTerminal>, printed: &mut Vec<u8>) -> Bootstrap {
     loop {
         match session.next_event().await {
             SessionEvent::Output(bytes) => {
                 printed.extend_from_slice(&bytes);
-                printed.drain(..printed.len().saturating_sub(KEPT));
+                printed.drain(..printed.len().saturating_sub(MOST_KEPT));
             }
-            SessionEvent::ScriptEnded(end) if end.exit_code == 0 => return Ready::Yes,
-            SessionEvent::ScriptEnded(_) => return Ready::NoFile,
-            SessionEvent::ShellEnded(_) => return Ready::Ended,
+            SessionEvent::ScriptEnded(end) if end.exit_code == 0 => return Bootstrap::Done,
+            SessionEvent::ScriptEnded(_) => return Bootstrap::NoFile,
+            SessionEvent::ShellEnded(_) => return Bootstrap::ShellEnded,
         }
     }
 }
@@ -404,8 +408,10 @@ impl ExecutorBackend for DockerBackend {
         let profile = if self.staged == 1 { show_to_logins(&path) } else { String::new() };
         async move {
             let receive = format!("( builtin umask 077; __agent_receive '{path}' ){profile}");
-            let (exit_code, printed) =
-                self.inside()?.run(&receive, Some(export_lines(variables).as_bytes())).await?;
+            let (exit_code, printed) = self
+                .agent_commands()?
+                .run(&receive, Some(export_lines(variables).as_bytes()))
+                .await?;
             if exit_code != 0 {
                 return Err(StepError(format!("{path}: {printed}")));
             }
@@ -422,6 +428,6 @@ impl ExecutorBackend for DockerBackend {
         &'a mut self,
         file: &'a InjectedFile,
     ) -> LocalBoxFuture<'a, Result<(), StepError>> {
-        async { self.inside()?.inject(file).await }.boxed_local()
+        async { self.agent_commands()?.inject(file).await }.boxed_local()
     }
 }

@@ -1,4 +1,4 @@
-//! What containers and networks are made from. Pure.
+//! The bodies of the requests that create a job's containers and network. Pure.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -11,31 +11,33 @@ use bollard::models::{
 
 use crate::config::FileMount;
 
-/// Where jobs find the engine, to run containers of their own.
+/// The path in the main container of the engine's socket, with which jobs run containers of their own.
 pub(crate) const SOCKET: &str = "/var/run/docker.sock";
 
-/// What virtual machines in containers need.
+/// The device that jobs need to run virtual machines.
 pub(crate) const KVM: &str = "/dev/kvm";
 
-/// What containers and networks of agents are marked with.
+/// The label by which a place's containers and networks are found again.
 pub(crate) const PLACE_LABEL: &str = "semaphore-agent.place";
+
+/// The label that tells people which job a container belongs to.
 const JOB_LABEL: &str = "semaphore-agent.job";
 
-/// What all containers of one place have in common.
+/// The settings that all containers of one place share.
 #[derive(Clone, Debug)]
 pub(crate) struct Common {
-    /// Unique among all agents of the engine.
+    /// The place's id, unique among all agents that use the engine.
     pub(crate) place: String,
     pub(crate) job: String,
-    /// The engine's socket on its own machine; nothing if there is none.
+    /// The path of the engine's socket on the engine's machine; `None` if jobs don't get it.
     pub(crate) socket: Option<PathBuf>,
     pub(crate) files: Vec<FileMount>,
     pub(crate) kvm: bool,
-    /// Besides the container's own.
+    /// Variables of every container; a container's own win.
     pub(crate) environment: Vec<(String, String)>,
 }
 
-/// The name that the main container of a place gets.
+/// Returns the engine's name for the main container of `place`.
 pub(crate) fn main_container_name(place: &str, compose: &Compose) -> String {
     container_name(place, compose.main.name.as_str())
 }
@@ -44,10 +46,13 @@ fn container_name(place: &str, container: &str) -> String {
     format!("semaphore-{place}-{container}")
 }
 
-/// What the main container's entrypoint gets: the job's shell below another bash, which may be the first process
-/// and reaps what has lost its parent. As the first process the job's shell would not heed a signal that it sends
-/// to itself; and the engine's init in front would keep entrypoints from being the first process. With `-p` bash
-/// neither reads `BASH_ENV` nor takes functions from the environment. It keeps to itself how the other one ended.
+/// The command of the main container, which its entrypoint may wrap: an outer bash with the job's shell as
+/// its child.
+///
+/// The outer bash may run as PID 1, where it reaps orphans. The job's shell must not be PID 1, as it would
+/// then ignore signals that it sends to itself; and the engine's own init would keep entrypoints from being
+/// PID 1. `-p` makes the outer bash ignore `BASH_ENV` and functions from the environment. Its standard error
+/// is `/dev/null`, so that it does not print how the job's shell ended.
 const SHELL: [&str; 4] = ["bash", "-p", "-c", "exec 3>&2 2>/dev/null; bash 2>&3 3>&-; exit $?"];
 
 impl Common {
@@ -62,7 +67,7 @@ impl Common {
         format!("semaphore-{}", self.place)
     }
 
-    /// The engine's name for the container that the others call `container`.
+    /// Returns the engine's name for the container that the job calls `container`.
     pub(crate) fn container_name(&self, container: &str) -> String {
         container_name(&self.place, container)
     }
@@ -75,7 +80,7 @@ impl Common {
         }
     }
 
-    /// A container that runs what its image does.
+    /// Returns the body for a container that runs its image's program.
     pub(crate) fn side_container(&self, container: &Container) -> ContainerCreateBody {
         let Container { image, entrypoint, command, user, .. } = container;
         let alias = container.name.as_str().to_owned();
@@ -88,7 +93,7 @@ impl Common {
         };
         ContainerCreateBody {
             image: Some(image.clone()),
-            // An entrypoint of the job's takes the image's command away, as Compose has it.
+            // As in Compose, an entrypoint of the job's also drops the image's command.
             entrypoint: Some(entrypoint.clone()).filter(|words| !words.is_empty()),
             cmd: Some(command.clone()).filter(|words| !words.is_empty()),
             user: user.clone(),
@@ -96,7 +101,7 @@ impl Common {
             labels: Some(self.labels()),
             host_config: Some(HostConfig {
                 network_mode: Some(self.network_name()),
-                // When memory runs out, a job goes before the engine and the agent.
+                // When memory runs out, the kernel is to kill a job before the engine and the agent.
                 oom_score_adj: Some(500),
                 devices: self.kvm.then(|| vec![device]),
                 ..Default::default()
@@ -106,7 +111,7 @@ impl Common {
         }
     }
 
-    /// The container where the job's shell runs.
+    /// Returns the body for the container that runs the job's shell.
     pub(crate) fn main_container(&self, container: &Container) -> ContainerCreateBody {
         let mut body = self.side_container(container);
         body.cmd = Some(SHELL.map(str::to_owned).into());
@@ -122,9 +127,9 @@ impl Common {
         let socket = self.socket.iter().map(|socket| mount(socket, SOCKET.as_ref()));
         let files = self.files.iter().map(|file| mount(&file.host, &file.container));
         if let Some(host) = &mut body.host_config {
-            // Unlike a bind, a mount makes no directory where its source is missing.
+            // Mounts instead of binds: the engine does not create a directory for a missing source.
             host.mounts = Some(socket.chain(files).collect());
-            // What is printed goes to the agent, and nowhere else.
+            // The agent reads the terminal; the engine must not keep a copy of the output.
             host.log_config = Some(HostConfigLogConfig { typ: Some("none".into()), config: None });
         }
         body
@@ -136,7 +141,7 @@ impl Common {
             (variable.name.as_str(), value.into_owned())
         });
         let common = self.environment.iter().map(|(name, value)| (name.as_str(), value.clone()));
-        // The last of a name wins.
+        // If a name occurs twice, the engine uses the last value.
         common.chain(own).map(|(name, value)| format!("{name}={value}")).collect()
     }
 }
@@ -176,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn side_containers_are_what_compose_makes_of_them() {
+    fn side_containers_are_created_as_by_compose() {
         let body = common().side_container(&container());
         assert_eq!(body.entrypoint, Some(vec!["/init".into()]));
         assert_eq!(body.cmd, Some(vec!["a b".into(), "c".into()]));
@@ -193,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn the_main_container_runs_bash_whatever_its_command_is() {
+    fn the_main_container_runs_bash_instead_of_its_command() {
         let body = Common { kvm: true, ..common() }.main_container(&container());
         assert_eq!(body.cmd, Some(SHELL.map(str::to_owned).into()));
         assert_eq!(body.entrypoint, Some(vec!["/init".into()]));

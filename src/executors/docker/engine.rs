@@ -1,4 +1,4 @@
-//! The Docker Engine that jobs' containers are on.
+//! The client of the Docker Engine that runs jobs' containers.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -10,82 +10,80 @@ use bollard::{API_DEFAULT_VERSION, Docker};
 use super::hijack::{self, ContainerTerminal, HijackError};
 use super::tls_relay::TlsRelay;
 
-/// Where the engine is if `DOCKER_HOST` does not say.
+/// The engine's socket if `DOCKER_HOST` is not set.
 const DEFAULT_SOCKET: &str = "/var/run/docker.sock";
 
-/// The oldest API that is spoken, that of Engine 20.10, and the newest that was tried.
+/// The oldest supported version of the API, that of Engine 20.10, and the newest one that was tested.
 const OLDEST_API: (usize, usize) = (1, 41);
 const NEWEST_API: (usize, usize) = (1, 52);
 
-/// How long the engine may take to begin an answer: longer than anything that it may have to wait for.
+/// How long the engine may take to begin a response. Longer than any single request should need.
 const PATIENCE: Duration = Duration::from_mins(15);
 
-/// How long it may take to say who it is.
+/// How long the engine may take to report its version.
 const VERSION_PATIENCE: Duration = Duration::from_secs(30);
 
-/// Where to connect to.
+/// The address that the client connects to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EngineAddress {
-    /// On this machine.
+    /// The path of a Unix socket.
     Unix(PathBuf),
-    /// Anywhere, as host and port.
+    /// `HOST:PORT`.
     Tcp(String),
 }
 
-/// Where an engine is, as its users say.
+/// The engine that the environment names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum DockerHost {
-    /// It needs no more than a connection.
     Plain(EngineAddress),
-    /// It wants TLS.
     Tls {
-        /// Host and port.
+        /// `HOST:PORT`.
         address: String,
-        /// The directory of the certificates.
+        /// The directory with the certificates.
         certificates: PathBuf,
     },
 }
 
-/// Why there is no engine for a job.
+/// Why a job has no engine.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
-    /// The variable can't be understood.
+    /// `DOCKER_HOST` has a form that is not supported.
     #[error("DOCKER_HOST `{given}` is neither unix:///PATH nor tcp://HOST:PORT")]
     Address {
-        /// As given.
+        /// The value of `DOCKER_HOST`.
         given: String,
     },
-    /// Its certificates can't be used.
+    /// The certificates can't be used, or the relay can't be set up.
     #[error("TLS for the Docker Engine at {at}: {why}")]
     Tls {
-        /// Where the engine is.
+        /// The engine's address.
         at: String,
-        /// In the words of who tried.
+        /// The error.
         why: std::io::Error,
     },
-    /// Nobody answers.
+    /// The connection failed, or no engine responded.
     #[error("no Docker Engine at {at}: {why}")]
     Absent {
-        /// Where it was looked for.
+        /// The address that was tried.
         at: String,
-        /// In the words of who looked.
+        /// The text of the error.
         why: String,
     },
-    /// It is older than what is supported.
+    /// The engine is older than 20.10.
     #[error(
-        "the Docker Engine {version} speaks version {api} of its API; 1.41 or later is needed, that of \
-         Engine 20.10"
+        "Docker Engine {version} supports version {api} of its API at most; the agent needs 1.41 or \
+         later (Engine 20.10)"
     )]
     TooOld {
-        /// Of the engine.
+        /// The engine's version.
         version: String,
-        /// The newest it speaks.
+        /// The newest API version that the engine supports.
         api: String,
     },
 }
 
 impl DockerHost {
-    /// What `DOCKER_HOST` of `environment` says.
+    /// Reads `DOCKER_HOST`, `DOCKER_TLS_VERIFY` and `DOCKER_CERT_PATH` as the `docker` command does.
     fn from_environment(environment: &[(OsString, OsString)]) -> Result<Self, EngineError> {
         let variable = |name: &str| {
             let found = environment.iter().find(|(its, value)| its == name && !value.is_empty());
@@ -130,22 +128,22 @@ impl DockerHost {
 /// A client of one engine. Clones share its connections.
 #[derive(Clone, Debug)]
 pub struct Engine {
-    /// For everything but terminals.
+    /// The library's client, for everything but terminals and [`Self::post`].
     pub api: Docker,
     address: EngineAddress,
-    /// The socket on this machine, if it is there.
+    /// The engine's socket, if the engine runs on this machine.
     pub socket: Option<PathBuf>,
-    /// The kind of processor that it runs on.
+    /// The engine's processor architecture, as `amd64`.
     pub architecture: String,
-    /// What paths begin with.
+    /// The API version that begins each path, as `/v1.41`.
     prefix: String,
-    /// What makes connections, if the engine wants TLS.
+    /// The relay that `address` leads to, if the engine needs TLS. Kept alive with the client.
     _relay: Option<Arc<TlsRelay>>,
 }
 
 impl Engine {
-    /// Finds the engine that `environment` names, and out which version of the API to speak. `scratch` is a
-    /// private directory, or will be.
+    /// Connects to the engine that `environment` names, and chooses the version of the API. `scratch` is a
+    /// private directory for the TLS relay's socket; it is created if needed.
     pub async fn connect(
         environment: &[(OsString, OsString)],
         scratch: &Path,
@@ -166,13 +164,13 @@ impl Engine {
             _ => None,
         };
         if let EngineAddress::Unix(path) = &address {
-            // The client's own words name neither.
+            // Checked here, as the library's error names neither the path nor the reason.
             probe(path).map_err(|error| absent(error.to_string()))?;
         }
         let api = client(&address, String::new()).map_err(|error| absent(error.to_string()))?;
         let version = tokio::time::timeout(VERSION_PATIENCE, api.version())
             .await
-            .map_err(|_| absent("there was no answer in time".into()))?
+            .map_err(|_| absent("the engine did not respond in time".into()))?
             .map_err(|error| absent(error.to_string()))?;
         let spoken = version.api_version.unwrap_or_default();
         let Some(newest) = parse_version(&spoken).filter(|newest| *newest >= OLDEST_API) else {
@@ -186,7 +184,7 @@ impl Engine {
         Ok(Self { api, address, socket, architecture, prefix, _relay: relay })
     }
 
-    /// The terminal of a container, which may not have been started yet.
+    /// Attaches to the terminal of `container`, which need not be started yet.
     pub async fn attach(&self, container: &str) -> Result<ContainerTerminal, HijackError> {
         let path = format!(
             "{}/containers/{container}/attach?stream=1&stdin=1&stdout=1&stderr=1",
@@ -195,7 +193,7 @@ impl Engine {
         ContainerTerminal::open(&self.address, &path).await
     }
 
-    /// Posts what the library has no call for.
+    /// Posts a JSON body to `path`, for requests that the library does not have.
     pub async fn post(&self, path: &str, body: &[u8]) -> Result<(), HijackError> {
         hijack::post(&self.address, &format!("{}{path}", self.prefix), body).await
     }
@@ -210,8 +208,10 @@ fn parse_version(text: &str) -> Option<(usize, usize)> {
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
-/// A client whose paths begin with `prefix`. The library negotiates a version but does not send it, and it
-/// encodes credentials in the alphabet that engines do not read.
+/// Returns a client whose request paths begin with `prefix`.
+///
+/// Works around two defects of the library: it does not send the API version that it negotiated, and it
+/// encodes credentials in standard base64 where engines expect the URL-safe alphabet.
 fn client(address: &EngineAddress, prefix: String) -> Result<Docker, bollard::errors::Error> {
     let seconds = PATIENCE.as_secs();
     let client = match address {
@@ -227,7 +227,7 @@ fn client(address: &EngineAddress, prefix: String) -> Result<Docker, bollard::er
         if let Some(path) = path.and_then(|path| path.parse().ok()) {
             let mut parts = request.uri().clone().into_parts();
             parts.path_and_query = Some(path);
-            // Fails for no path that begins with a slash.
+            // Can't fail: the path begins with a slash.
             if let Ok(uri) = parts.try_into() {
                 *request.uri_mut() = uri;
             }
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn the_engine_is_where_docker_host_says() {
+    fn docker_host_names_the_engine() {
         let unix = |path: &str| Ok(DockerHost::Plain(EngineAddress::Unix(path.into())));
         assert_eq!(host(&[]), unix(DEFAULT_SOCKET));
         assert_eq!(host(&[("DOCKER_HOST", "unix:///run/docker.sock")]), unix("/run/docker.sock"));

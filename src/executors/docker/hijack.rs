@@ -1,6 +1,7 @@
-//! A raw connection to a container's terminal: an HTTP request that both sides stop speaking HTTP after.
+//! A raw connection to a container's terminal: an HTTP request after which both sides stop speaking HTTP.
 //!
-//! Not by the client library: its reader takes the first bytes of a terminal for a frame's header.
+//! The client library can't be used for it: it takes the first bytes from a terminal for the header of a
+//! multiplexed frame.
 
 use std::io;
 use std::pin::Pin;
@@ -15,30 +16,30 @@ use tokio::net::{TcpStream, UnixStream};
 use super::engine::EngineAddress;
 use crate::executors::session::Terminal;
 
-/// How much is read at once before the terminal begins, in bytes.
+/// The size of the buffer for a response's head, in bytes.
 const READ: usize = 4096;
 
-/// The longest head of an answer, and the longest refusal, in bytes.
+/// The largest head of a response, and the largest body of an error response, in bytes.
 const LONGEST: usize = 16 << 10;
 
 trait Stream: AsyncRead + AsyncWrite + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Stream for T {}
 
-/// What is written to it is typed in the container, what is read from it was printed there.
+/// A container's terminal: writing types into the container, reading returns what was printed there.
 pub struct ContainerTerminal {
     stream: Box<dyn Stream>,
-    /// What came together with the answer's head.
+    /// Bytes of the terminal that arrived together with the response's head.
     early: BytesMut,
 }
 
-/// Why there is none.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HijackError {
     /// The connection failed.
     #[error("the connection to the engine failed: {0}")]
     Io(#[from] io::Error),
-    /// The engine refused.
+    /// The engine refused the request, with this message.
     #[error("{0}")]
     Refused(String),
 }
@@ -50,39 +51,40 @@ struct Refusal {
 }
 
 impl ContainerTerminal {
-    /// Sends a `POST` of `path`, which has the API's version and the query, and takes over the connection.
+    /// Sends a `POST` of `path` (with API version and query), and takes over the connection.
     pub async fn open(address: &EngineAddress, path: &str) -> Result<Self, HijackError> {
-        let answer =
-            Answer::to(address, path, "Connection: Upgrade\r\nUpgrade: tcp\r\n", b"").await?;
-        // Some answer 200 and stop speaking HTTP all the same.
-        let is_raw = answer.head.contains("content-type: application/vnd.docker.raw-stream");
-        if answer.status == 101 || (answer.status == 200 && is_raw) {
-            let Answer { stream, early, .. } = answer;
+        let response =
+            Response::to_post(address, path, "Connection: Upgrade\r\nUpgrade: tcp\r\n", b"")
+                .await?;
+        // Some engines respond with 200 instead of 101, and switch protocols all the same.
+        let is_raw = response.head.contains("content-type: application/vnd.docker.raw-stream");
+        if response.status == 101 || (response.status == 200 && is_raw) {
+            let Response { stream, early, .. } = response;
             return Ok(Self { stream, early });
         }
-        Err(answer.refusal().await)
+        Err(response.refusal().await)
     }
 }
 
-/// Sends a `POST` of a path with its version, with a body in JSON; the engine's words if it refuses.
+/// Sends a `POST` of `path` (with API version) with a JSON body.
 pub async fn post(address: &EngineAddress, path: &str, body: &[u8]) -> Result<(), HijackError> {
     let headers = "Connection: close\r\nContent-Type: application/json\r\n";
-    let answer = Answer::to(address, path, headers, body).await?;
-    if (200..300).contains(&answer.status) { Ok(()) } else { Err(answer.refusal().await) }
+    let response = Response::to_post(address, path, headers, body).await?;
+    if (200..300).contains(&response.status) { Ok(()) } else { Err(response.refusal().await) }
 }
 
-/// The beginning of an answer.
-struct Answer {
+/// A response of which only the head was read so far.
+struct Response {
     stream: Box<dyn Stream>,
     status: u16,
-    /// In lower case.
+    /// Status line and headers, in lower case.
     head: String,
-    /// What came with it.
+    /// Bytes of the body that arrived together with the head.
     early: BytesMut,
 }
 
-impl Answer {
-    async fn to(
+impl Response {
+    async fn to_post(
         address: &EngineAddress,
         path: &str,
         headers: &str,
@@ -126,20 +128,20 @@ impl Answer {
                 Err(error) => return error.into(),
             }
         }
-        // Some refusals are JSON, and some the words themselves.
+        // Some errors are JSON, and others plain text.
         let words = match serde_json::from_slice::<Refusal>(&self.early) {
             Ok(refusal) => refusal.message,
             Err(_) => String::from_utf8_lossy(&self.early).into_owned(),
         };
         HijackError::Refused(match words.trim() {
-            "" => format!("the engine answers {}", self.status),
+            "" => format!("the engine responded with status {}", self.status),
             words => words.to_owned(),
         })
     }
 }
 
 impl Terminal for ContainerTerminal {
-    /// Nobody but the shell itself can: it checks that what is typed comes through.
+    /// Does nothing: only the shell in the container can set the modes. It checks that typed text arrives.
     fn reset_modes(&self) -> io::Result<()> {
         Ok(())
     }

@@ -1,8 +1,7 @@
 //! Jobs in containers, over the API of the Docker Engine (docs/protocol.md: "Docker executor").
 //!
-//! Nothing of this machine's file system is needed in a container but what the user asks for with
-//! `--files`, and the engine's socket: so the engine may be on another machine, and the agent in a
-//! container itself.
+//! Containers need nothing from this machine's file system except the paths of `--files` and the engine's
+//! socket. So the engine may run on another machine, and the agent in a container itself.
 
 pub mod backend;
 pub(crate) mod bodies;
@@ -40,14 +39,14 @@ use crate::state::JobDir;
 /// Runs jobs in containers.
 #[derive(Clone)]
 pub struct DockerExecutor {
-    /// What every job's containers have.
+    /// The settings of all jobs' containers.
     pub config: DockerConfig,
-    /// Where measurements go.
+    /// Receives the duration and the result of each pull.
     pub metrics: Addr<Metrics>,
 }
 
 impl DockerExecutor {
-    /// Returns the executor of a job with these containers.
+    /// Returns the executor of a job that consists of the containers of `compose`.
     pub fn with<'a>(&'a self, compose: &'a Compose) -> impl Executor + 'a {
         InContainers { executor: self, compose }
     }
@@ -90,31 +89,32 @@ impl Executor for InContainers<'_> {
     }
 }
 
-/// What an agent gives to all containers.
+/// The agent's settings for the containers of all jobs.
 #[derive(Clone, Debug, Default)]
 pub struct DockerConfig {
-    /// The agent's own environment, less its secrets: where the engine is, and for programs that are run.
+    /// The agent's environment without its secrets. It names the engine, and is the environment of host setup
+    /// commands and credential helpers.
     pub environment: Vec<(OsString, OsString)>,
     /// The home of the agent's user.
     pub home: PathBuf,
-    /// Files of this machine that the main container has.
+    /// Files of this machine that are mounted into the main container.
     pub files: Vec<FileMount>,
-    /// Whether a missing one of these fails a job.
+    /// Whether a missing path among `files` fails the job.
     pub fail_on_missing_files: bool,
-    /// Whether containers get `/dev/kvm`, where there is one.
+    /// Whether containers get `/dev/kvm`, if this machine has it.
     pub expose_kvm: bool,
     /// Whether the main container gets the engine's socket.
     pub socket: DockerSocket,
 }
 
 impl DockerConfig {
-    /// Nothing but what the agent's user has.
+    /// Returns the defaults, with the environment and the home of `shell`.
     pub fn of(shell: &ShellConfig) -> Self {
         let (environment, home) = (shell.environment.clone(), shell.home.clone());
         Self { environment, home, ..Self::default() }
     }
 
-    /// The variables that tell where the engine is, those of them that are set.
+    /// Returns the variables of the environment that name the engine.
     pub fn engine(&self) -> Vec<(String, String)> {
         const NAMES: [&str; 3] = ["DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH"];
         let text = |text: &OsString| text.to_string_lossy().into_owned();

@@ -1,16 +1,16 @@
-//! What `chmod` makes of a mode, for containers that do not run yet. Pure.
+//! Computes what `chmod MODE` does to a file's mode, for containers that do not run yet. Pure.
 
 use actors::request::parse_octal_mode;
 
-/// What no one is named for is not given to others.
+/// The umask that limits a clause without `u`, `g`, `o` or `a`, such as `+w`.
 const USUAL_UMASK: u32 = 0o022;
 
-/// The permissions after `chmod MODE` of a file that had `before`; nothing if it is no mode.
+/// Returns the permissions after `chmod MODE` of a file that had `before`; `None` if `mode` is invalid.
 pub(super) fn after_chmod(mode: &str, before: u32) -> Option<u32> {
     parse_octal_mode(mode).or_else(|| mode.split(',').try_fold(before, after_clause))
 }
 
-/// A clause is like `ug+rw-x`.
+/// Applies one symbolic clause, such as `ug+rw-x`.
 fn after_clause(before: u32, clause: &str) -> Option<u32> {
     const OPERATORS: [char; 3] = ['+', '-', '='];
     let (who, mut changes) = clause.split_at(clause.find(OPERATORS)?);
@@ -41,7 +41,7 @@ fn after_clause(before: u32, clause: &str) -> Option<u32> {
     Some(mode)
 }
 
-/// For all whom they could be given to.
+/// Returns the bits of `permissions` for user, group and others alike; the caller masks them.
 fn bits_of(permissions: &str, mode: u32) -> Option<u32> {
     match permissions {
         "u" => return Some((mode >> 6 & 7) * 0o111),
@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_what_chmod_does() {
+    fn modes_are_computed_as_by_chmod() {
         let file = tempfile::NamedTempFile::new().unwrap();
         for mode in [
             "0600",

@@ -1,4 +1,5 @@
-//! Everything that a job has on an engine, and its end.
+//! The place of a Docker job: all that the job has on an engine, the guard that removes it if the agent dies,
+//! and its removal at the job's end.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::OsString;
@@ -21,150 +22,156 @@ use tokio::time::{sleep, timeout};
 
 use super::engine::Engine;
 use super::removal::{PATIENCE, remove_all};
-use super::watch::Watch;
+use super::watch::Guard;
 use crate::executors::estate::Estate;
 use crate::executors::job_mark;
 use crate::ssh_access::SshAccess;
 use crate::state::JobDir;
 
-/// How often who watches is replaced.
-const MOST_WATCHES: u32 = 1000;
+/// How many guards a place may have in all. A job that kills its guards must not keep the agent busy for
+/// ever.
+const MOST_GUARDS: u32 = 1000;
 
-/// How long to wait between two looks at what is left.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// The pause after a guard was replaced.
+const REPLACEMENT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Clones are of the same place.
+/// All that a job has on an engine. Clones share the place.
 #[derive(Clone)]
 pub struct Place {
     shared: Rc<Shared>,
 }
 
 struct Shared {
-    /// Its name is what all containers and networks are marked with.
+    /// Its name labels all containers and networks of the place.
     directory: Rc<JobDir>,
     engine: RefCell<Option<Engine>>,
-    /// The main container, once it is made.
-    main: RefCell<Option<String>>,
-    /// What was asked of the engine and is not answered yet: it does it even if nobody waits.
-    asked: RefCell<Vec<JoinHandle<()>>>,
-    /// Nothing may be made any more.
+    /// The id of the main container, once it was created.
+    main_container: RefCell<Option<String>>,
+    /// Requests that may still create something: the engine completes them even if the job was stopped.
+    requests: RefCell<Vec<JoinHandle<()>>>,
+    /// No new request is accepted.
     closed: Cell<bool>,
-    /// Taken back if the agent dies.
+    /// SSH access to the job, which the guard closes if the agent dies.
     access: Option<SshAccess>,
-    watch: RefCell<Option<Watch>>,
-    /// The process group that runs on this machine for the job, if there is one.
-    group: Cell<Option<Pid>>,
+    guard: RefCell<Option<Guard>>,
+    /// The process group that runs on this machine for the job, such as a host setup command.
+    host_group: Cell<Option<Pid>>,
 }
 
-/// The place was closed meanwhile, or its request crashed.
+/// The place was closed before a request began, or the request has crashed.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("the job is over")]
 pub struct Closed;
 
 impl Place {
-    /// One where nothing is yet.
+    /// Returns an empty place, without a guard.
     pub fn new(directory: Rc<JobDir>, access: Option<SshAccess>) -> Self {
         let shared = Shared {
             directory,
             engine: RefCell::default(),
-            main: RefCell::default(),
-            asked: RefCell::default(),
+            main_container: RefCell::default(),
+            requests: RefCell::default(),
             closed: Cell::new(false),
             access,
-            watch: RefCell::default(),
-            group: Cell::new(None),
+            guard: RefCell::default(),
+            host_group: Cell::new(None),
         };
         Self { shared: Rc::new(shared) }
     }
 
-    /// What all that belongs to it is marked with.
+    /// Returns the value of the label of the place's containers and networks.
     pub fn id(&self) -> &str {
         self.shared.directory.name()
     }
 
-    /// What the processes on this machine are marked with that belong to it.
+    /// Returns the mark of the job's processes on this machine (see [`job_mark`]).
     pub fn mark(&self) -> String {
         self.shared.directory.mark()
     }
 
-    /// Where what is private to the job may be on this machine.
+    /// Returns the job's private directory on this machine.
     pub fn scratch(&self) -> PathBuf {
         self.shared.directory.scratch()
     }
 
-    /// From now on what the job has goes even if the agent dies.
+    /// Starts the guard, which removes everything in the place if the agent dies. Errors are only logged.
     pub fn watch(&self, environment: &[(OsString, OsString)]) {
-        match self.start_watch(environment) {
+        match self.start_guard(environment) {
             Ok(end) => {
                 let (place, environment) = (self.clone(), environment.to_vec());
-                actix::spawn(async move { place.replace_dead_watches(end, &environment).await });
+                actix::spawn(async move { place.replace_dead_guards(end, &environment).await });
             }
-            Err(error) => self.unwatched(&error),
+            Err(error) => self.log_unguarded(&error),
         }
     }
 
-    /// Starts who watches. The result is readable at its end.
-    fn start_watch(&self, environment: &[(OsString, OsString)]) -> io::Result<Receiver> {
+    /// Starts a guard. The returned pipe becomes readable when the guard ends.
+    fn start_guard(&self, environment: &[(OsString, OsString)]) -> io::Result<Receiver> {
         let files = self.shared.directory.files().clone();
         let estate = Estate { files, access: self.shared.access.clone() };
-        let mut watch = Watch::start(estate, environment)?;
+        let mut guard = Guard::start(estate, environment)?;
         if self.shared.engine.borrow().is_some() {
-            watch.on_engine()?;
+            guard.note_engine_in_use()?;
         }
-        watch.group(self.shared.group.get())?;
-        let end = watch.end().ok_or(io::ErrorKind::BrokenPipe)?;
-        self.shared.watch.replace(Some(watch));
+        guard.set_host_group(self.shared.host_group.get())?;
+        let end = guard.take_end().ok_or(io::ErrorKind::BrokenPipe)?;
+        self.shared.guard.replace(Some(guard));
         Receiver::from_owned_fd(end)
     }
 
-    /// Whoever kills the one that watches gets another one to kill.
-    async fn replace_dead_watches(&self, mut end: Receiver, environment: &[(OsString, OsString)]) {
-        for _ in 0..MOST_WATCHES {
-            // It writes nothing: this is its end.
+    /// Starts another guard whenever the job has killed the current one, up to [`MOST_GUARDS`] times.
+    async fn replace_dead_guards(&self, mut end: Receiver, environment: &[(OsString, OsString)]) {
+        for _ in 0..MOST_GUARDS {
+            // A guard writes nothing, so this resolves when the guard ends.
             let _ = end.read_u8().await;
-            if self.shared.watch.borrow().is_none() {
+            if self.shared.guard.borrow().is_none() {
                 return;
             }
-            log::warn!(place = self.id(); "who watches over a job's containers was killed, and is replaced");
-            end = match self.start_watch(environment) {
+            log::warn!(place = self.id(); "the guard of a job's containers was killed; starting another one");
+            end = match self.start_guard(environment) {
                 Ok(end) => end,
-                Err(error) => return self.unwatched(&error),
+                Err(error) => return self.log_unguarded(&error),
             };
-            sleep(LOOK_AGAIN).await;
+            sleep(REPLACEMENT_PAUSE).await;
         }
-        log::error!(place = self.id(); "who watches over a job's containers is killed again and again");
+        log::error!(place = self.id(); "the guard of a job's containers was killed too often; not replacing it again");
     }
 
-    fn unwatched(&self, error: &io::Error) {
-        log::error!(place = self.id(), error:%; "a job's containers would stay if this agent were killed");
+    fn log_unguarded(&self, error: &io::Error) {
+        log::error!(
+            place = self.id(), error:%;
+            "a job's containers have no guard, and would not be removed if this agent were killed"
+        );
     }
 
-    /// Where it is.
-    pub fn is_on(&self, engine: &Engine) {
+    /// Records the engine that the place is on, and tells the guard.
+    pub fn set_engine(&self, engine: &Engine) {
         self.shared.engine.replace(Some(engine.clone()));
-        if let Some(watch) = &mut *self.shared.watch.borrow_mut()
-            && let Err(error) = watch.on_engine()
+        if let Some(guard) = &mut *self.shared.guard.borrow_mut()
+            && let Err(error) = guard.note_engine_in_use()
         {
-            self.unwatched(&error);
+            self.log_unguarded(&error);
         }
     }
 
-    /// A process group of this machine belongs to it; nothing for none.
-    pub fn has_group(&self, group: Option<Pid>) {
-        self.shared.group.set(group);
-        if let Some(watch) = &mut *self.shared.watch.borrow_mut()
-            && let Err(error) = watch.group(group)
+    /// Records the process group that runs on this machine for the job, if any, and tells the guard.
+    pub fn set_host_group(&self, group: Option<Pid>) {
+        self.shared.host_group.set(group);
+        if let Some(guard) = &mut *self.shared.guard.borrow_mut()
+            && let Err(error) = guard.set_host_group(group)
         {
-            self.unwatched(&error);
+            self.log_unguarded(&error);
         }
     }
 
-    /// Where the job's shell is to run.
-    pub fn has_main(&self, container: &str) {
-        self.shared.main.replace(Some(container.to_owned()));
+    /// Records the id of the container whose end also ends the job's shell.
+    pub fn set_main_container(&self, id: &str) {
+        self.shared.main_container.replace(Some(id.to_owned()));
     }
 
-    /// Does `work`, which makes something in this place, to its end, even if nobody waits for it any more.
+    /// Runs `work`, which creates something in this place, to its end, even if this future is dropped.
+    ///
+    /// The removal at the job's end waits for `work`, so that it finds what was created.
     pub async fn make<T: 'static>(
         &self,
         work: impl Future<Output = T> + 'static,
@@ -174,41 +181,41 @@ impl Place {
         }
         let (done, result) = oneshot::channel();
         let task = actix::spawn(async move {
-            // Nobody may be waiting.
+            // Fails if the caller was dropped by a stop.
             let _ = done.send(work.await);
         });
-        self.shared.note(task);
+        self.shared.track(task);
         result.await.map_err(|_| Closed)
     }
 }
 
 impl Shared {
-    fn note(&self, task: JoinHandle<()>) {
-        let mut asked = self.asked.borrow_mut();
-        asked.retain(|task| !task.is_finished());
-        asked.push(task);
+    fn track(&self, request: JoinHandle<()>) {
+        let mut requests = self.requests.borrow_mut();
+        requests.retain(|request| !request.is_finished());
+        requests.push(request);
     }
 
     async fn end(&self) -> Result<(), LeftBehind> {
-        // Programs of this machine that ran for the job, such as host setup commands.
+        // Processes on this machine, such as those of host setup commands.
         if !job_mark::kill_all(&self.directory.mark()) {
             log::error!(place = self.directory.name(); "processes of a job on this machine can't be killed");
         }
-        let asked: Vec<_> = self.asked.take();
-        let _ = timeout(PATIENCE, join_all(asked)).await;
+        let requests: Vec<_> = self.requests.take();
+        let _ = timeout(PATIENCE, join_all(requests)).await;
         let engine = self.engine.borrow().clone();
         if let Some(engine) = engine {
             let removed = remove_all(&engine, self.directory.name()).await;
             if removed.is_err() {
-                // Who watches tries on, and needs to know what.
+                // The guard goes on trying, and needs the job directory for that.
                 self.directory.let_stay();
-                drop(self.watch.take());
+                drop(self.guard.take());
                 return removed;
             }
         }
         self.directory.delete_secrets();
-        if let Some(watch) = self.watch.take() {
-            watch.call_off();
+        if let Some(guard) = self.guard.take() {
+            guard.call_off();
         }
         Ok(())
     }
@@ -218,22 +225,23 @@ impl Containment for Place {
     fn kill_shell(&self) {
         let shared = Rc::clone(&self.shared);
         let (Some(engine), Some(main)) =
-            (shared.engine.borrow().clone(), shared.main.borrow().clone())
+            (shared.engine.borrow().clone(), shared.main_container.borrow().clone())
         else {
             return;
         };
         actix::spawn(async move {
-            // One that does not run can't be killed, and need not.
+            // Fails if the container does not run, which is as good.
             let _ = engine.api.kill_container(&main, None::<KillContainerOptions>).await;
         });
     }
 
-    /// From outside of a container, the processes that its shell waits for can't be told from others.
+    /// Does nothing: the shell's foreground processes can't be identified from outside of the container.
     fn kill_foreground(&self) -> bool {
         false
     }
 
-    /// Kills everything at once, daemons too: removing a container leaves nothing in it any time.
+    /// Kills everything at once, without a grace: removing a container does not wait for its processes, and no daemon
+    /// outlives it.
     fn end(&self, _: End, _: Duration) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
         self.shared.closed.set(true);
         let shared = Rc::clone(&self.shared);

@@ -1,4 +1,5 @@
-//! What must be there before a job's containers can be started: files and commands of this machine, credentials, images.
+//! The steps before a job's containers can be created: files and setup commands of this machine, credentials
+//! for registries, images.
 
 use std::path::Path;
 use std::process::Command;
@@ -12,18 +13,18 @@ use tokio::time::Instant;
 use super::backend::{DockerBackend, Host, SHOWN, listed};
 use super::bodies::{KVM, SOCKET};
 use super::engine::Engine;
-use super::pull::{ensure_image, words_of};
+use super::pull::{ensure_image, message_of};
 use crate::config::DockerSocket;
 use crate::executors::registries::{Login, Registries};
 use crate::os::programs::output_of;
 
-/// How many of the last lines of a host setup command stand in the agent's own log.
+/// How many of the last lines of a host setup command's output go to the agent's own log.
 const SETUP_LINES: usize = 20;
 
 impl DockerBackend {
     pub(super) async fn set_up_host(&mut self) -> Result<Host, PreparationError> {
         self.place.watch(&self.config.environment);
-        self.find_files()?;
+        self.check_files()?;
         if !self.is_spare {
             for command in &self.compose.host_setup_commands {
                 self.run_on_host(&command.directive).await?;
@@ -31,30 +32,31 @@ impl DockerBackend {
         }
         let engine = Engine::connect(&self.config.environment, &self.place.scratch()).await;
         let engine = engine.map_err(|error| StepError(error.to_string()))?;
-        self.place.is_on(&engine);
-        // Another machine's engine usually has it where everybody has it; its devices nobody can see.
+        self.place.set_engine(&engine);
+        // On another machine the engine's socket is most likely at the usual path. Whether that machine has a
+        // KVM device can't be found out.
         self.common.socket = match self.config.socket {
             DockerSocket::Always => engine.socket.clone().or_else(|| Some(SOCKET.into())),
             DockerSocket::Never => None,
         };
         let is_here = engine.socket.is_some();
         self.common.kvm = self.config.expose_kvm && is_here && Path::new(KVM).exists();
-        let registries = Registries::of_user(&self.config.home, &self.config.environment);
+        let registries = Registries::for_user(&self.config.home, &self.config.environment);
         self.common.environment = registries.proxy_variables();
         Ok(Host { engine, registries })
     }
 
-    /// Files of the agent's machine that the main container is to have.
-    fn find_files(&mut self) -> Result<(), PreparationError> {
+    /// Checks which of the configured files exist on this machine; those are mounted.
+    fn check_files(&mut self) -> Result<(), PreparationError> {
         let (there, missing): (Vec<_>, Vec<_>) =
             self.config.files.iter().cloned().partition(|mount| mount.host.exists());
         for mount in &missing {
             let path = mount.host.display();
             if self.config.fail_on_missing_files {
-                log::error!(path:%; "a file that jobs are to have is missing; the job fails");
+                log::error!(path:%; "a host path of `files` is missing; the job fails");
                 return Err(PreparationError::NotShown);
             }
-            log::warn!(path:%; "a file that jobs are to have is missing");
+            log::warn!(path:%; "a host path of `files` is missing; the job runs without it");
         }
         self.common.files = there;
         Ok(())
@@ -65,18 +67,18 @@ impl DockerBackend {
         let mut command = Command::new("bash");
         command.args(["-c", directive]).env_clear().envs(self.config.environment.iter().cloned());
         command.current_dir(&self.config.home);
-        let ended = output_of(command, |group| self.place.has_group(group)).await;
-        self.place.has_group(None);
+        let ended = output_of(command, |group| self.place.set_host_group(group)).await;
+        self.place.set_host_group(None);
         let (status, printed) = ended.map_err(|error| failed(&format!("can't be run: {error}")))?;
         let printed = String::from_utf8_lossy(&printed);
-        // The end of it is what tells most; all of it could push everything else out of the log.
-        let all = printed.lines().count();
-        for line in printed.lines().skip(all.saturating_sub(SETUP_LINES)) {
+        // Only the end of the output: all of it could push everything else out of the log.
+        let count = printed.lines().count();
+        for line in printed.lines().skip(count.saturating_sub(SETUP_LINES)) {
             let line = &line[..line.floor_char_boundary(SHOWN)];
             log::info!(line; "host setup");
         }
-        if all > SETUP_LINES {
-            log::info!(lines = all - SETUP_LINES; "host setup: earlier lines are left out");
+        if count > SETUP_LINES {
+            log::info!(lines = count - SETUP_LINES; "host setup: earlier lines are omitted");
         }
         if status.success() {
             return Ok(());
@@ -92,7 +94,7 @@ impl DockerBackend {
         let credentials = self.compose.credentials.as_ref().map_err(|problems| listed(problems))?;
         for each in credentials {
             log.print(&format!("Setting up credentials for {}\n", each.kind())).await?;
-            let login = Login::of(each, &self.config.environment).await?;
+            let login = Login::from_credentials(each, &self.config.environment).await?;
             login.check(&host.engine).await?;
             host.registries.add(login);
         }
@@ -111,13 +113,13 @@ impl DockerBackend {
         }
         images.sort_unstable();
         images.dedup();
-        let (told, mut lines) = mpsc::unbounded_channel();
+        let (sender, mut lines) = mpsc::unbounded_channel();
         let pulls = try_join_all(images.into_iter().map(|image| {
-            let told = told.clone();
+            let sender = sender.clone();
             let metrics = &self.metrics;
             async move {
                 let begun = Instant::now();
-                let pulled = ensure_image(engine, registries, image, &told).await;
+                let pulled = ensure_image(engine, registries, image, &sender).await;
                 let tag = || format!("image:{image}");
                 let duration = begun.elapsed();
                 metrics.do_send(Time {
@@ -131,20 +133,20 @@ impl DockerBackend {
                     "compose_ci.docker_pull.failure.rate"
                 };
                 metrics.do_send(Count { name, tag: tag() });
-                pulled.map_err(|error| StepError(format!("{image}: {}", words_of(&error))))
+                pulled.map_err(|error| StepError(format!("{image}: {}", message_of(&error))))
             }
         }));
-        // Takes a while, and needs no image.
+        // Creating the network takes a while and needs no image, so it runs along with the pulls.
         let api = engine.api.clone();
         let networked = self.place.make(async move { api.create_network(network).await });
         let work = async {
             let (pulled, networked) = tokio::join!(pulls, networked);
             pulled?;
             let created = networked.map_err(|closed| StepError(closed.to_string()))?;
-            created.map(drop).map_err(|error| StepError(words_of(&error)))
+            created.map(drop).map_err(|error| StepError(message_of(&error)))
         };
         tokio::pin!(work);
-        drop(told);
+        drop(sender);
         let done = loop {
             tokio::select! {
                 biased;

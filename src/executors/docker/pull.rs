@@ -1,4 +1,4 @@
-//! Gets the images of a job that are not there yet, and tells how that goes in a few lines.
+//! Pulls the images of a job that the engine does not have, and reports the progress in a few lines.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -14,13 +14,13 @@ use tokio::time::Instant;
 use super::engine::Engine;
 use crate::executors::registries::Registries;
 
-/// How often to tell how far a pull is.
-const TELL: Duration = Duration::from_secs(5);
+/// The pause between two progress lines of a pull.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 
-/// The attempts to pull an image, as long as they fail for transient reasons.
+/// The attempts to pull an image; only transient errors are retried.
 const PULLS: Retry = Retry::doubling(Duration::from_secs(1), Duration::from_secs(8), 5);
 
-/// Words of registries and engines that mean a transient failure: the engine tells no more than words.
+/// Parts of error messages that mean a transient failure. The engine reports a failed pull as text only.
 const TRANSIENT: [&str; 10] = [
     "timeout",
     "timed out",
@@ -34,18 +34,18 @@ const TRANSIENT: [&str; 10] = [
     "bad gateway",
 ];
 
-/// Sees to it that the engine has `image`, which may take long. Lines for people go to `told`.
+/// Pulls `image` unless the engine has it. Progress lines for the job's log go to `lines`.
 pub async fn ensure_image(
     engine: &Engine,
     registries: &Registries,
     image: &str,
-    told: &UnboundedSender<String>,
+    lines: &UnboundedSender<String>,
 ) -> Result<(), Error> {
-    // Nobody listens any more if the job was stopped.
-    let tell = |line: String| drop(told.send(format!("{image}: {line}\n")));
+    // Fails if the job was stopped: the receiver is gone then.
+    let report = |line: String| drop(lines.send(format!("{image}: {line}\n")));
     match engine.api.inspect_image(image).await {
         Ok(_) => {
-            tell("is here".into());
+            report("already present".into());
             return Ok(());
         }
         Err(Error::DockerResponseServerError { status_code: 404, .. }) => {}
@@ -53,13 +53,13 @@ pub async fn ensure_image(
     }
     let begun = Instant::now();
     let attempt = async || {
-        tell("pulling".into());
-        pull(engine, registries, image, &tell).await
+        report("pulling".into());
+        pull(engine, registries, image, &report).await
     };
-    let failed = |error: &Error, _| tell(format!("{}; trying again", words_of(error)));
+    let failed = |error: &Error, _| report(format!("{}; trying again", message_of(error)));
     let layers = PULLS.run(is_transient, attempt, failed).await?;
     let seconds = begun.elapsed().as_secs();
-    tell(format!("pulled, {} in {seconds} s", layers.shown()));
+    report(format!("pulled, {} in {seconds} s", layers.summary()));
     Ok(())
 }
 
@@ -67,37 +67,37 @@ async fn pull(
     engine: &Engine,
     registries: &Registries,
     image: &str,
-    tell: &impl Fn(String),
+    report: &impl Fn(String),
 ) -> Result<Layers, Error> {
     let options = CreateImageOptions { from_image: Some(with_tag(image)), ..Default::default() };
     let credentials = registries.credentials_for(image).await;
     let mut progress = Box::pin(engine.api.create_image(Some(options), None, credentials));
     let mut layers = Layers::default();
     let begun = Instant::now();
-    let mut last_told = begun;
+    let mut last_reported = begun;
     while let Some(info) = progress.next().await {
-        layers.note(&info?);
-        if last_told.elapsed() >= TELL {
-            last_told = Instant::now();
-            tell(format!("{}, {} s", layers.shown(), begun.elapsed().as_secs()));
+        layers.update(&info?);
+        if last_reported.elapsed() >= PROGRESS_INTERVAL {
+            last_reported = Instant::now();
+            report(format!("{}, {} s", layers.summary(), begun.elapsed().as_secs()));
         }
     }
     Ok(layers)
 }
 
-/// Without a tag the engine would pull them all.
+/// Adds `:latest` to a name without a tag or digest, as the engine would pull all tags otherwise.
 fn with_tag(image: &str) -> String {
     let name = image.rsplit('/').next().unwrap_or(image);
     if name.contains([':', '@']) { image.to_owned() } else { format!("{image}:latest") }
 }
 
 fn is_transient(error: &Error) -> bool {
-    let words = words_of(error).to_ascii_lowercase();
+    let words = message_of(error).to_ascii_lowercase();
     TRANSIENT.iter().any(|transient| words.contains(transient))
 }
 
-/// The engine's own words.
-pub fn words_of(error: &Error) -> String {
+/// Returns the engine's message, without the library's words around it.
+pub fn message_of(error: &Error) -> String {
     match error {
         Error::DockerResponseServerError { message, .. } => message.trim().to_owned(),
         Error::DockerStreamError { error } => error.trim().to_owned(),
@@ -105,7 +105,7 @@ pub fn words_of(error: &Error) -> String {
     }
 }
 
-/// How far a pull is. Pure.
+/// The progress of a pull. Pure.
 #[derive(Debug, Default)]
 struct Layers {
     by_id: HashMap<String, Layer>,
@@ -114,12 +114,11 @@ struct Layers {
 #[derive(Clone, Copy, Debug, Default)]
 struct Layer {
     done: bool,
-    /// In bytes, of what is downloaded.
-    got: i64,
+    downloaded_bytes: i64,
 }
 
 impl Layers {
-    fn note(&mut self, info: &CreateImageInfo) {
+    fn update(&mut self, info: &CreateImageInfo) {
         let (Some(id), Some(status)) = (&info.id, &info.status) else {
             return;
         };
@@ -129,20 +128,21 @@ impl Layers {
         let layer = self.by_id.entry(id.clone()).or_default();
         match status.as_str() {
             "Downloading" => {
-                let got = info.progress_detail.as_ref().and_then(|progress| progress.current);
-                layer.got = got.unwrap_or(layer.got).max(layer.got);
+                let current = info.progress_detail.as_ref().and_then(|progress| progress.current);
+                layer.downloaded_bytes =
+                    current.unwrap_or(layer.downloaded_bytes).max(layer.downloaded_bytes);
             }
             "Pull complete" | "Already exists" => layer.done = true,
             _ => {}
         }
     }
 
-    fn shown(&self) -> String {
+    fn summary(&self) -> String {
         if self.by_id.is_empty() {
-            return "no layer is missing".to_owned();
+            return "no new layers".to_owned();
         }
         let done = self.by_id.values().filter(|layer| layer.done).count();
-        let bytes: i64 = self.by_id.values().map(|layer| layer.got).sum();
+        let bytes: i64 = self.by_id.values().map(|layer| layer.downloaded_bytes).sum();
         let (megabytes, tenths) = (bytes / 1_000_000, bytes / 100_000 % 10);
         format!("{done} of {} layers, {megabytes}.{tenths} MB", self.by_id.len())
     }
@@ -161,10 +161,10 @@ mod tests {
     }
 
     #[test]
-    fn progress_is_layers_and_bytes() {
+    fn progress_counts_layers_and_bytes() {
         let mut layers = Layers::default();
-        assert_eq!(layers.shown(), "no layer is missing");
-        for seen in [
+        assert_eq!(layers.summary(), "no new layers");
+        for event in [
             info("latest", "Pulling from x/y", None),
             info("a", "Pulling fs layer", None),
             info("b", "Already exists", None),
@@ -172,15 +172,15 @@ mod tests {
             info("a", "Downloading", Some(2_500_000)),
             info("a", "Extracting", Some(1)),
         ] {
-            layers.note(&seen);
+            layers.update(&event);
         }
-        assert_eq!(layers.shown(), "1 of 2 layers, 2.5 MB");
-        layers.note(&info("a", "Pull complete", None));
-        assert_eq!(layers.shown(), "2 of 2 layers, 2.5 MB");
+        assert_eq!(layers.summary(), "1 of 2 layers, 2.5 MB");
+        layers.update(&info("a", "Pull complete", None));
+        assert_eq!(layers.summary(), "2 of 2 layers, 2.5 MB");
     }
 
     #[test]
-    fn an_image_without_a_tag_is_the_latest() {
+    fn latest_is_the_default_tag() {
         assert_eq!(with_tag("localhost:5000/ruby"), "localhost:5000/ruby:latest");
         for tagged in ["ruby:3", "localhost:5000/ruby:3", "ruby@sha256:0"] {
             assert_eq!(with_tag(tagged), tagged);
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_are_final_and_failed_connections_are_not() {
+    fn failed_connections_are_transient_and_refusals_are_not() {
         let error = |message: &str| Error::DockerResponseServerError {
             status_code: 500,
             message: message.to_owned(),

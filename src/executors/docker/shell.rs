@@ -1,5 +1,4 @@
-//! The job's shell in its container: runs the job's scripts, and between them what the agent itself has to do
-//! there.
+//! The job's shell in its container: runs the job's scripts and, between them, the agent's own commands.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -15,35 +14,38 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::engine::Engine;
 use super::hijack::ContainerTerminal;
-use super::pull::words_of;
+use super::pull::message_of;
 use super::side_containers::PortProbe;
 use crate::executors::session::Session;
 use crate::os::shell_words::quoted;
 
-/// How much of what the agent's own work prints is kept, in bytes.
-const KEPT: usize = 64 << 10;
+/// How many of the last bytes that one of the agent's own commands prints are kept.
+const MOST_KEPT: usize = 64 << 10;
 
-/// How long an engine may take to tell of a container.
-const PING_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the engine may take to inspect a container.
+const INSPECT_PATIENCE: Duration = Duration::from_secs(5);
 
-/// The exit code of a container that was killed, and how long to look for the reason.
+/// The exit code of a container that was killed.
 const KILLED: i64 = 137;
+
+/// How long to wait for the engine to report that a killed container ran out of memory.
 const KILLED_PATIENCE: Duration = Duration::from_millis(500);
 
-/// How long a container may go on whose terminal has ended, and the pause between two looks.
+/// How long a container may take to end after its terminal has ended, and the pause between two checks.
 const END_PATIENCE: Duration = Duration::from_secs(2);
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+const CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Shared by what runs the job's scripts and what does the agent's own work.
+/// The session, shared by [`DockerSession`] and [`AgentCommands`].
 pub(crate) type SharedSession = Rc<Mutex<Session<ContainerTerminal>>>;
 
-/// Does the agent's own work in the job's shell, between its scripts.
-pub(crate) struct Inside {
+/// Runs the agent's own commands in the job's shell, between the job's scripts.
+pub(crate) struct AgentCommands {
     pub(crate) session: SharedSession,
 }
 
-impl Inside {
-    /// Answers the exit code and what was printed.
+impl AgentCommands {
+    /// Runs `text`, and returns its exit code and output. `received` is what a `__agent_receive` in `text`
+    /// writes to its file.
     pub(crate) async fn run(
         &mut self,
         text: &str,
@@ -61,7 +63,7 @@ impl Inside {
             match session.next_event().await {
                 SessionEvent::Output(bytes) => {
                     printed.extend_from_slice(&bytes);
-                    printed.drain(..printed.len().saturating_sub(KEPT));
+                    printed.drain(..printed.len().saturating_sub(MOST_KEPT));
                 }
                 SessionEvent::ScriptEnded(end) => {
                     let printed = String::from_utf8_lossy(&printed).replace("\r\n", "\n");
@@ -72,7 +74,7 @@ impl Inside {
         }
     }
 
-    /// Puts a file where it belongs, as the container's user.
+    /// Writes `file` as the container's user, and creates missing parent directories.
     pub(crate) async fn inject(&mut self, file: &InjectedFile) -> Result<(), StepError> {
         let path = match file.path.strip_prefix("~/") {
             Some(below) => format!("\"$__agent_home\"/{}", quoted(below)),
@@ -91,14 +93,14 @@ impl Inside {
         let mode = quoted(&file.mode);
         let text = format!("__agent_program chmod -- {mode} \"$__agent_path\"");
         if self.run(&text, None).await?.0 != 0 {
-            // Existing clients expect just this.
+            // Existing clients expect exactly this text, without chmod's message.
             return Err(StepError(format!("Failed to set file mode to {}", file.mode)));
         }
         self.run("builtin unset __agent_path", None).await.map(drop)
     }
 }
 
-impl PortProbe for Inside {
+impl PortProbe for AgentCommands {
     async fn accepts(&mut self, name: &str, ports: &[u16]) -> Result<bool, StepError> {
         let ports: Vec<_> = ports.iter().map(ToString::to_string).collect();
         let text = format!(
@@ -109,8 +111,8 @@ impl PortProbe for Inside {
     }
 }
 
-/// Sets and exports each, not by a plain `export`, which `set -k` changes; the values are the shell's `$'…'`, as
-/// they may be any bytes.
+/// Returns a script that sets and exports `variables`. `printf -v` sets them, as `export NAME=VALUE` means
+/// something else under `set -k`. The values are quoted as `$'…'`, as they may contain any bytes.
 pub(crate) fn export_lines(variables: &[EnvVar]) -> String {
     use std::fmt::Write as _;
 
@@ -133,7 +135,8 @@ pub(crate) fn no_shell() -> StepError {
     StepError("the job's shell has ended, so this can't run".into())
 }
 
-/// Has login shells of the container's user source `path`, as long as it is there.
+/// Returns shell code, to be appended to a command, that makes login shells of the container's user source
+/// `path` while that file exists.
 pub(crate) fn show_to_logins(path: &str) -> String {
     format!(
         r#" && {{
@@ -144,27 +147,27 @@ true
     )
 }
 
-/// The session of a job in a container: its scripts are typed.
+/// The session of a job in a container. Scripts are typed, as the shell can't read files of this machine.
 pub(crate) struct DockerSession {
     session: SharedSession,
     engine: Engine,
-    /// The container's id.
+    /// The id of the main container.
     main: String,
 }
 
 impl DockerSession {
-    /// A session on the terminal of the container `main` of `engine`.
+    /// Returns a session on the terminal of the container `main` of `engine`.
     pub(crate) fn new(session: SharedSession, engine: Engine, main: String) -> Self {
         Self { session, engine, main }
     }
 
-    /// Why the stream has ended: with the shell, its container, or the engine.
+    /// Finds out why the terminal's stream has ended: because of the shell, its container, or the engine.
     async fn why_it_ended(&self) -> String {
         let give_up = Instant::now() + END_PATIENCE;
-        let killed_for_good = Instant::now() + KILLED_PATIENCE;
+        let reason_due = Instant::now() + KILLED_PATIENCE;
         loop {
             let found = timeout(
-                PING_PATIENCE,
+                INSPECT_PATIENCE,
                 self.engine.api.inspect_container(&self.main, None::<InspectContainerOptions>),
             );
             let state = match found.await.unwrap_or(Err(Error::RequestTimeoutError)) {
@@ -172,7 +175,7 @@ impl DockerSession {
                 Err(Error::DockerResponseServerError { status_code: 404, .. }) => {
                     return "its container was removed".into();
                 }
-                Err(error) => return format!("the Docker Engine is gone: {}", words_of(&error)),
+                Err(error) => return format!("the Docker Engine is gone: {}", message_of(&error)),
             };
             let code = state.exit_code.unwrap_or_default();
             if state.oom_killed == Some(true) {
@@ -180,8 +183,8 @@ impl DockerSession {
             }
             if state.running != Some(true) {
                 match code {
-                    // The engine may hear only after the end that it was for the lack of memory.
-                    KILLED if Instant::now() < killed_for_good => {}
+                    // The engine may report the lack of memory only some time after the end.
+                    KILLED if Instant::now() < reason_due => {}
                     KILLED => {
                         return "its container or the shell in it was killed, exit code 137".into();
                     }
@@ -190,7 +193,7 @@ impl DockerSession {
             } else if Instant::now() >= give_up {
                 return "the connection to its terminal was cut".into();
             }
-            sleep(LOOK_AGAIN).await;
+            sleep(CHECK_INTERVAL).await;
         }
     }
 }

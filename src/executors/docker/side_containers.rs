@@ -1,4 +1,4 @@
-//! Waits until side containers are of use, and tells what is wrong with those that are not.
+//! Waits until side containers are ready, and warns about those that are not.
 
 use std::time::Duration;
 
@@ -11,35 +11,37 @@ use tokio::time::{Instant, sleep};
 
 use super::engine::Engine;
 
-/// How long to wait for a container with a health check, and for one that has ports only.
+/// How long to wait for a container with a health check.
 const HEALTH_PATIENCE: Duration = Duration::from_mins(2);
+
+/// How long to wait for a container without a health check to accept a connection.
 const PORT_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long to wait between two looks.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// The pause between two checks of the containers.
+const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How many of the last lines of a container are shown, and how many bytes of them at most.
+/// How much of a container's output a warning shows: the number of lines, and their size in bytes.
 const LAST_LINES: &str = "20";
 const MOST_SHOWN: usize = 8 << 10;
 
-/// One that was started.
+/// A side container that was started.
 #[derive(Clone, Debug)]
 pub struct SideContainer {
-    /// For the others.
+    /// Its host name in the job's network.
     pub name: String,
-    /// For the engine.
+    /// Its id on the engine.
     pub id: String,
 }
 
 /// Tries ports from inside the job's network.
 #[expect(async_fn_in_trait, reason = "all of it is on one thread")]
 pub trait PortProbe {
-    /// Whether one of the ports of the host `name` accepts a connection.
+    /// Returns whether one of the `ports` of the host `name` accepts a connection.
     async fn accepts(&mut self, name: &str, ports: &[u16]) -> Result<bool, StepError>;
 }
 
-/// Waits for all of `containers`, for each as long as it may take. What does not come is told, and no
-/// failure.
+/// Waits until each of `containers` is ready or its time is up. A container that does not become ready is
+/// reported as a warning in `log`, and does not fail the job.
 pub async fn wait_for_all(
     engine: &Engine,
     containers: Vec<SideContainer>,
@@ -51,10 +53,10 @@ pub async fn wait_for_all(
     while !waiting.is_empty() {
         let mut still = Vec::new();
         for container in waiting {
-            match look_at(engine, &container, probe, begun.elapsed()).await? {
-                Look::Wait => still.push(container),
-                Look::Ready => {}
-                Look::Problem(what) => {
+            match check(engine, &container, probe, begun.elapsed()).await? {
+                Readiness::Wait => still.push(container),
+                Readiness::Ready => {}
+                Readiness::Problem(what) => {
                     let shown = last_lines(engine, &container.id).await;
                     log.print(&format!("Warning: {} {what}\n{shown}", container.name)).await?;
                 }
@@ -62,62 +64,64 @@ pub async fn wait_for_all(
         }
         waiting = still;
         if !waiting.is_empty() {
-            sleep(LOOK_AGAIN).await;
+            sleep(CHECK_INTERVAL).await;
         }
     }
     Ok(())
 }
 
-enum Look {
+enum Readiness {
     Ready,
     Wait,
     Problem(String),
 }
 
-async fn look_at(
+async fn check(
     engine: &Engine,
     container: &SideContainer,
     probe: &mut impl PortProbe,
     waited: Duration,
-) -> Result<Look, StepError> {
+) -> Result<Readiness, StepError> {
     let found = engine.api.inspect_container(&container.id, None::<InspectContainerOptions>).await;
     let found = match found {
         Ok(found) => found,
-        Err(error) => return Ok(Look::Problem(format!("can't be looked at: {error}"))),
+        Err(error) => return Ok(Readiness::Problem(format!("can't be inspected: {error}"))),
     };
     let ports = ports_of(&found);
     let state = found.state.unwrap_or_default();
     if state.running == Some(false) {
         let code = state.exit_code.unwrap_or_default();
-        return Ok(Look::Problem(format!("has ended with exit code {code}; its last output:")));
+        return Ok(Readiness::Problem(format!(
+            "has ended with exit code {code}; its last output:"
+        )));
     }
     Ok(match health_of(&state) {
-        Some(HealthStatusEnum::HEALTHY) => Look::Ready,
-        Some(HealthStatusEnum::UNHEALTHY) => {
-            Look::Problem("is unhealthy, says its health check; its last output:".into())
-        }
-        Some(_) if waited < HEALTH_PATIENCE => Look::Wait,
-        Some(_) => Look::Problem(format!(
+        Some(HealthStatusEnum::HEALTHY) => Readiness::Ready,
+        Some(HealthStatusEnum::UNHEALTHY) => Readiness::Problem(
+            "is unhealthy according to its health check; its last output:".into(),
+        ),
+        Some(_) if waited < HEALTH_PATIENCE => Readiness::Wait,
+        Some(_) => Readiness::Problem(format!(
             "is not healthy after {} s; its last output:",
             HEALTH_PATIENCE.as_secs()
         )),
-        None if ports.is_empty() => Look::Ready,
-        None if probe.accepts(&container.name, &ports).await? => Look::Ready,
-        None if waited < PORT_PATIENCE => Look::Wait,
-        None => Look::Problem(format!(
+        None if ports.is_empty() => Readiness::Ready,
+        None if probe.accepts(&container.name, &ports).await? => Readiness::Ready,
+        None if waited < PORT_PATIENCE => Readiness::Wait,
+        None => Readiness::Problem(format!(
             "accepts no connection after {} s; its last output:",
             PORT_PATIENCE.as_secs()
         )),
     })
 }
 
-/// What its health check says, if there is one.
+/// Returns the state of the container's health check; `None` if it has none.
 fn health_of(state: &ContainerState) -> Option<HealthStatusEnum> {
     let status = state.health.as_ref()?.status?;
     (!matches!(status, HealthStatusEnum::NONE | HealthStatusEnum::EMPTY)).then_some(status)
 }
 
-/// The TCP ports that its image, or who made it, says it serves.
+/// Returns the TCP ports that the container exposes.
 fn ports_of(container: &ContainerInspectResponse) -> Vec<u16> {
     let exposed = container.config.as_ref().and_then(|config| config.exposed_ports.as_ref());
     let tcp = exposed.into_iter().flatten().filter_map(|port| match port.split_once('/') {
@@ -128,7 +132,7 @@ fn ports_of(container: &ContainerInspectResponse) -> Vec<u16> {
     tcp.collect()
 }
 
-/// What it printed last, in whole lines.
+/// Returns the container's last output, indented.
 async fn last_lines(engine: &Engine, id: &str) -> String {
     let options = LogsOptions {
         stdout: true,
@@ -160,7 +164,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_tcp_ports_are_tried() {
+    fn only_tcp_ports_are_probed() {
         let ports = ["8080/tcp", "53/udp", "9000", "x/tcp"].map(str::to_owned);
         let config = ContainerConfig { exposed_ports: Some(ports.into()), ..Default::default() };
         let container = ContainerInspectResponse { config: Some(config), ..Default::default() };
@@ -168,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn no_health_check_is_no_health() {
+    fn a_container_without_a_health_check_has_no_health() {
         let state = |status| ContainerState {
             health: Some(Health { status: Some(status), ..Default::default() }),
             ..Default::default()

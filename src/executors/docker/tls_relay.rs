@@ -1,5 +1,5 @@
-//! Takes connections to an engine that wants TLS: a socket in a private directory on this side, the engine on
-//! the other. So everything else speaks to a socket, whatever the engine wants.
+//! Relays connections from a Unix socket in a private directory to an engine that needs TLS. Everything else
+//! connects to the socket, and needs no TLS of its own.
 
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
@@ -12,17 +12,19 @@ use tokio::net::{TcpStream, UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 use tokio_openssl::SslStream;
 
-/// See the module. Ends with this value; connections that are open go on.
+/// A running relay. Dropping it closes the socket; open connections go on.
 #[derive(Debug)]
 pub(super) struct TlsRelay {
-    /// Where it listens.
+    /// The path of the socket.
     pub(super) socket: PathBuf,
     listening: JoinHandle<()>,
 }
 
 impl TlsRelay {
-    /// A relay to `engine`, a host and a port, in `directory`, which is made. `certificates` has what
-    /// `docker` expects of `DOCKER_CERT_PATH`: `ca.pem`, and `cert.pem` and `key.pem` if there are any.
+    /// Starts a relay to `engine` (`HOST:PORT`). Its socket is in `directory`, which is created if needed.
+    ///
+    /// `certificates` is laid out as `docker` expects of `DOCKER_CERT_PATH`: `ca.pem`, and optionally
+    /// `cert.pem` with `key.pem`.
     pub(super) fn start(engine: &str, certificates: &Path, directory: &Path) -> io::Result<Self> {
         let connector = connector(certificates)?;
         match std::fs::DirBuilder::new().mode(0o700).create(directory) {
@@ -78,7 +80,7 @@ async fn relay(mut near: UnixStream, engine: &str, connector: &SslConnector) -> 
     let tls = connector.configure()?.into_ssl(host.trim_matches(['[', ']']))?;
     let mut far = SslStream::new(tls, stream)?;
     Pin::new(&mut far).connect().await.map_err(io::Error::other)?;
-    // Either side may just go.
+    // An error means that one side closed the connection, which is a normal end.
     let _ = copy_bidirectional(&mut near, &mut far).await;
     Ok(())
 }
@@ -98,14 +100,14 @@ mod tests {
     use crate::api::tls::{PairSource, Tls};
     use crate::executors::docker::engine::Engine;
 
-    /// A certificate and its key, made by itself, that is good for localhost.
+    /// Creates a self-signed server certificate for localhost; returns the paths of certificate and key.
     fn pair(directory: &Path) -> [PathBuf; 2] {
         std::fs::create_dir(directory).unwrap();
         drop(Tls::open(PairSource::OwnIn(directory.to_owned())).unwrap());
         ["server.crt", "server.key"].map(|name| directory.join(name))
     }
 
-    /// The same for a client: what servers show is nothing to log in with.
+    /// Creates a self-signed client certificate (a server certificate is not accepted from clients).
     fn client_pair(directory: &Path) -> [PathBuf; 2] {
         let group = EcGroup::from_curve_name(Nid::X9_62_PRIME256V1).unwrap();
         let key = PKey::from_ec_key(EcKey::generate(&group).unwrap()).unwrap();
@@ -127,7 +129,7 @@ mod tests {
         files
     }
 
-    /// The engine of this machine behind TLS, for clients with the certificate `client`; answers its port.
+    /// Offers this machine's engine by TLS to clients with the certificate `client`; returns the port.
     async fn serve([certificate, key]: &[PathBuf; 2], client: &Path) -> u16 {
         let mut tls = SslAcceptor::mozilla_intermediate_v5(SslMethod::tls_server()).unwrap();
         tls.set_certificate_chain_file(certificate).unwrap();
@@ -152,7 +154,7 @@ mod tests {
 
     #[actix::test]
     #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine and its client")]
-    async fn an_engine_that_wants_tls_is_reached_by_who_has_certificates() {
+    async fn an_engine_that_needs_tls_is_reached_with_certificates() {
         let directory = tempfile::tempdir().unwrap();
         let server = pair(&directory.path().join("server"));
         let client = client_pair(&directory.path().join("client"));
@@ -173,7 +175,7 @@ mod tests {
 
         let refused = connect().await.unwrap_err();
         assert!(refused.contains("ca.pem"), "{refused}");
-        // Another authority, then nothing to show.
+        // First with the wrong authority, then without a client certificate.
         for ca in [&client[0], &server[0]] {
             std::fs::copy(ca, certificates.join("ca.pem")).unwrap();
             let refused = connect().await.unwrap_err();

@@ -1,4 +1,4 @@
-//! Puts files into containers, as archives, through the engine.
+//! Writes a job's files into side containers that do not run yet, as archives through the engine.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -13,30 +13,30 @@ use futures_util::StreamExt as _;
 
 use super::engine::Engine;
 use super::mode::after_chmod;
-use super::pull::words_of;
+use super::pull::message_of;
 
-/// A file is not larger than this, in bytes, that tells which users there are.
+/// The largest `/etc/passwd` and `/etc/group` of an image that are read, in bytes.
 const LARGEST_PASSWD: usize = 4 << 20;
 
-/// What a file has before its mode is set, and a directory that is made for it.
+/// The mode that a relative mode such as `+x` is applied to, and that of created directories.
 const FIRST_MODE: u32 = 0o600;
 const DIRECTORY_MODE: u32 = 0o755;
 
-/// Who the files in a container belong to, and where their home is.
+/// The user that a container runs as, who owns the files injected into it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ContainerUser {
-    /// The user's number.
+    /// The numeric user id.
     pub uid: u64,
-    /// The group's number.
+    /// The numeric group id.
     pub gid: u64,
-    /// What relative paths are relative to.
+    /// The home directory, which relative paths are resolved against.
     pub home: PathBuf,
 }
 
 impl ContainerUser {
-    /// Who `user` of a container is (`NAME`, `NUMBER`, or one of these and `:GROUP`), by the users that are
-    /// known there.
-    pub async fn of(engine: &Engine, container: &str, user: &str) -> Self {
+    /// Looks up `user` (`NAME`, `NUMBER`, or either with `:GROUP`) in the container's `/etc/passwd` and
+    /// `/etc/group`. An unknown user has the home `/`.
+    pub async fn look_up(engine: &Engine, container: &str, user: &str) -> Self {
         let file = async |path| {
             let content = download(engine, container, path).await.unwrap_or_default();
             String::from_utf8_lossy(&content).into_owned()
@@ -67,7 +67,7 @@ impl ContainerUser {
         Self { uid: number(uid), gid, home: home.into() }
     }
 
-    /// Where a file is put.
+    /// Resolves `path` against the home directory, and removes `.` and `..` from it.
     pub fn absolute(&self, path: &str) -> PathBuf {
         let full = self.home.join(path.strip_prefix("~/").unwrap_or(path));
         let mut normal = PathBuf::from("/");
@@ -81,7 +81,7 @@ impl ContainerUser {
         normal
     }
 
-    /// Puts `file` where it belongs, with the directories that are missing.
+    /// Writes `file` into `container`, and creates missing parent directories.
     pub async fn upload(
         &self,
         engine: &Engine,
@@ -92,7 +92,7 @@ impl ContainerUser {
         let failed = |why: String| StepError(format!("{}: {why}", path.display()));
         let mode = after_chmod(&file.mode, FIRST_MODE).ok_or_else(|| {
             let (mode, path) = (&file.mode, path.display());
-            StepError(format!("Failed to set file mode to {mode}\n{path}: this is no mode"))
+            StepError(format!("Failed to set file mode to {mode}\n{path}: invalid mode"))
         })?;
         let missing = missing_directories(engine, container, &path).await;
         let archive = self.archive(&missing, &path, &file.content, mode);
@@ -104,7 +104,7 @@ impl ContainerUser {
         };
         let body = bollard::body_full(archive);
         let uploaded = engine.api.upload_to_container(container, Some(options), body).await;
-        uploaded.map_err(|error| failed(words_of(&error)))
+        uploaded.map_err(|error| failed(message_of(&error)))
     }
 
     fn archive(
@@ -140,8 +140,8 @@ fn relative(path: &Path) -> &Path {
     path.strip_prefix("/").unwrap_or(path)
 }
 
-/// The directories above `path` that are not there, the uppermost first. Those made for an archive without
-/// them would belong to root.
+/// Returns the missing parent directories of `path`, the uppermost first. The archive must contain them: the
+/// engine creates all others as root's.
 async fn missing_directories(engine: &Engine, container: &str, path: &Path) -> Vec<PathBuf> {
     let mut missing = Vec::new();
     for directory in path.ancestors().skip(1).filter(|directory| directory.parent().is_some()) {
@@ -156,7 +156,8 @@ async fn missing_directories(engine: &Engine, container: &str, path: &Path) -> V
     missing
 }
 
-/// The content of a file of a container, if it is one and not too large.
+/// Returns the content of the file at `path` in `container`; `None` if it can't be read or is larger than
+/// [`LARGEST_PASSWD`].
 async fn download(engine: &Engine, container: &str, path: &str) -> Option<Vec<u8>> {
     let options = DownloadFromContainerOptions { path: path.to_owned() };
     let mut parts = Box::pin(engine.api.download_from_container(container, Some(options)));
@@ -184,7 +185,7 @@ mod tests {
     const GROUPS: &str = "root:x:0:\nstaff:x:50:dev\nbad\n";
 
     #[test]
-    fn users_are_found_by_name_or_number() {
+    fn users_are_looked_up_by_name_or_number() {
         let of = |user| {
             let ContainerUser { uid, gid, home } = ContainerUser::find(user, PASSWD, GROUPS);
             (uid, gid, home.display().to_string())
@@ -198,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_are_below_the_home_unless_they_are_absolute() {
+    fn relative_paths_are_below_the_home() {
         let user = ContainerUser::find("dev", PASSWD, GROUPS);
         for (path, absolute) in [
             ("a/b", "/home/dev/a/b"),

@@ -1,10 +1,13 @@
-//! A process beside the agent that ends what a job in containers has if the agent dies. It is this program
-//! again, as `agent docker-watch`.
+//! The guard of a Docker job: a process beside the agent that removes the job's containers and files if the
+//! agent dies. It is this program again, as `agent docker-watch`.
 //!
-//! Its standard input is a pipe from the agent: first a [`Estate`] in JSON, a line; then `group NUMBER` for
-//! a process group of this machine that is the job's (0 for none), `engine` as soon as there may be
-//! something on the engine, and `done`. If it ends without that, the agent has. Its standard output is a pipe to the
-//! agent, which ends with it: the job may have killed it, and gets another one.
+//! The guard's standard input is a pipe from the agent, with a command a line. The first line is an
+//! [`Estate`] in JSON. Then come `group NUMBER` for the process group that runs on this machine for the job
+//! (0 for none), `engine` as soon as the job may have something on the engine, and finally `done`. If the
+//! pipe ends without `done`, the agent is dead.
+//!
+//! The guard's standard output is a pipe to the agent, on which nothing is written: its end tells the agent
+//! that the guard was killed (a job can do that) and must be replaced.
 
 use std::ffi::OsString;
 use std::io::{self, BufRead as _, Write as _};
@@ -28,39 +31,41 @@ use crate::os::sys;
 use crate::service::environment::Environment;
 use crate::state::JobFiles;
 
-/// How long what the agent asked of the engine in its last moment may take to appear.
+/// How long the result of the agent's last requests to the engine may take to appear.
 const LAST_REQUESTS: Duration = Duration::from_secs(3);
 
-/// How long to try while the engine is away, and the longest pause; pauses double.
+/// How long to retry while the engine can't be reached, and the longest pause between two attempts. Pauses
+/// double.
 const PATIENCE: Duration = Duration::from_hours(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
-/// Ends what a dead job may own on an engine, and deletes its files then.
+/// Starts a guard that removes what a dead job may have on the engine, and then deletes the job's files.
 pub fn end_dead(mut files: JobFiles, environment: &[(OsString, OsString)]) -> io::Result<()> {
     files.declare_dead()?;
     let place = files.name().to_owned();
     let estate = Estate { files, access: None };
-    let watched = Watch::start(estate, environment).and_then(|mut watch| watch.on_engine());
-    if let Err(error) = watched {
-        log::warn!(place, error:%; "a dead job's containers may still be there");
+    let started =
+        Guard::start(estate, environment).and_then(|mut guard| guard.note_engine_in_use());
+    if let Err(error) = started {
+        log::warn!(place, error:%; "a dead job's containers may not be removed");
     }
     Ok(())
 }
 
-/// The agent's hand on that process. Without a word more, the end of this value is that of the job.
-pub struct Watch {
+/// The agent's handle of a guard. Dropping it without [`Self::call_off`] makes the guard end the job.
+pub struct Guard {
     files: JobFiles,
     pipe: Option<ChildStdin>,
     process: Option<Child>,
     end: Option<ChildStdout>,
 }
 
-impl Watch {
-    /// Starts it, with nothing but `environment`, which tells where the engine is.
+impl Guard {
+    /// Starts a guard whose environment is `environment`, which names the engine.
     pub fn start(estate: Estate, environment: &[(OsString, OsString)]) -> io::Result<Self> {
         let mut command = Command::new("/proc/self/exe");
         command.arg0("agent").args(["docker-watch", &estate.files.mark()]).env_clear();
-        // It must not be found among what is the job's.
+        // Otherwise the guard would be found by the mark, and killed with the job's processes.
         let is_mark = |(name, _): &&(OsString, OsString)| name.as_os_str() == job_mark::VARIABLE;
         command.envs(environment.iter().filter(|each| !is_mark(each)).cloned());
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
@@ -68,34 +73,35 @@ impl Watch {
         let mut process = command.spawn()?;
         let (pipe, end) = (process.stdin.take(), process.stdout.take());
         let spec = serde_json::to_string(&estate)?;
-        let mut watch = Self { files: estate.files, pipe, process: Some(process), end };
-        watch.tell(&spec)?;
-        Ok(watch)
+        let mut guard = Self { files: estate.files, pipe, process: Some(process), end };
+        guard.send(&spec)?;
+        Ok(guard)
     }
 
-    /// Readable at its end, and not before. Once only.
-    pub fn end(&mut self) -> Option<OwnedFd> {
+    /// Returns a descriptor that becomes readable when the guard ends, and never before. `None` from the
+    /// second call on.
+    pub fn take_end(&mut self) -> Option<OwnedFd> {
         self.end.take().map(OwnedFd::from)
     }
 
-    /// From now on there may be something on the engine.
-    pub fn on_engine(&mut self) -> io::Result<()> {
+    /// Tells the guard that the job may have something on the engine from now on.
+    pub fn note_engine_in_use(&mut self) -> io::Result<()> {
         self.files.note_elsewhere()?;
-        self.tell("engine")
+        self.send("engine")
     }
 
-    /// This process group is the job's; nothing for none.
-    pub fn group(&mut self, group: Option<Pid>) -> io::Result<()> {
-        self.tell(&format!("group {}", group.map_or(0, Pid::as_raw)))
+    /// Tells the guard which process group runs on this machine for the job, if any.
+    pub fn set_host_group(&mut self, group: Option<Pid>) -> io::Result<()> {
+        self.send(&format!("group {}", group.map_or(0, Pid::as_raw)))
     }
 
-    /// There is nothing left to end.
+    /// Ends the guard, because nothing of the job is left.
     pub fn call_off(mut self) {
-        // One that is gone has nothing to do either.
-        let _ = self.tell("done");
+        // Fails if the guard is dead, which is as good.
+        let _ = self.send("done");
     }
 
-    fn tell(&mut self, line: &str) -> io::Result<()> {
+    fn send(&mut self, line: &str) -> io::Result<()> {
         let pipe = self.pipe.as_mut().ok_or(io::ErrorKind::BrokenPipe)?;
         match pipe.write_all(format!("{line}\n").as_bytes()) {
             // A guard can be killed at any moment. `end` shows that, and its successor is told everything again.
@@ -105,55 +111,55 @@ impl Watch {
     }
 }
 
-impl Drop for Watch {
+impl Drop for Guard {
     fn drop(&mut self) {
         drop(self.pipe.take());
         if let Some(mut process) = self.process.take() {
-            // Nobody has to wait for it, but somebody has to take its exit code.
-            // Where no thread can be had, the agent's own end does it.
+            // Reaped on a thread, as the guard may work for long. If no thread can be started, the guard
+            // stays a zombie until the agent ends.
             let _ = std::thread::Builder::new().spawn(move || process.wait());
         }
     }
 }
 
-/// Waits for the agent's word, or its end.
+/// Runs the guard: waits for `done` or the agent's death, and in the latter case ends the job.
 pub fn run() -> io::Result<()> {
-    // Jobs run as the same user.
+    // Jobs run as the same user, and must not read this process's memory.
     prctl::set_dumpable(false)?;
-    // Out of the reach of the terminal that the agent may run on. Fails for a leader only.
+    // Keeps the signals of the agent's terminal away. Fails only if this process leads a group already.
     let _ = setsid();
     let mut lines = io::stdin().lock().lines();
     let estate = lines.next().ok_or(io::ErrorKind::UnexpectedEof)??;
     let estate: Estate = serde_json::from_str(&estate)?;
-    let (mut on_engine, mut group) = (false, 0);
+    let (mut engine_in_use, mut group) = (false, 0);
     for line in lines.map_while(Result::ok) {
         match line.split_once(' ') {
             None if line == "done" => return Ok(()),
-            None => on_engine |= line == "engine",
+            None => engine_in_use |= line == "engine",
             Some((_, number)) => group = number.parse().unwrap_or(0),
         }
     }
     if group > 0 {
-        // It may have ended by itself.
+        // Fails if the group has ended by itself.
         let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
     }
     let files = &estate.files;
     job_mark::kill_all(&files.mark());
     let closed = estate.close_access();
     files.delete_secrets();
-    let removed = if on_engine {
-        System::new().block_on(remove_patiently(files.name(), &files.scratch()))
+    let removed = if engine_in_use {
+        System::new().block_on(remove_with_retries(files.name(), &files.scratch()))
     } else {
         Ok(())
     };
     if removed.is_ok() {
         files.delete();
     }
-    // Where it fails, the next agent tries again.
+    // If the removal failed, the job's files are still there, and the next agent tries again.
     removed.and(closed)
 }
 
-async fn remove_patiently(place: &str, scratch: &Path) -> io::Result<()> {
+async fn remove_with_retries(place: &str, scratch: &Path) -> io::Result<()> {
     let environment = Environment::of_process().without_secrets();
     let give_up = Instant::now() + PATIENCE;
     let mut pause = Duration::from_secs(1);
@@ -184,7 +190,7 @@ mod tests {
         let directory = state_dir.make_job_dir(None).unwrap();
         let estate = Estate { files: directory.files().clone(), access: None };
         // This test program knows no guards: started as one, it ends.
-        let mut guard = Watch::start(estate, &[]).unwrap();
+        let mut guard = Guard::start(estate, &[]).unwrap();
         guard.process.take().unwrap().wait().unwrap();
         guard.on_engine().unwrap();
         guard.group(None).unwrap();

@@ -1,6 +1,7 @@
-# Read with aliases off. A job may define anything: what is called at run time is `builtin`, whose function of that
-# name each end of a script removes; what may be readonly is not assigned to; and none of these functions calls
-# another, as FUNCNEST may allow no more than one.
+# These functions are defined while aliases are off, and must work whatever the job defines:
+# - They call only `builtin`; a function of that name is removed at the end of each script.
+# - They assign to no variable that may be readonly.
+# - They do not call each other, as FUNCNEST may limit calls to one level.
 __agent_ok() {
   [[ 1 ]]
 }
@@ -8,11 +9,11 @@ __agent_prompt() {
   builtin printf -v PS1 '\\001%s %s\\001' @PROMPT@ "${__agent_at-}"
 }
 __agent_ready() {
-  # The job may have a prompt command of its own, and keeps it. If the job has a prompt of its own, ours is put back.
+  # The prompt command is added to the job's own one. If the job sets a prompt, the session's is set again.
   [[ ${PROMPT_COMMAND-} == *__agent_prompt* ]] ||
     builtin printf -v PROMPT_COMMAND '%s\n%s' "${PROMPT_COMMAND-}" '{ [[ ! ${PS1-} || $PS1 == *@PROMPT@* ]] || \__agent_prompt; } 2>/dev/null' 2>/dev/null
   builtin printf -v __agent_at %s "$3" 2>/dev/null
-  # The escapes of a prompt: the text itself is no frame.
+  # The frame is written with prompt escapes, so that printing the variable prints no frame.
   builtin printf -v PS1 '\\001%s %s\\001' @PROMPT@ "$3" 2>/dev/null
   [[ ! ${2-} ]] || builtin shopt -s expand_aliases
   builtin return "$1"
@@ -27,14 +28,14 @@ __agent_begin() {
   builtin return "$1"
 }
 __agent_end() {
-  # Special builtins come before functions only in POSIX mode.
+  # Special builtins are found before functions only in POSIX mode.
   [[ :$3: == *:posix:* ]] || POSIXLY_CORRECT=y
   if unset -f builtin && set +vxET && { [[ :$3: == *:posix:* ]] || set +o posix; } && builtin printf -v __agent_line .. &&
     [[ $__agent_line == .. ]] &&
     builtin set +o emacs +o vi +o history && builtin shopt -u expand_aliases && builtin unset -v __agent_line &&
     builtin read -rn 0 __agent_line </dev/null && builtin . /dev/null; then
     builtin shopt -u extdebug
-    # Leaving POSIX mode forgets these.
+    # Leaving POSIX mode has reset these options.
     [[ :$4: == *:inherit_errexit:* ]] || builtin shopt -u inherit_errexit
     [[ :$4: == *:interactive_comments:* ]] || builtin shopt -u interactive_comments
     [[ :$4: == *:sourcepath:* ]] || builtin shopt -u sourcepath
@@ -58,7 +59,7 @@ builtin unset PROMPT_COMMAND PS0 MAILCHECK 2>/dev/null
 builtin set +o history
 builtin history -c
 builtin unset HISTFILE 2>/dev/null
-# On the job's terminal a pager would wait for a key.
+# A pager would wait for a key on the job's terminal.
 [[ ${PAGER+set}${GIT_PAGER+set} ]] || {
   builtin printf -v PAGER cat
   builtin printf -v GIT_PAGER cat

@@ -7,26 +7,27 @@ use super::typed::{self, Typed, parts_of};
 use super::{Session, Terminal};
 use crate::os::shell_words::quoted;
 
-/// What the session defines for every shell.
+/// The functions that the session defines in every shell.
 const FUNCTIONS: &str = "__agent_ok __agent_prompt __agent_ready __agent_begin __agent_end";
 
-/// What asking whether the shell is ready has changed.
+/// Turns POSIX mode on again if the probe has turned it off.
 const RESTORE: &str = "[[ :$__agent_options: != *:posix:* ]] || builtin set -o posix\n";
 
-/// `script` without its comments, which an interactive shell may have been told not to know.
+/// Returns `script` without comments: with `interactive_comments` off, bash would run them.
 fn without_comments(script: &str) -> String {
     let lines = script.lines().filter(|line| !line.trim_start().starts_with('#'));
     lines.map(|line| format!("{}\n", line.trim_start())).collect()
 }
 
 impl<T: Terminal> Session<T> {
-    /// The script that must be run first.
+    /// Returns the script that the shell must run before all others.
     pub fn bootstrap(&self) -> String {
         let functions = self.functions(include_str!("mark.bash"), include_str!("tell.bash"));
         format!("{functions}{RESTORE}builtin readonly -f {FUNCTIONS}\n")
     }
 
-    /// The session's functions for a shell that asks for marks by `mark`, and tells frames by `tell`.
+    /// Returns the session's functions. `mark` is the code that asks for a script's mark and reads it, `tell`
+    /// the code that prints the last frame.
     fn functions(&self, mark: &str, tell: &str) -> String {
         without_comments(include_str!("bootstrap.bash"))
             .replace("@MARK@\n", &without_comments(mark))
@@ -35,14 +36,16 @@ impl<T: Terminal> Session<T> {
             .replace("@PROMPT@", self.frames.prompt.as_str())
     }
 
-    /// Has bash source the bootstrap script at `path` once it is ready. Its end is an event like that of any
-    /// script.
+    /// Makes bash source the bootstrap script at `path` once bash is ready. The end of the bootstrap is an
+    /// event like that of any script.
     pub fn start_bootstrap(&mut self, path: &Path) -> io::Result<()> {
         self.start_when_ready(&format!("\\builtin . {}", quoted(path)))
     }
 
-    /// Types the bootstrap script, for a shell that can't read this machine's files: it keeps the scripts that
-    /// it runs in `file`, and the exit code tells whether it can. It may be called before the shell is there.
+    /// Types the bootstrap script, for a shell that can't read this machine's files. The shell will keep each
+    /// script in `file`; the bootstrap's exit code is 0 if it can write to it.
+    ///
+    /// May be called before the shell is started.
     pub fn type_bootstrap(&mut self, file: &str) -> io::Result<()> {
         self.typed = Typed::new(file);
         self.frames.after_mark = typed::after_mark();
@@ -61,11 +64,14 @@ impl<T: Terminal> Session<T> {
     }
 }
 
-/// The line that asks whether the shell is ready, for the time number `number`. It has no quotes: a startup file may
-/// have read its beginning, and what is left for the shell must open none.
+/// Returns the line that asks whether the shell is ready; `number` counts the tries from 0.
+///
+/// The line contains no quotes: a startup file may read its beginning away, and the rest must not open a
+/// quote.
 pub(super) fn probe(ready: &str, number: u32) -> String {
-    // In POSIX mode special builtins come before functions of their names, and none of them is an alias. The
-    // variable may be readonly; then that mode is on.
+    // In POSIX mode special builtins are found before functions, so `unset` works even if a startup file has
+    // defined a function of that name. The assignment fails if POSIXLY_CORRECT is readonly (POSIX mode is on
+    // then), so every second try goes without it.
     let (posix, no_posix) =
         if number.is_multiple_of(2) { ("POSIXLY_CORRECT=y; ", " +o posix") } else { ("", "") };
     format!(
@@ -91,11 +97,11 @@ mod tests {
     }
 
     #[test]
-    fn whatever_is_left_of_a_probe_does_not_keep_the_next_one_from_being_run() {
+    fn a_probe_that_was_cut_anywhere_does_not_disturb_the_next_one() {
         for number in 0..2 {
             let line = probe("READY", number).replace("/dev/tty", "/dev/stdout");
             for cut in 0..line.len() {
-                // One that goes on after an error, as a login shell on a terminal does.
+                // Interactive, so that it goes on after an error like a login shell on a terminal.
                 let mut shell = Command::new("bash");
                 shell.args(["--norc", "--noprofile", "-i"]).env("HISTFILE", "");
                 let stdin = file_of(&format!("{}{line}", &line[cut..]));

@@ -1,35 +1,35 @@
 //! Finds the shell's frames in the terminal's bytes. Pure.
 //!
-//! Frames are how the shell tells the agent what it does, in the same stream as the output of
-//! commands, so that their order is certain. Each begins and ends with byte 1:
+//! With frames the shell tells the agent what it is doing. They are in the same stream as the output of
+//! commands, so that their order is certain. Each frame begins and ends with byte 1:
 //!
 //! | frame | meaning |
 //! | --- | --- |
 //! | `\1READY\1` | the shell has read its startup files |
 //! | `\1BEGIN\1` | the script's first line runs |
-//! | `\1TAKE\1` | the shell wants the next part of what is typed |
-//! | `\1PROMPT WORD\1` | the shell is at its prompt; before the script has ended if WORD is that script's |
-//! | `\1ASK\1` | the script may be over; the shell waits for the script's mark on its input |
-//! | `\1MARK EXIT-CODE FLAGS RESULT\1` | the script is over |
-//! | `\1GONE HOW\1` | the shell itself is over |
+//! | `\1TAKE\1` | the shell waits for the next part of what is typed |
+//! | `\1PROMPT WORD\1` | the shell is at its prompt; with the current script's WORD, the script was interrupted |
+//! | `\1ASK\1` | the script may have ended; the shell waits for the script's mark on its input |
+//! | `\1MARK EXIT-CODE FLAGS RESULT\1` | the script has ended |
+//! | `\1GONE HOW\1` | the shell itself has ended |
 //!
-//! Each is a 128-bit random word. READY, TAKE, PROMPT and GONE are the session's, BEGIN, WORD, ASK and MARK
-//! the script's: the shell gets ASK in the typed line, which nothing that it runs can look up, and MARK only when it
-//! asks. Everything else is output, byte for byte, but for an echo of MARK.
+//! READY, TAKE, PROMPT and GONE stand for 128-bit random words of the session, BEGIN, WORD, ASK and MARK for
+//! those of the current script. The shell gets ASK in the typed line, which no program that it runs can look
+//! up, and MARK only in response to ASK. Everything else is output, byte for byte, except an echo of MARK.
 
 use std::io;
 use std::ops::Range;
 
 use crate::os::random::random_word;
 
-/// The byte around frames.
+/// The byte that begins and ends a frame.
 const EDGE: u8 = 1;
 
-/// No ending frame is longer than this, in bytes; the shell shortens what it puts into one.
-const LONGEST_END: usize = 512;
+/// The longest frame with fields, in bytes; the shell cuts what it puts into one. A longer text is output.
+const LONGEST_FRAME: usize = 512;
 
-/// How a line's end is echoed: usually, by a terminal that leaves output alone, and by one that takes single
-/// characters.
+/// The echo of a line's end: usually, without output processing (`-opost`), and without canonical mode
+/// (`-icanon`).
 const LINE_ENDS: [&[u8]; 3] = [b"\r\n", b"\n", b"^J"];
 
 /// A 128-bit random word that can't be guessed, as 32 hexadecimal digits.
@@ -51,55 +51,55 @@ impl Mark {
     }
 }
 
-/// Never shows the mark: who knows it can end a script.
+/// Never shows the mark: a program that knows the mark could end a script.
 impl std::fmt::Debug for Mark {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Mark(…)")
     }
 }
 
-/// What a piece of the stream is.
+/// The meaning of a piece of the stream.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Piece {
     /// Output: these bytes of the buffer.
     Output(Range<usize>),
-    /// The shell can be typed to.
+    /// The shell has read its startup files.
     Ready,
     /// The script runs.
     Begin,
-    /// The shell wants the next part of what is typed.
+    /// The shell waits for the next part of what is typed.
     Take,
-    /// The shell has left the script without ending it.
+    /// The shell is back at its prompt without having ended the script.
     Prompt,
     /// The shell asks for the script's mark.
     Ask,
-    /// The script is over.
+    /// The script has ended.
     End {
         /// The shell's `$?`.
         exit_code: i32,
-        /// The shell's `$-`, and what else is on.
+        /// The shell's `$-`, and signs for other options (see [`super::job_options`]).
         flags: String,
         /// The shell's `$SEMAPHORE_JOB_RESULT`.
         job_result: String,
     },
-    /// No output: what the terminal showed of the agent's own words, or an old script's prompt.
-    Nothing,
-    /// The shell is over; the words of who has seen its end, if there are any.
+    /// Not output: an echo of what the agent has typed, or the prompt of an old script.
+    Ignored,
+    /// The shell has ended; the text says how, and may be empty.
     Gone(String),
-    /// The rest can't be told from the beginning of a frame until more bytes come.
+    /// More bytes are needed to tell output from the beginning of a frame.
     Incomplete,
 }
 
-/// The words of one script.
+/// The random words of one script.
 #[derive(Debug)]
 pub(super) struct ScriptWords {
     pub(super) begin: Mark,
     pub(super) prompt: Mark,
     pub(super) ask: Mark,
     pub(super) mark: Mark,
-    /// The shell has asked for the mark; before that, nobody can know it.
-    pub(super) is_asked: bool,
-    /// What stands before the script's own text in its first line, until that has begun.
+    /// The shell has asked for the mark. Before that, the mark was never typed, so it is not looked for.
+    pub(super) mark_requested: bool,
+    /// The agent's words before the script's own text in its file; empty once the script has begun.
     pub(super) first_words: Vec<u8>,
 }
 
@@ -107,7 +107,7 @@ impl ScriptWords {
     pub(super) fn random() -> Result<Self, io::Error> {
         let [begin, prompt] = [Mark::random()?, Mark::random()?];
         let [ask, mark] = [Mark::random()?, Mark::random()?];
-        Ok(Self { begin, prompt, ask, mark, is_asked: false, first_words: Vec::new() })
+        Ok(Self { begin, prompt, ask, mark, mark_requested: false, first_words: Vec::new() })
     }
 }
 
@@ -119,27 +119,27 @@ enum Frame {
     Gone,
 }
 
-/// Knows the words.
+/// The words of the session and of its current script, by which frames are recognised.
 #[derive(Debug)]
 pub(super) struct Frames {
     pub(super) ready: Mark,
     pub(super) take: Mark,
     pub(super) prompt: Mark,
     gone: Mark,
-    /// Those of the running script.
+    /// The words of the current script.
     pub(super) script: Option<ScriptWords>,
-    /// What follows the mark in the line that is typed, which may be echoed; each `?` stands for any byte.
+    /// The text behind the mark in a typed line, which may be echoed with it; each `?` stands for any byte.
     pub(super) after_mark: Vec<u8>,
 }
 
 impl Frames {
-    /// Frames whose words are random but for the last.
+    /// Returns frames with random words, except for `gone`, which job-init knows as well.
     pub(super) fn new(gone: Mark) -> Result<Self, io::Error> {
         let [ready, take, prompt] = [Mark::random()?, Mark::random()?, Mark::random()?];
         Ok(Self { ready, take, prompt, gone, script: None, after_mark: Vec::new() })
     }
 
-    /// The first piece of `bytes`, and how many bytes it takes.
+    /// Returns the first piece of `bytes`, and its length in bytes.
     pub(super) fn next_piece(&self, bytes: &[u8]) -> (Piece, usize) {
         let edge = memchr::memchr(EDGE, bytes).unwrap_or(bytes.len());
         if edge > 0 {
@@ -164,7 +164,8 @@ impl Frames {
                 None => incomplete |= word.is_some(),
             }
         }
-        let mark = self.script.as_ref().filter(|script| script.is_asked).map(|script| &script.mark);
+        let mark =
+            self.script.as_ref().filter(|script| script.mark_requested).map(|script| &script.mark);
         let with_fields = [
             (mark, Frame::End),
             (Some(&self.prompt), Frame::Prompt),
@@ -183,7 +184,7 @@ impl Frames {
                         let taken = 32 + length + 2;
                         return (piece.unwrap_or(Piece::Output(0..taken)), taken);
                     }
-                    None if body.len() < LONGEST_END => incomplete = true,
+                    None if body.len() < LONGEST_FRAME => incomplete = true,
                     None => {}
                 },
                 Some(false) => {}
@@ -193,19 +194,20 @@ impl Frames {
         if incomplete {
             return (Piece::Incomplete, 0);
         }
-        // A byte 1 of the job's own.
+        // This byte 1 is the job's own output.
         let next_edge = memchr::memchr(EDGE, body).map_or(bytes.len(), |at| at + 1);
         (Piece::Output(0..next_edge), next_edge)
     }
 
-    /// The first piece of `output`, in which no frame begins. `is_followed` by one, perhaps.
+    /// Returns the first piece of `output`, in which no frame begins. `is_followed` tells whether a byte 1
+    /// follows it.
     fn output(&self, output: &[u8], is_followed: bool) -> (Piece, usize) {
         let Some((hidden, after)) = self.script.as_ref().and_then(|script| self.hidden(script))
         else {
             return (Piece::Output(0..output.len()), output.len());
         };
         let may_begin = |at: &usize| starts_with(&output[*at..], hidden) != Some(false);
-        // A first byte that is rare is looked for quickly.
+        // Searching for the first byte is fast, and the full comparison is rarely needed.
         let first = memchr::memchr_iter(hidden.first().copied().unwrap_or_default(), output);
         let length = match first.into_iter().find(may_begin) {
             Some(0) => {
@@ -216,7 +218,7 @@ impl Frames {
                 if output.len() < hidden.len() {
                     return (Piece::Output(0..output.len()), output.len());
                 }
-                return (Piece::Nothing, hidden.len() + echoed(&output[hidden.len()..], after));
+                return (Piece::Ignored, hidden.len() + echoed(&output[hidden.len()..], after));
             }
             Some(at) => at,
             None => output.len(),
@@ -224,13 +226,13 @@ impl Frames {
         (Piece::Output(0..length), length)
     }
 
-    /// What is no output if it is seen, and what may follow it, its end of the line included.
+    /// Returns the text that is hidden from the output, and what may follow it up to the end of its line.
     ///
-    /// Before the script has begun, its first words: bash shows them with an error of syntax in its first line.
-    /// When its mark is typed, that: the shell waits for it with the echo off; but in POSIX mode a trapped
-    /// signal ends its wait, and what is typed before the next one is echoed.
+    /// Before the script has begun, this is its first words: bash shows them with a syntax error in the first
+    /// line. After ASK it is the mark: the shell reads it with the echo off, but in POSIX mode a trapped
+    /// signal ends the reading, and what is typed before the shell reads again is echoed.
     fn hidden<'a>(&'a self, script: &'a ScriptWords) -> Option<(&'a [u8], &'a [u8])> {
-        if script.is_asked {
+        if script.mark_requested {
             Some((&script.mark.0, &self.after_mark))
         } else if script.first_words.is_empty() {
             None
@@ -241,13 +243,13 @@ impl Frames {
 
     fn parse_prompt(&self, fields: &str) -> Option<Piece> {
         let word = fields.strip_prefix(' ')?;
-        let is_it = |script: &ScriptWords| script.prompt.as_str().eq_ignore_ascii_case(word);
-        let is_now = self.script.as_ref().is_some_and(is_it);
-        Some(if is_now { Piece::Prompt } else { Piece::Nothing })
+        let has_word = |script: &ScriptWords| script.prompt.as_str().eq_ignore_ascii_case(word);
+        let is_current = self.script.as_ref().is_some_and(has_word);
+        Some(if is_current { Piece::Prompt } else { Piece::Ignored })
     }
 }
 
-/// ` EXIT-CODE FLAGS RESULT`, which only the shell can have written, as it follows the mark.
+/// Parses ` EXIT-CODE FLAGS RESULT`. Only the shell can have written it, as it follows the mark.
 fn parse_end(fields: &str) -> Option<Piece> {
     let mut fields = fields.strip_prefix(' ')?.splitn(3, ' ');
     let exit_code = fields.next()?.parse().ok()?;
@@ -256,7 +258,8 @@ fn parse_end(fields: &str) -> Option<Piece> {
     Some(Piece::End { exit_code, flags, job_result })
 }
 
-/// How many bytes of `shown` are `typed` and the end of its line; a `?` in `typed` stands for any byte.
+/// Returns how many bytes at the beginning of `shown` are the echo of `typed` and its line end. A `?` in
+/// `typed` stands for any byte.
 fn echoed(shown: &[u8], typed: &[u8]) -> usize {
     let is_shown = |(shown, typed): &(&u8, &u8)| shown == typed || **typed == b'?';
     let length = shown.iter().zip(typed).take_while(is_shown).count();
@@ -267,7 +270,8 @@ fn echoed(shown: &[u8], typed: &[u8]) -> usize {
     length + end.map_or(0, |end| end.len())
 }
 
-/// Whether `bytes` starts with `word`; `None` if there are too few to tell. A terminal may show capitals only.
+/// Returns whether `bytes` starts with `word`; `None` if there are too few bytes to tell. Case is ignored, as
+/// a terminal may be set to capitals (`olcuc`).
 fn starts_with(bytes: &[u8], word: &[u8]) -> Option<bool> {
     let compared = bytes.len().min(word.len());
     if !bytes[..compared].eq_ignore_ascii_case(&word[..compared]) {
@@ -291,20 +295,20 @@ mod tests {
     const GONE: Mark = Mark(*b"99999999999999999999999999999999");
     const SCRIPT: Mark = Mark(*b"55555555555555555555555555555555");
 
-    fn frames(is_asked: bool) -> Frames {
+    fn frames(mark_requested: bool) -> Frames {
         let script = ScriptWords {
             begin: BEGIN,
             prompt: PROMPT,
             ask: ASK,
             mark: SCRIPT,
-            is_asked,
+            mark_requested,
             first_words: b"first".to_vec(),
         };
         let (ready, take, prompt, gone) = (READY, TAKE, SESSION, GONE);
         Frames { ready, take, prompt, gone, script: Some(script), after_mark: b"?~..".to_vec() }
     }
 
-    /// Parses a stream that arrives in chunks: the output, and the other pieces in order.
+    /// Parses a stream that arrives in `chunks`. Returns the output, and the other pieces in order.
     fn parse(frames: &Frames, chunks: &[&[u8]]) -> (Vec<u8>, Vec<Piece>) {
         let (mut output, mut pieces, mut buffer) = (Vec::new(), Vec::new(), Vec::new());
         for chunk in chunks {
@@ -354,7 +358,7 @@ mod tests {
                 Piece::Ready,
                 Piece::Begin,
                 Piece::Prompt,
-                Piece::Nothing,
+                Piece::Ignored,
                 Piece::Ask,
                 Piece::Take,
                 end,
@@ -365,13 +369,13 @@ mod tests {
     }
 
     #[test]
-    fn nobody_ends_a_script_whose_mark_was_not_asked_for() {
+    fn a_mark_that_was_not_requested_is_output() {
         let stream = framed(&format!("{} 0 hB ", SCRIPT.as_str()));
         assert_eq!(parse(&frames(false), &[&stream]), (stream.clone(), vec![]));
     }
 
     #[test]
-    fn the_echo_of_a_mark_is_no_output_wherever_the_stream_is_split() {
+    fn the_echo_of_a_mark_is_hidden_wherever_the_stream_is_split() {
         let mark = SCRIPT.as_str();
         let end = framed(&format!("{mark} 0 hB "));
         for line_end in LINE_ENDS {
@@ -380,19 +384,19 @@ mod tests {
                 let chunks = [&stream[..at], &stream[at..]];
                 let (output, pieces) = parse(&frames(true), &chunks);
                 assert_eq!(output, b"out\rput 555", "split at {at}");
-                assert!(matches!(pieces[..], [Piece::Nothing, Piece::End { .. }]), "{pieces:?}");
+                assert!(matches!(pieces[..], [Piece::Ignored, Piece::End { .. }]), "{pieces:?}");
             }
         }
     }
 
     #[test]
-    fn a_scripts_first_words_are_no_output_until_it_has_begun() {
+    fn a_scripts_first_words_are_hidden_until_it_has_begun() {
         let stream = b"line 1: `firstif then'";
         for at in 0..stream.len() {
             let (output, pieces) = parse(&frames(false), &[&stream[..at], &stream[at..]]);
             assert_eq!(
                 (&output[..], &pieces[..]),
-                (&b"line 1: `if then'"[..], &[Piece::Nothing][..])
+                (&b"line 1: `if then'"[..], &[Piece::Ignored][..])
             );
         }
     }
@@ -405,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn marks_are_random_and_do_not_show() {
+    fn marks_are_random_and_not_in_debug_output() {
         let (one, two) = (Mark::random().unwrap(), Mark::random().unwrap());
         assert_ne!(one, two);
         assert!(!format!("{one:?}").contains(one.as_str()));
@@ -413,7 +417,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn bytes_of_a_job_are_never_lost_or_taken_for_frames(
+        fn output_is_never_lost_or_taken_for_frames(
             chunks in prop::collection::vec(
                 prop::collection::vec(prop_oneof![Just(1u8), Just(b'a'), Just(b'5'), Just(b' '), any::<u8>()], 0..80),
                 0..6)

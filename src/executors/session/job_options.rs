@@ -1,18 +1,22 @@
-//! Options of the job's shell that the session has to turn off for itself.
+//! Options of the job's shell that the session turns off between scripts.
 
-/// Options that the session turns off between scripts and on again for the next one: they would show, change or
-/// skip what the agent types.
+/// The options that were on when the last script ended.
+///
+/// The session turns them off between scripts, because they would show, change or skip what the agent types,
+/// and on again for the next script.
 #[derive(Debug, Default)]
 pub(super) struct JobOptions {
     pub(super) aliases: bool,
-    /// `set -v`, `-x`, `-E`, `-T`.
+    /// The letters of `set -v`, `-x`, `-E` and `-T`.
     pub(super) set: String,
-    /// Line editors, the debugger and the history, by the signs of the frame.
+    /// The signs that `__agent_end` adds to the flags: `+` for `vi`, `=` for `emacs`, `~` for `history`, `%`
+    /// for `extdebug`.
     pub(super) other: String,
 }
 
 impl JobOptions {
-    pub(super) fn of(flags: &str) -> Self {
+    /// Parses the flags of the frame that ends a script.
+    pub(super) fn from_flags(flags: &str) -> Self {
         Self {
             aliases: flags.contains('@'),
             set: flags.matches(['v', 'x', 'E', 'T']).collect(),

@@ -1,5 +1,5 @@
-//! The shell protocol: runs scripts one after another in one interactive bash behind a stream of
-//! bytes, be it a terminal of this machine or of a container.
+//! The session: runs scripts one after another in one interactive bash on a terminal, either of this machine
+//! or of a container.
 //!
 //! ```text
 //!          READY            BEGIN             ASK              MARK …
@@ -8,19 +8,21 @@
 //!                   └──────────────────────────────────────────────────────┘
 //! ```
 //!
-//! The agent types one line for each script. It sources the script's file, whose first words tell that it runs,
-//! and then calls a function of ours, which asks for the script's mark, reads it from the terminal, and prints
-//! it with the exit code. So the mark exists nowhere before the script is over: not in the shell's history,
-//! variables, traces or arguments; and a script's output can't end the script, whatever it prints. When bash
-//! gives up the line early (an interrupt throws it back to its prompt), its prompt says so, and the end is
-//! typed once more; what ended like that has never passed.
+//! The agent types one line for each script. The line sources the script's file, whose first words print
+//! BEGIN, and then calls the session's function `__agent_end`. That function asks for the script's mark,
+//! reads it from the terminal, and prints it with the exit code. So before a script has ended, its mark is
+//! nowhere in the shell: not in history, variables, traces or arguments. A script's output can't fake its end.
 //!
-//! Nothing that a job defines changes what is typed and called: aliases are off between scripts and words are
-//! quoted, the functions are readonly and call nothing but `builtin`, a function of that name is removed by
-//! each end, and options that would trace, skip or echo are off from one end to the next script's first word.
+//! If bash gives up the line early (an interrupt throws it back to its prompt), its prompt prints PROMPT, and
+//! the agent types the call of `__agent_end` once more. A script that ended like this has failed.
 //!
-//! What the shell prints between two scripts, such as notices about background jobs, joins the
-//! output of the next one.
+//! The job's definitions can't change what the agent types and calls: aliases are off between scripts and
+//! words are quoted; the session's functions are readonly and call only `builtin`, and each end of a script
+//! removes a function of that name; options that would trace, skip or echo are off from the end of a script
+//! to the first word of the next one.
+//!
+//! What the shell prints between two scripts, such as notices about background jobs, joins the output of the
+//! second one.
 
 mod bootstrap;
 mod frames;
@@ -45,86 +47,92 @@ use self::job_options::JobOptions;
 use self::typed::Typed;
 use crate::os::shell_words::quoted;
 
-/// How much is read at once, in bytes: eight times what a terminal gives, so that no read is cut
-/// short, and not more than fits one log event.
+/// The size of one read, in bytes: eight times what a terminal returns at most, so that no read is cut short,
+/// and not more than fits into one log event.
 const READ: usize = 8 * 4095;
 
-/// How long the shell may take from a typed line to the script's first word, if nothing is received.
+/// How long the shell may take from a typed line, or from the last part that it asked for, to BEGIN.
 const BEGIN_PATIENCE: Duration = Duration::from_secs(40);
 
-/// How long the shell may take from asking for the mark to telling the end.
+/// How long the shell may take from ASK to the script's end.
 const END_PATIENCE: Duration = Duration::from_secs(20);
 
-/// How long the shell may take for that until it is typed what no terminal waits for longer than: as many bytes as
-/// its modes can ask for at most.
+/// How long after ASK padding is typed behind the mark. In non-canonical mode, a terminal may hold back input
+/// until `VMIN` bytes have arrived.
 const PAD_AFTER: Duration = Duration::from_secs(1);
-const MOST_AWAITED: usize = 255;
 
-/// The first pause before a shell that does not get ready is typed to once more; pauses double.
+/// The length of the padding, in bytes: the largest `VMIN`.
+const PADDING: usize = 255;
+
+/// The first pause before the probe is typed again to a shell that is not ready, and the longest one. Pauses
+/// double.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 
-/// How often one script's end may be asked for, and typed. More is no shell's.
+/// How many times the shell may print ASK and PROMPT for one script. More means that it is not the shell, or
+/// that it does not work.
 const MOST_ASKS: u8 = 3;
 const MOST_PROMPTS: u8 = 3;
 
 /// A stream of bytes with a terminal at its other end.
 pub trait Terminal: AsyncRead + AsyncWrite + Unpin {
-    /// Keeps the terminal from echoing what is typed next, and from changing it, whatever modes were left
-    /// behind. Does nothing where only the shell itself can do that.
+    /// Resets the terminal's modes, so that it neither echoes nor changes what is typed next. Does nothing
+    /// where only the shell itself can do that.
     fn reset_modes(&self) -> io::Result<()>;
 }
 
-/// One shell behind a terminal.
+/// One shell on a terminal.
 #[derive(Debug)]
 pub struct Session<T> {
     terminal: T,
     frames: Frames,
     received: BytesMut,
-    /// Typed, but not yet taken by the terminal.
+    /// Bytes to type that the terminal has not accepted yet.
     to_type: BytesMut,
-    /// Where bytes are read to while some are still to be typed.
+    /// The buffer for reads while [`Self::to_type`] is not empty.
     chunk: Box<[u8]>,
-    /// For a shell that can't read this machine's files.
+    /// The parts of a script that is typed, for a shell that can't read this machine's files.
     typed: Typed,
     phase: Phase,
-    /// What the job has turned on and the session has turned off.
+    /// The job's options that are off until the next script begins.
     options: JobOptions,
     untraced: bool,
-    /// The script is the session's own first one, which does not tell that it runs.
+    /// The current script is the bootstrap, which does not print BEGIN.
     is_bootstrap: bool,
-    /// The script's first word has been run.
+    /// The current script has printed BEGIN.
     has_begun: bool,
-    /// The script's end, once what is wrong with it is told.
+    /// The end of a script, held back while an explanation is added to its output.
     end: Option<ScriptEnd>,
+    /// How many times the current script has printed ASK.
     asks: u8,
+    /// How many times the current script has printed PROMPT.
     prompts: u8,
-    /// How often the shell was asked whether it is ready.
+    /// How many times the probe was typed.
     probes: u32,
-    /// The exit code of the last script, which the next one sees.
+    /// The exit code of the last script, which the next one finds in `$?`.
     status: i32,
 }
 
-/// What the shell is doing, as far as it has told.
+/// What the shell is doing, according to its frames.
 #[derive(Debug)]
 enum Phase {
-    /// It reads its startup files. `line` is what comes then.
+    /// The shell reads its startup files. `line` is typed afterwards.
     Starting { line: String, probe_at: Instant, pause: Duration },
-    /// It is to read a line.
+    /// The shell has to read the typed line.
     Typed { until: Instant },
-    /// It runs the script.
+    /// The shell runs the script.
     Running,
-    /// It is to read the script's mark. Some modes of a terminal let it wait for more than that, so from `pad_at` on
-    /// it gets more.
+    /// The shell has to read the script's mark. At `pad_at`, padding is typed behind it.
     Asked { pad_at: Option<Instant>, until: Instant },
-    /// It waits for the next line.
+    /// The shell waits for the next line.
     Idle,
-    /// It does not do what it must.
+    /// The shell has missed a deadline or broken the protocol, and is not used any more.
     Broken,
 }
 
 impl<T: Terminal> Session<T> {
-    /// A session on a terminal where bash starts. `gone` is what announces the shell's end.
+    /// Returns a session on a terminal on which bash is being started. `gone` is the mark that announces the
+    /// shell's end.
     pub fn new(terminal: T, gone: Mark) -> io::Result<Self> {
         Ok(Self {
             terminal,
@@ -156,15 +164,15 @@ impl<T: Terminal> Session<T> {
         self.type_probe()
     }
 
-    /// What a shell whose startup files are read answers with READY. Typed until it does: startup files may read
-    /// it away. Only the first one that is run counts.
+    /// Types the line that makes a shell print READY once it has read its startup files. It is repeated until
+    /// READY comes, as startup files may read it away; further READYs are ignored.
     fn type_probe(&mut self) -> io::Result<()> {
         let line = probe(self.frames.ready.as_str(), self.probes);
         self.probes += 1;
         self.queue(&line)
     }
 
-    /// Whether the shell has been given up.
+    /// Returns whether the shell is not used any more because it does not follow the protocol.
     pub fn is_broken(&self) -> bool {
         matches!(self.phase, Phase::Broken)
     }
@@ -179,8 +187,10 @@ impl<T: Terminal> Session<T> {
         Ok(())
     }
 
-    /// What ends a script. In a group, so that its trace goes nowhere; in a list, so that a failed script's exit
-    /// code neither trips `set -e` nor the ERR trap again.
+    /// Returns the part of a typed line that ends a script.
+    ///
+    /// The call is in a group whose standard error is `/dev/null`, which hides its trace, and in a `&&` list,
+    /// so that the exit code of a failed script triggers neither `set -e` nor the ERR trap again.
     fn end_line(&self, options: &str) -> String {
         format!("{{ {}; }} 2>/dev/null && [[ 1 ]]", self.end_call(options))
     }
@@ -190,8 +200,9 @@ impl<T: Terminal> Session<T> {
         format!("\\__agent_end \"$?\" \"$-\" \"$SHELLOPTS\" \"{options}\" {ask}")
     }
 
-    /// Types a script, after [`Self::type_bootstrap`]. One that calls `__agent_receive FILE`, once, gets
-    /// `received` into that file.
+    /// Types a script. The session must have begun with [`Self::type_bootstrap`].
+    ///
+    /// If the script calls `__agent_receive FILE` (once), `received` is written to that file.
     pub fn type_script(&mut self, script: &Script, received: Option<&[u8]>) -> io::Result<()> {
         self.begin_script()?;
         self.untraced = script.untraced;
@@ -210,7 +221,7 @@ impl<T: Terminal> Session<T> {
         self.type_line(&line)
     }
 
-    /// `script`, whose turn it is, as it must stand in its file.
+    /// Returns the content of the file for `script`, the current script.
     fn file_of(&mut self, script: &Script) -> String {
         let Script { text, untraced } = script;
         let JobOptions { set, other, .. } = &self.options;
@@ -218,12 +229,12 @@ impl<T: Terminal> Session<T> {
         let Some(script) = &mut self.frames.script else {
             return String::new();
         };
-        // Without changing `$?`, or tripping over it.
+        // Keeps `$?`, and does not trigger `set -e` if it is not 0.
         let begin = script.begin.as_str();
         let begin =
             format!("\\__agent_begin \"$?\" {begin} '{other}' '{set}' 2>/dev/null && \\__agent_ok");
-        // Turns tracing on again without tracing that. For `set -v` on a line of its own, as only whole lines
-        // are shown; else on the first, so that line numbers are right.
+        // Turns tracing on again without a trace of doing so. `set -v` shows whole lines, so there it needs a
+        // line of its own; otherwise it is on the script's first line, to keep line numbers right.
         let first_words = if set.contains('v') {
             format!("{{ {begin}; }} 2>/dev/null;\n")
         } else if set.contains('x') {
@@ -235,14 +246,14 @@ impl<T: Terminal> Session<T> {
         format!("{first_words}{text}\n")
     }
 
-    /// Makes the next script that of `script`: what must stand in its file before [`Self::start_script`].
+    /// Begins `script`. Returns the content of its file, to be written before [`Self::start_script`].
     pub fn next_file(&mut self, script: &Script) -> io::Result<String> {
         self.begin_script()?;
         self.untraced = script.untraced;
         Ok(self.file_of(script))
     }
 
-    /// Has bash source the file at `path`, which is of [`Self::next_file`].
+    /// Makes bash source the file at `path`, whose content came from [`Self::next_file`].
     pub fn start_script(&mut self, path: &Path) -> io::Result<()> {
         let (aliases, prompt, end) = (self.aliases(), self.prompt(), self.end_line("$BASHOPTS"));
         let path = quoted(path);
@@ -271,12 +282,12 @@ impl<T: Terminal> Session<T> {
         Ok(())
     }
 
-    /// Queues the running script's mark, because the shell asks for it.
+    /// Queues the current script's mark in response to ASK.
     fn answer(&mut self) -> io::Result<()> {
         let Some(script) = &mut self.frames.script else {
             return Ok(());
         };
-        script.is_asked = true;
+        script.mark_requested = true;
         let line = self.typed.answer(script.mark, self.asks);
         self.asks += 1;
         let now = Instant::now();
@@ -285,15 +296,16 @@ impl<T: Terminal> Session<T> {
         self.queue(&line)
     }
 
-    /// Types the end of a script whose line the shell has given up.
+    /// Types the call that ends the script once more, because the shell has given up the line with the first
+    /// one.
     fn end_again(&mut self) -> io::Result<()> {
         self.prompts += 1;
-        // Not in a group: the job's aliases may be on, also for reserved words.
+        // Without a group: aliases may be on, and the job may have one for `{`.
         let line = format!(" {} 2>/dev/null && \\__agent_ok\n", self.end_call("$BASHOPTS"));
         self.queue(&line)
     }
 
-    /// Waits for the next event. Dropping the future loses nothing.
+    /// Waits for the next event. Dropping the future loses no event.
     pub async fn next_event(&mut self) -> SessionEvent {
         if let Some(end) = self.end.take() {
             return SessionEvent::ScriptEnded(end);
@@ -349,7 +361,7 @@ impl<T: Terminal> Session<T> {
                     self.received.advance(taken);
                     return self.ended(exit_code, &flags, job_result);
                 }
-                Piece::Nothing => {
+                Piece::Ignored => {
                     self.received.advance(taken);
                     Ok(())
                 }
@@ -375,21 +387,22 @@ impl<T: Terminal> Session<T> {
         self.frames.script = None;
         self.phase = Phase::Idle;
         if !self.untraced || self.is_bootstrap {
-            self.options = JobOptions::of(flags);
+            self.options = JobOptions::from_flags(flags);
         }
-        let is_unrun = exit_code == 0 && !self.has_begun && !self.is_bootstrap;
-        // A line that was given up has failed, whatever is said of it.
-        let exit_code = if is_unrun || self.prompts > 0 { 1 } else { exit_code };
+        let was_not_run = exit_code == 0 && !self.has_begun && !self.is_bootstrap;
+        // A script whose line was given up has failed, whatever its exit code.
+        let exit_code = if was_not_run || self.prompts > 0 { 1 } else { exit_code };
         self.status = exit_code;
         let end = ScriptEnd { exit_code, job_result };
-        if is_unrun {
+        if was_not_run {
             self.end = Some(end);
             return SessionEvent::Output(Bytes::from_static(UNRUN.as_bytes()));
         }
         SessionEvent::ScriptEnded(end)
     }
 
-    /// Types what is queued and reads, whichever is possible: a shell that takes nothing may print all the same.
+    /// Types what is queued, and reads, whichever is possible first: a shell that does not read its input may
+    /// still print.
     async fn receive(&mut self) -> io::Result<Received> {
         let (until, why) = match &self.phase {
             Phase::Starting { probe_at, .. } => (*probe_at, ""),
@@ -416,7 +429,7 @@ impl<T: Terminal> Session<T> {
             }
             Phase::Asked { pad_at, .. } => {
                 *pad_at = None;
-                self.queue(&"\n".repeat(MOST_AWAITED))
+                self.queue(&"\n".repeat(PADDING))
             }
             _ => Ok(()),
         }
@@ -454,7 +467,7 @@ impl<T: Terminal> Session<T> {
         SessionEvent::Output(Bytes::from_static(why.as_bytes()))
     }
 
-    /// The stream is over: what looked like the beginning of a frame, or of an echo, was output.
+    /// Returns the last events after the end of the stream: an incomplete frame or echo was output after all.
     fn end_of_stream(&mut self) -> SessionEvent {
         let rest: Bytes = self.received.split().freeze();
         if rest.is_empty() {
@@ -468,17 +481,18 @@ impl<T: Terminal> Session<T> {
 enum Received {
     Some,
     End,
-    /// For this reason it is too late.
+    /// A deadline was missed. The text explains it in the job's log.
     Late(&'static str),
 }
 
-/// Told when the shell does not do what the session needs.
+/// Printed to the job's log when the shell does not follow the protocol.
 const BROKEN: &str = "The job's shell can't be used any more, and the command counts as failed: the agent needs bash's \
                       builtins `builtin`, `printf`, `read`, `set`, `shopt`, `unset` and `return`, and the terminal's \
                       input for itself.\r\n";
 
-/// Told when the shell has come to a script's end without a word of it.
+/// Printed to the job's log when a script has ended without BEGIN.
 const UNRUN: &str = "The command was not run: its script could not be read.\r\n";
 
-/// A shell whose scripts are typed waits for this with its echo off, and then reads the line behind it.
+/// The first character of a typed line. A shell whose scripts are typed waits for it with the echo off, so
+/// that the rest of the line is not echoed.
 const GO: &str = " ";

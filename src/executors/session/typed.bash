@@ -1,4 +1,4 @@
-# Runs a program of the image, whatever the job has made of PATH and of its environment.
+# Runs a program of the image, independent of the job's PATH and exported variables.
 __agent_program() (
   builtin unset IFS
   builtin export -n $(builtin compgen -e)
@@ -11,11 +11,11 @@ __agent_receive() {
     builtin read -rs -p "$2" __agent_line </dev/tty 2>/dev/tty
     case $? in
       0) ;;
-      # A trapped signal may end it early. The answer still comes, and only one.
+      # A trapped signal may interrupt `read`. Read again without asking again: the agent responds once.
       129 | 1[3-9]? | 2??) builtin set -- "$1" '' && builtin continue ;;
       *) builtin return 1 ;;
     esac
-    # What is around it keeps its white space from the job's IFS.
+    # The dots around the part protect its white space from the job's IFS.
     __agent_line=${__agent_line#.}
     __agent_line=${__agent_line%..}
     [[ $__agent_line ]] || builtin return 0
@@ -23,7 +23,7 @@ __agent_receive() {
     builtin set -- "$1" $'\001'@TAKE@$'\001'
   done
 }
-# Throws the shell back to its prompt: what could not be written whole is not sourced.
+# Throws the shell back to its prompt, so that a script that was not written whole is not sourced.
 __agent_unwritten() {
   builtin printf '%s\n' "The command was not run: its script can't be written to @FILE@ in the container." >/dev/tty
   { case ${99:?} in esac; } 2>/dev/null

@@ -1,32 +1,33 @@
-//! Scripts for a shell that can't read this machine's files: typed on its terminal, part by part.
+//! Scripts for a shell that can't read this machine's files. They are typed on its terminal, in parts.
 //!
-//! A terminal takes lines of at most 4095 bytes and heeds control characters, so a script travels as
-//! printable text that `printf %b` turns back into its bytes. A short one is an argument of the typed line
-//! itself. A long one follows in parts, each of which the shell asks for with the frame TAKE, when the
-//! terminal's echo is off. So does what a script receives while it runs.
+//! A terminal accepts lines of at most 4095 bytes and interprets control characters, so a script is sent as
+//! printable text that `printf %b` turns back into its bytes. A short script is an argument of the typed line
+//! itself. A long one follows in parts; the shell asks for each with the frame TAKE, after it has turned the
+//! terminal's echo off. Data that a script receives while it runs (`__agent_receive`) is sent the same way.
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
 
 use super::Mark;
 
-/// The longest part, in bytes: what a terminal takes, less the rest of the line it stands in.
+/// The length of a part, in bytes, from which on the next one begins. With the rest of its line, it stays
+/// below a terminal's limit of 4095.
 const LONGEST_PART: usize = 3500;
 
-/// What is being typed.
+/// The parts of the current script that are still to be typed.
 #[derive(Debug, Default)]
 pub(super) struct Typed {
-    /// Where the shell keeps the script that it runs.
+    /// The file in the container where the shell keeps the script; empty if scripts are not typed.
     file: String,
-    /// Still to be asked for; an empty one ends what is received at once.
+    /// The parts that the shell will ask for; an empty part ends the file that is received.
     parts: VecDeque<String>,
 }
 
-/// Follows a script's mark when it is typed: it comes through only on a terminal that takes every character as it
-/// is.
+/// All printable characters, typed behind a script's mark: they arrive unchanged only if no special character
+/// of the terminal is among them.
 pub(super) const TAIL: &str = "!\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abcdefghijklmnopqrstuvwxyz{|}~";
 
-/// What follows a mark that may be echoed; `?` is the letter of the question that it answers.
+/// Returns what follows a typed mark, and may be echoed. `?` stands for the letter of the question.
 pub(super) fn after_mark() -> Vec<u8> {
     format!("?{TAIL}..").into_bytes()
 }
@@ -44,8 +45,8 @@ impl Typed {
         !self.file.is_empty()
     }
 
-    /// `script` if it fits the typed line; if not, the shell is to ask for its parts. `received` is what it will ask
-    /// for itself.
+    /// Begins a script. Returns it as the argument for the typed line if it is short enough; else the shell
+    /// must ask for its parts. `received` is the data that the script will ask for while it runs.
     pub(super) fn begin(&mut self, script: &[u8], received: Option<&[u8]>) -> Option<String> {
         let mut parts = parts_of(script);
         let in_line = if parts.len() == 1 { parts.pop() } else { None };
@@ -61,12 +62,13 @@ impl Typed {
         in_line
     }
 
-    /// The shell has asked: what to type now, if anything.
+    /// Returns the part to type in response to TAKE, if any is left.
     pub(super) fn next_part(&mut self) -> Option<String> {
         self.parts.pop_front()
     }
 
-    /// The line with `mark` that answers the shell's question, of which `asked` came before for the same script.
+    /// Returns the line with `mark` to type in response to ASK. `asked` is the number of earlier ASKs of the
+    /// same script; its letter tells the shell which of them the response is for.
     pub(super) fn answer(&self, mark: Mark, asked: u8) -> String {
         let mark = mark.as_str();
         if !self.is_used() {
@@ -76,7 +78,7 @@ impl Typed {
     }
 }
 
-/// `bytes` for `printf %b`, in single quotes, in parts that a terminal takes.
+/// Encodes `bytes` for `printf %b` in single quotes, in parts that a terminal accepts.
 pub(super) fn parts_of(bytes: &[u8]) -> Vec<String> {
     let mut parts = vec![String::new()];
     for byte in bytes {
@@ -86,9 +88,9 @@ pub(super) fn parts_of(bytes: &[u8]) -> Vec<String> {
         }
         match byte {
             b'\n' => last.push_str("\\n"),
-            // A quote would end the argument, and a backslash is what escapes.
+            // A quote would end the argument, and a backslash would begin an escape.
             b' '..=b'~' if !matches!(byte, b'\'' | b'\\') => last.push(char::from(*byte)),
-            // Fails only if writing to a string does.
+            // Writing to a string never fails.
             _ => drop(write!(last, "\\0{byte:03o}")),
         }
         parts.push(last);
@@ -105,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_short_script_stands_in_the_line_and_a_long_one_comes_in_parts() {
+    fn a_short_script_is_in_the_line_and_a_long_one_in_parts() {
         let mut typed = Typed::new("f");
         let mut lengths_of_parts = |script: &[u8], received: Option<&[u8]>| {
             let argument = typed.begin(script, received);
@@ -124,7 +126,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(32))]
         #[test]
-        fn printf_gives_back_every_byte(
+        fn printf_restores_every_byte(
             bytes in prop::collection::vec(any::<u8>(), 0..9000),
         ) {
             let parts = parts_of(&bytes);

@@ -1,5 +1,5 @@
-# Nobody but the shell can see to the terminal's modes. Its echo is off before the question is shown, whatever the
-# job has set; an answer that does not come through as it is typed tells that more is wrong.
+# Only the shell can reset the terminal's modes. `read -s` turns the echo off before it prints ASK. If the
+# response does not arrive as typed, other modes are wrong too: reset them and ask again.
 builtin set -- "$1" "$2" $'\001'"$5"$'\001' a "$5"
 while [[ 1 ]]; do
   builtin read -rs -p "$3" __agent_line </dev/tty 2>/dev/tty
@@ -13,7 +13,7 @@ while [[ 1 ]]; do
         *) builtin return ;;
       esac
       ;;
-    # A trapped signal may end it early. The answer still comes, and only one.
+    # A trapped signal may interrupt `read`. Read again without asking again: the agent responds once.
     129 | 1[3-9]? | 2??) builtin set -- "$1" "$2" '' "$4" "$5" ;;
     *) builtin command -p stty sane -echo </dev/tty && builtin set -- "$1" "$2" '' "$4" "$5" || builtin return ;;
   esac

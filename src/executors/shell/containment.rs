@@ -1,5 +1,5 @@
-//! The agent's hand on a shell job's first process: starts it, has it end things, and takes its
-//! place if the job manages to kill it.
+//! The agent's side of job-init, the guard of a shell job: starts it, sends it commands, and ends the job's
+//! processes itself if the job manages to kill job-init.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::OsString;
@@ -29,22 +29,23 @@ use crate::os::cgroup::JobCgroup;
 use crate::os::processes::{descendants, names_of, signal_all};
 use crate::state::JobDir;
 
-/// How often what a killed first process leaves is swept.
-const SWEEP_AGAIN: Duration = Duration::from_millis(20);
+/// The pause between two rounds of killing what a dead job-init has left.
+const SWEEP_PAUSE: Duration = Duration::from_millis(20);
 
-/// How long after the last moment for an answer the first process is taken for dead.
+/// How much later than its own deadlines allow job-init may report before it is taken for dead.
 const MARGIN: Duration = Duration::from_secs(5);
 
-/// A job's first process.
-struct FirstProcess {
+/// The agent's handle of a running job-init.
+struct Guard {
     pid: Option<Pid>,
     control: StdUnixStream,
-    ended: watch::Receiver<Ended>,
+    ended: watch::Receiver<JobEnd>,
+    /// Notified when job-init has missed its deadline and is to be killed.
     overdue: Rc<Notify>,
 }
 
-/// What became of everything a job started; nothing while it runs.
-type Ended = Option<Result<(), LeftBehind>>;
+/// The result of ending everything that the job started; `None` while it runs.
+type JobEnd = Option<Result<(), LeftBehind>>;
 
 /// A shell job's processes. Clones share them.
 #[derive(Clone)]
@@ -54,27 +55,26 @@ pub struct ShellContainment {
 
 struct Shared {
     directory: Rc<JobDir>,
-    /// Once there is one.
-    first: RefCell<Option<FirstProcess>>,
+    guard: RefCell<Option<Guard>>,
     /// No process may be started any more.
     closed: Cell<bool>,
-    /// The first process was told to release what the shell has detached.
+    /// The command `release` was sent, so job-init may report `released`.
     may_release: Cell<bool>,
 }
 
 impl ShellContainment {
-    /// Of a job that has not started anything.
+    /// Returns the containment of a job that has not started anything.
     pub fn new(directory: Rc<JobDir>) -> Self {
         let shared = Shared {
             directory,
-            first: RefCell::new(None),
+            guard: RefCell::new(None),
             closed: Cell::new(false),
             may_release: Cell::new(false),
         };
         Self { shared: Rc::new(shared) }
     }
 
-    /// Starts the shell of `spec` on `terminal`, with nothing but `environment`.
+    /// Starts the shell of `spec` on `terminal`. Its environment is `environment`, and nothing else.
     pub async fn start(
         &self,
         spec: &Spec,
@@ -84,7 +84,7 @@ impl ShellContainment {
         if self.shared.closed.get() {
             return Err(io::Error::other("the job is over"));
         }
-        // If the job kills its first process, its orphans come here.
+        // If the job kills its job-init, this process adopts the orphans.
         prctl::set_child_subreaper(true)?;
         let (ours, theirs) = StdUnixStream::pair()?;
         let mut command = Command::new("/proc/self/exe");
@@ -92,7 +92,7 @@ impl ShellContainment {
         command.env_clear().envs(environment);
         command.stdin(OwnedFd::from(theirs)).stdout(terminal).stderr(Stdio::null());
         let child = command.spawn()?;
-        // It holds this process's copies of the terminal's and the socket's other ends.
+        // Closes this process's copies of the child's ends of the terminal and the socket.
         drop(command);
 
         let mut spec = serde_json::to_vec(spec)?;
@@ -101,19 +101,19 @@ impl ShellContainment {
         ours.set_nonblocking(true)?;
         let (ended, end) = watch::channel(None);
         let (started, answer) = oneshot::channel();
-        let first = FirstProcess {
+        let guard = Guard {
             pid: child.id().and_then(|pid| pid.try_into().ok()).map(Pid::from_raw),
             control: ours.try_clone()?,
             ended: end,
             overdue: Rc::default(),
         };
-        let overdue = Rc::clone(&first.overdue);
-        self.shared.first.replace(Some(first));
+        let overdue = Rc::clone(&guard.overdue);
+        self.shared.guard.replace(Some(guard));
         let answers = BufReader::new(UnixStream::from_std(ours)?);
         let shared = Rc::clone(&self.shared);
-        // A task of its own, as this one may be given up at any moment. If it dies, `ended` closes.
+        // In a task of its own, as a stop drops this future. If that task panics, `ended` closes.
         actix::spawn(async move {
-            let result = watch_over(child, answers, started, &overdue, &shared).await;
+            let result = supervise(child, answers, started, &overdue, &shared).await;
             shared.directory.delete_secrets();
             ended.send_replace(Some(result));
         });
@@ -121,54 +121,55 @@ impl ShellContainment {
         match answer.trim_end().split_once(' ') {
             None if answer.trim_end() == "started" => Ok(()),
             Some(("failed", why)) => Err(io::Error::other(why.to_owned())),
-            _ => Err(io::Error::other("the job's first process did not start")),
+            _ => Err(io::Error::other("job-init, the job's guard, did not start")),
         }
     }
 
-    fn tell(&self, command: &str) {
-        if let Some(first) = self.shared.first.borrow_mut().as_mut() {
-            // A first process that is gone is noticed by who watches over it; one that the job has
-            // stopped has to go on.
-            let _ = writeln!(first.control, "{command}");
-            let _ = first.pid.map(|pid| kill(pid, Signal::SIGCONT));
+    fn send(&self, command: &str) {
+        if let Some(guard) = self.shared.guard.borrow_mut().as_mut() {
+            // An error means that job-init is dead, which `supervise` handles.
+            let _ = writeln!(guard.control, "{command}");
+            // The job may have stopped job-init with SIGSTOP.
+            let _ = guard.pid.map(|pid| kill(pid, Signal::SIGCONT));
         }
     }
 
     /// Kills everything, the shell included. Only sends the request.
     pub fn kill_all(&self) {
-        self.tell("kill-all");
+        self.send("kill-all");
     }
 
-    /// Has the first process bring the job to its end in the way that `command` names.
+    /// Sends `command` (`end` or `release`) with `grace` to job-init, and waits for the result.
     fn end_by(
         &self,
         command: &str,
         grace: Duration,
     ) -> LocalBoxFuture<'static, Result<(), LeftBehind>> {
         self.shared.closed.set(true);
-        self.tell(&format!("{command} {}", grace.as_millis()));
+        self.send(&format!("{command} {}", grace.as_millis()));
         let shared = Rc::clone(&self.shared);
-        let first = shared.first.borrow();
-        let Some(first) = first.as_ref() else {
+        let guard = shared.guard.borrow();
+        let Some(guard) = guard.as_ref() else {
             shared.directory.delete_secrets();
             return std::future::ready(Ok(())).boxed_local();
         };
-        let (mut ended, overdue) = (first.ended.clone(), Rc::clone(&first.overdue));
+        let (mut ended, overdue) = (guard.ended.clone(), Rc::clone(&guard.overdue));
         async move {
             let patience = 2 * grace + KILL_PATIENCE + MARGIN;
             if timeout(patience, ended.wait_for(Option::is_some)).await.is_err() {
                 overdue.notify_one();
             }
-            let nobody = || LeftBehind { what: "nobody watched over it to its end".into() };
-            let ended = ended.wait_for(Option::is_some).await.map_err(|_| nobody())?;
+            let crashed =
+                || LeftBehind { what: "the task that waits for job-init has crashed".into() };
+            let ended = ended.wait_for(Option::is_some).await.map_err(|_| crashed())?;
             ended.clone().unwrap_or(Ok(()))
         }
         .boxed_local()
     }
 }
 
-/// Follows the first process to its end, and sees to it that nothing is left then.
-async fn watch_over(
+/// Waits for job-init's reports and its end, and then kills whatever it has left.
+async fn supervise(
     mut child: Child,
     mut answers: BufReader<UnixStream>,
     started: oneshot::Sender<String>,
@@ -177,7 +178,7 @@ async fn watch_over(
 ) -> Result<(), LeftBehind> {
     let mut next_line = async || {
         let mut line = String::new();
-        // An unreadable line is as good as none, and so is one that does not come.
+        // An empty line stands for an error, for the end of the socket, and for a missed deadline.
         tokio::select! {
             _ = answers.read_line(&mut line) => {}
             () = overdue.notified() => return String::new(),
@@ -186,11 +187,11 @@ async fn watch_over(
     };
     let first = next_line().await;
     let (did_start, did_fail) = (first.starts_with("started"), first.starts_with("failed"));
-    // Nobody waits for it if the job was stopped meanwhile.
+    // Fails if the job was stopped meanwhile.
     let _ = started.send(first);
     let report = match (did_start, did_fail) {
         (true, _) => next_line().await,
-        // Nothing was started, and it leaves by itself.
+        // No shell was started, and job-init exits by itself.
         (_, true) => "empty".to_owned(),
         _ => String::new(),
     };
@@ -198,24 +199,24 @@ async fn watch_over(
     let result = match reported.strip_prefix("left ") {
         Some(what) => Err(LeftBehind { what: what.to_owned() }),
         None if reported == "empty" => Ok(()),
-        // It lives on as the parent of what it has released, and is waited for in the background.
+        // The released processes keep job-init as their parent. Dropping `child` lets the runtime reap it.
         None if reported == "released" && shared.may_release.get() => return Ok(()),
         None => {
-            // It may be dead, or so confused that it must not go on.
+            // No valid report: job-init is dead, or must be killed because it does not work.
             let _ = child.start_kill();
             let _ = child.wait().await;
             sweep(&shared.directory.mark()).await
         }
     };
     let _ = child.wait().await;
-    // Whatever it said, nothing that is the job's may be left.
+    // Check the report of job-init: no process with the job's mark may be left.
     if result.is_ok() && !job_mark::kill_all(&shared.directory.mark()) {
         return sweep(&shared.directory.mark()).await;
     }
     result
 }
 
-/// Kills everything below this process, which adopted what the job left.
+/// Kills all descendants of this process, which has adopted what the job left.
 async fn sweep(mark: &str) -> Result<(), LeftBehind> {
     let group = JobCgroup::find(&job_mark::group_name(mark));
     let give_up = Instant::now() + KILL_PATIENCE;
@@ -223,16 +224,16 @@ async fn sweep(mark: &str) -> Result<(), LeftBehind> {
         if let Some(group) = &group {
             group.kill();
         }
-        // What can't be seen may be there.
-        let seen = descendants(getpid());
-        let all_seen = seen.is_ok();
-        let below = seen.unwrap_or_default();
+        // If the descendants can't be listed, some may be left.
+        let listed = descendants(getpid());
+        let is_listed = listed.is_ok();
+        let below = listed.unwrap_or_default();
         signal_all(&below, Signal::SIGKILL);
         for adopted in below.iter().filter(|process| process.parent == getpid()) {
-            // Answers at once; a process that still runs is waited for in the next round.
+            // Does not block. A process that still runs is reaped in a later round.
             let _ = waitpid(adopted.pid, Some(WaitPidFlag::WNOHANG));
         }
-        if all_seen && below.is_empty() && group.as_ref().is_none_or(JobCgroup::is_empty) {
+        if is_listed && below.is_empty() && group.as_ref().is_none_or(JobCgroup::is_empty) {
             if let Some(group) = &group {
                 group.remove();
             }
@@ -241,17 +242,17 @@ async fn sweep(mark: &str) -> Result<(), LeftBehind> {
         if Instant::now() >= give_up {
             return Err(LeftBehind { what: names_of(&below) });
         }
-        sleep(SWEEP_AGAIN).await;
+        sleep(SWEEP_PAUSE).await;
     }
 }
 
 impl Containment for ShellContainment {
     fn kill_shell(&self) {
-        self.tell("kill-shell");
+        self.send("kill-shell");
     }
 
     fn kill_foreground(&self) -> bool {
-        self.tell("kill-foreground");
+        self.send("kill-foreground");
         true
     }
 

@@ -1,5 +1,7 @@
-//! Puts a job's files onto this machine. They are often keys, and the agent may be root: no other user is to
-//! choose where they go, or to have them open already.
+//! Writes a job's files on this machine.
+//!
+//! The files are often keys, and the agent may be root. So no other user may be able to redirect them with a
+//! link, or to have the target file open already.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -14,21 +16,23 @@ use nix::fcntl::{AtFlags, OFlag, open, openat, readlinkat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, geteuid, unlinkat};
 
-/// How many links may lead to a file.
+/// How many symbolic links are followed on the way to one file, as in the kernel.
 const MOST_LINKS: u32 = 40;
 
-/// Writes `content` to `path`, which is absolute, with this mode. Directories that are missing are made. A file that is
-/// there is replaced, unless it is no regular file; links are followed if they belong to root or to this user.
+/// Writes `content` to `path`, an absolute path, with `mode`.
+///
+/// Missing directories are created. Links are followed if they belong to root or to this user. An existing
+/// regular file is replaced, and so is another user's link; anything else at `path` is an error.
 pub(super) fn inject(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let (directory, name) = find(path)?;
     let mut file = replace(&directory, &name)?;
-    // Before the content comes; and again, as writing takes some bits away.
+    // Set the mode before the content is written, and again after, as writing clears set-id bits.
     file.set_permissions(Permissions::from_mode(mode))?;
     file.write_all(content)?;
     file.set_permissions(Permissions::from_mode(mode))
 }
 
-/// The directory where the file is to be, and its name there.
+/// Resolves `path`, creating missing directories. Returns the directory of the file, and its name there.
 fn find(path: &Path) -> io::Result<(OwnedFd, OsString)> {
     let mut ahead: VecDeque<OsString> = names_of(path).collect();
     let mut behind = vec![root()?];
@@ -40,7 +44,7 @@ fn find(path: &Path) -> io::Result<(OwnedFd, OsString)> {
             continue;
         };
         if name == ".." {
-            // Above the root is the root.
+            // The parent of the root is the root, which the next name opens again.
             behind.pop();
             continue;
         }
@@ -52,7 +56,7 @@ fn find(path: &Path) -> io::Result<(OwnedFd, OsString)> {
                 }
                 let link = Path::new(&name).display().to_string();
                 return Err(refused(&format!(
-                    "the link `{link}` on the way belongs to another user"
+                    "the link `{link}` in the path belongs to another user"
                 )));
             }
             links += 1;
@@ -88,7 +92,7 @@ fn root() -> io::Result<OwnedFd> {
     Ok(open("/", DIRECTORY, Mode::empty())?)
 }
 
-/// The names in `path`; of what is not one, only `..`.
+/// Returns the components of `path`, `..` included, without `/` and `.`.
 fn names_of(path: &Path) -> impl DoubleEndedIterator<Item = OsString> {
     path.components().filter_map(|component| match component {
         Component::Normal(name) => Some(name.to_owned()),
@@ -117,7 +121,8 @@ fn refused(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why)
 }
 
-/// Opens a file that nobody else can have open: a new one, if the old one can be removed.
+/// Opens the file for writing, empty. It is a new file, which nobody else can have open, if the old one can
+/// be removed; else the old one, if it belongs to this user.
 fn replace(directory: &OwnedFd, name: &OsString) -> io::Result<File> {
     let found = stat(directory, name)?;
     if let Some(found) = &found {
@@ -126,7 +131,7 @@ fn replace(directory: &OwnedFd, name: &OsString) -> io::Result<File> {
         }
         match unlinkat(directory, name.as_os_str(), UnlinkatFlags::NoRemoveDir) {
             Ok(()) | Err(Errno::ENOENT) => {}
-            // As one that is mounted, or in a directory that is not this user's.
+            // The file is a mount point, or its directory is not writable.
             Err(_) if kind(found) == SFlag::S_IFREG && found.st_uid == geteuid().as_raw() => {
                 let flags =
                     OFlag::O_WRONLY | OFlag::O_TRUNC | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
@@ -150,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn directories_are_made_and_own_links_followed() {
+    fn directories_are_created_and_own_links_followed() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
         fs::create_dir(at("real")).unwrap();
@@ -168,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_who_has_the_old_file_sees_the_new_content() {
+    fn new_content_does_not_appear_in_the_old_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("key");
         fs::write(&path, "old").unwrap();

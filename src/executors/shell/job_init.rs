@@ -1,27 +1,27 @@
-//! The first process of a shell job: the parent of its shell, and the adopter of everything that
-//! the job leaves without a parent. It is this program again, as `agent job-init`.
+//! The guard of a shell job: the parent of the job's shell, which adopts every process of the job that loses
+//! its parent. It is this program again, as `agent job-init`.
 //!
-//! It lives beside the agent so that it can do its work when the agent can't: if the agent dies,
-//! the job dies with it. No process can leave the tree below it, so when it has no child left, none of
-//! the job's processes is left.
+//! As a process beside the agent, job-init can do its work when the agent can't: if the agent dies, it ends
+//! the job. No process can leave the tree below job-init, so once it has no child left, none of the job's
+//! processes is left.
 //!
 //! ```text
-//!              end GRACE                     nothing but         no child left
+//!              end GRACE                     only the            no child left
 //! Running ───────────────▶ All but the shell ───────────▶ Shell ───────────────▶ done
-//!    │                      asked to end,     the shell  asked to end, with       ▲
-//!    │                      then killed                  a grace of its own       │
-//!    │ agent gone, or no grace                             │ grace over           │
+//!    │                      SIGTERM, after    shell left   SIGHUP, with a grace   ▲
+//!    │                      grace SIGKILL                  of its own             │
+//!    │ agent dead, or no grace                             │ grace over           │
 //!    └───────────────────────────────▶ All killed ◀────────┘                      │
 //!                                          └──────────────────────────────────────┘
 //! ```
 //!
-//! Descriptors: 0 is the control socket, 1 the shell's end of the terminal. The first line on the
-//! socket is a [`Spec`] in JSON; then come `kill-shell`, `kill-foreground`, `kill-all`,
-//! `end MILLISECONDS` and `release MILLISECONDS`. It answers `started` or `failed WHY`, and at the end `empty`, `left WHAT` or
-//! `released`.
+//! Descriptor 0 is the control socket, descriptor 1 the shell's end of the terminal. The first line that the
+//! agent sends is a [`Spec`] in JSON; then come `kill-shell`, `kill-foreground`, `kill-all`,
+//! `end MILLISECONDS` and `release MILLISECONDS`. The response to the spec is `started` or `failed WHY`, the
+//! final report `empty`, `left WHAT` or `released`.
 //!
-//! A release ends the shell only. What is left then is no part of the job any more: this process stays
-//! as its parent, and neither the agent's end nor anything else ends it.
+//! A `release` ends the shell only. Processes that survive it (daemons) are no part of the job any more:
+//! job-init stays as their parent, and does not end them when the agent ends.
 
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
@@ -51,37 +51,39 @@ use crate::os::processes::{
 };
 use crate::os::sys;
 
-/// What to run and how to announce its end.
+/// The shell to run, and what job-init needs to know about the job.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Spec {
-    /// The shell and its arguments.
+    /// The shell's program and its arguments.
     pub shell: Vec<String>,
-    /// Where it starts.
+    /// The shell's working directory.
     pub home: PathBuf,
-    /// Printed on the terminal when the shell has ended: between two bytes 1, with words that say how behind it.
+    /// The mark of the frame that job-init prints on the terminal when the shell has ended (see
+    /// [`crate::executors::session`]).
     pub gone: String,
-    /// What is deleted and taken back if the agent dies.
+    /// The job's files and SSH access, deleted and closed if the agent dies.
     pub estate: Estate,
-    /// How many files its processes may have open, if not as many as the agent.
+    /// The job's limit of open files for each process; `None` for the agent's own limit.
     pub open_files: Option<u64>,
 }
 
-/// How long killing may take before what is left is reported.
+/// How long killing may take before the remaining processes are reported as left behind.
 pub const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How much sooner than other processes the kernel takes a job's when memory runs out, of 1000.
+/// The `oom_score_adj` of the job's processes (0 to 1000): when memory runs out, the kernel is to kill them
+/// before the agent.
 const OOM_SCORE_ADJUSTMENT: i32 = 500;
 
-/// Ends a bash that has no trap for it as a hangup does, its EXIT trap included.
+/// Ends bash like a hangup, its EXIT trap included. Unlike for SIGHUP, jobs hardly ever have a trap for it.
 const EXIT_SIGNAL: Signal = Signal::SIGVTALRM;
 
-/// How long it may take that what ignores the end is killed before the shell has to go with it.
+/// How long killing the other processes may take before the shell is killed with them.
 const OTHERS_PATIENCE: Duration = Duration::from_secs(1);
 
-/// How long to wait between two looks at what is left.
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
+/// The pause between two checks for processes that are not children of job-init.
+const CHECK_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Runs until the job is over. Answers only if it could not begin.
+/// Runs job-init until the job is over.
 pub fn run() -> io::Result<()> {
     let control = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let mut control = BufReader::new(control);
@@ -105,8 +107,8 @@ struct JobInit {
     group: Option<JobCgroup>,
     children: SignalFd,
     ending: Option<Ending>,
-    /// It is stopped, and killed as soon as nothing else is left: the kernel hangs up on the running
-    /// command when the shell dies, which must not come before its SIGTERM.
+    /// The shell is stopped with SIGSTOP, and must run no further command. It is ended only when nothing else
+    /// is left: its death makes the kernel send SIGHUP to the running command, which is to get SIGTERM first.
     shell_condemned: bool,
 }
 
@@ -125,15 +127,16 @@ fn spawn(mut command: Command, group: Option<&JobCgroup>) -> io::Result<Pid> {
     i32::try_from(pid).map(Pid::from_raw).map_err(io::Error::other)
 }
 
-/// This process, and what it starts, is the first to go when memory runs out, as long as this value is there.
+/// Raises the `oom_score_adj` of this process, which children inherit, until the value is dropped.
 struct RaisedOomScore<'a> {
     file: &'a File,
     before: String,
 }
 
 impl<'a> RaisedOomScore<'a> {
-    /// `file` is this process's own, opened before it was hidden from others.
-    fn of(mut file: &'a File) -> io::Result<Self> {
+    /// Raises the value in `file`, this process's `oom_score_adj`. It must have been opened while the process
+    /// was dumpable.
+    fn raise(mut file: &'a File) -> io::Result<Self> {
         let mut before = String::new();
         file.read_to_string(&mut before)?;
         let usual: i32 = before.trim().parse().map_err(io::Error::other)?;
@@ -150,14 +153,15 @@ impl Drop for RaisedOomScore<'_> {
     }
 }
 
-/// When the job is to be killed, and when to give up killing it.
+/// The deadlines of a job that is being ended.
 struct Ending {
-    /// What the shell has once it is alone.
+    /// The shell's own grace, which begins when only the shell is left.
     grace: Duration,
     kill_at: Instant,
     give_up_at: Instant,
-    shell_ended: bool,
-    /// Only the shell is to end.
+    /// The shell was asked to end.
+    shell_asked: bool,
+    /// Only the shell is ended (`release`).
     spares_the_rest: bool,
 }
 
@@ -169,9 +173,10 @@ fn now() -> Instant {
 impl JobInit {
     fn start(spec: Spec) -> io::Result<Self> {
         prctl::set_child_subreaper(true)?;
-        // Out of the reach of the terminal that the agent may run on. Fails for a leader only.
+        // Keeps the signals of the agent's terminal away. Fails only if this process leads a group already.
         let _ = setsid();
-        // Everything but SIGKILL is blocked, not ignored: children start with a clean mask.
+        // Block all signals instead of ignoring them: ignored ones would stay ignored in the children, while
+        // the mask is reset for them.
         sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None)?;
         let mut watched = SigSet::empty();
         watched.add(Signal::SIGCHLD);
@@ -182,22 +187,23 @@ impl JobInit {
             open_files::lower_to(limit)?;
         }
 
-        // Jobs run as the same user. Some files of this process are only to be had before.
+        // Not dumpable, as jobs run as the same user. Afterwards this process can't open the file any more.
         let oom_score = File::options().read(true).write(true).open("/proc/self/oom_score_adj");
         prctl::set_dumpable(false)?;
 
         let terminal = nix::unistd::ttyname(io::stdout())?;
-        let end = || -> io::Result<Stdio> { Ok(io::stdout().as_fd().try_clone_to_owned()?.into()) };
+        let copy =
+            || -> io::Result<Stdio> { Ok(io::stdout().as_fd().try_clone_to_owned()?.into()) };
         let Some((program, arguments)) = spec.shell.split_first() else {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "no shell is named"));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the spec names no shell"));
         };
         let group = JobCgroup::create(&job_mark::group_name(spec.estate.files.name()));
         let mut command = Command::new(program);
         command.args(arguments).current_dir(&spec.home);
-        command.stdin(end()?).stdout(end()?).stderr(end()?);
+        command.stdin(copy()?).stdout(copy()?).stderr(copy()?);
         sys::lead_terminal_session(&mut command);
-        // When memory runs out, a job goes before the agent and its helpers. A job can do without.
-        let raised = oom_score.as_ref().ok().and_then(|file| RaisedOomScore::of(file).ok());
+        // An error is ignored: the job can run with the usual score.
+        let raised = oom_score.as_ref().ok().and_then(|file| RaisedOomScore::raise(file).ok());
         let spawned = spawn(command, group.as_ref());
         drop(raised);
         let shell = spawned.map_err(|error| {
@@ -226,7 +232,7 @@ impl JobInit {
         loop {
             while let Some(end) = commands.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = commands.drain(..=end).collect();
-                self.obey(String::from_utf8_lossy(&line).trim_end());
+                self.handle_command(String::from_utf8_lossy(&line).trim_end());
             }
             let childless = self.reap();
             if let Some(ending) = &self.ending {
@@ -234,7 +240,7 @@ impl JobInit {
                 if childless && self.group.as_ref().is_none_or(JobCgroup::is_empty) {
                     return self.leave(&mut control, agent_lives, "empty");
                 }
-                // An agent that is just going has the job killed, as ever.
+                // If the report fails, the agent is dead, and the next round kills the job as always.
                 if ending.spares_the_rest
                     && self.shell.is_none()
                     && writeln!(control, "released").is_ok()
@@ -245,16 +251,16 @@ impl JobInit {
                     let left = names_of(&descendants(getpid()).unwrap_or_default());
                     return self.leave(&mut control, agent_lives, &format!("left {left}"));
                 }
-                let is_shells_turn = !ending.shell_ended && ending.grace > Duration::ZERO;
+                let is_shells_turn = !ending.shell_asked && ending.grace > Duration::ZERO;
                 if now() >= kill_at && ending.spares_the_rest {
                     self.signal_shell(Signal::SIGKILL);
                 } else if now() >= kill_at && is_shells_turn && now() < kill_at + OTHERS_PATIENCE {
                     signal_all(&self.all_but_the_shell().unwrap_or_default(), Signal::SIGKILL);
-                    self.end_lonely_shell();
+                    self.end_shell_if_alone();
                 } else if now() >= kill_at {
                     self.kill_everything();
                 } else {
-                    self.end_lonely_shell();
+                    self.end_shell_if_alone();
                 }
             }
             if self.wait(agent_lives.then_some(&control))? {
@@ -271,15 +277,19 @@ impl JobInit {
         }
     }
 
-    /// Waits for the agent, a child, or the next moment when something is due;
-    /// whether it was the agent.
+    /// Waits for a command of the agent, the end of a child, or the next deadline. Returns whether the
+    /// control socket is readable.
     fn wait(&self, control: Option<&UnixStream>) -> io::Result<bool> {
         let timeout = match &self.ending {
             None => PollTimeout::NONE,
             Some(ending) => {
                 let until_kill = ending.kill_at.saturating_duration_since(now());
-                // The end of processes that are not this one's children has to be looked for.
-                let due = if ending.shell_ended { until_kill.max(LOOK_AGAIN) } else { LOOK_AGAIN };
+                // No signal announces the end of processes that are not children; they must be polled for.
+                let due = if ending.shell_asked {
+                    until_kill.max(CHECK_INTERVAL)
+                } else {
+                    CHECK_INTERVAL
+                };
                 PollTimeout::try_from(due).unwrap_or(PollTimeout::MAX)
             }
         };
@@ -293,7 +303,7 @@ impl JobInit {
         Ok(control.is_some() && last)
     }
 
-    fn obey(&mut self, command: &str) {
+    fn handle_command(&mut self, command: &str) {
         let grace = |text: &str| Duration::from_millis(text.parse().unwrap_or(0));
         match command.split_once(' ') {
             None if command == "kill-shell" => {
@@ -310,12 +320,13 @@ impl JobInit {
 
     fn signal_shell(&self, signal: Signal) {
         if let Some(shell) = self.shell {
-            // Not yet waited for, so the number is still the shell's.
+            // The shell is not reaped yet, so the pid can't belong to another process.
             let _ = kill(shell, signal);
         }
     }
 
-    /// Asks everything to end, and sees to it after `grace`.
+    /// Sends SIGTERM to everything but the shell, to be followed by SIGKILL after `grace`. A second call can
+    /// only shorten the grace.
     fn end_within(&mut self, grace: Duration) {
         let kill_at = now() + grace;
         let give_up_at = kill_at + KILL_PATIENCE;
@@ -327,15 +338,15 @@ impl JobInit {
             return;
         }
         let ending =
-            Ending { grace, kill_at, give_up_at, shell_ended: false, spares_the_rest: false };
+            Ending { grace, kill_at, give_up_at, shell_asked: false, spares_the_rest: false };
         self.ending = Some(ending);
         let others = self.all_but_the_shell().unwrap_or_default();
         signal_all(&others, Signal::SIGTERM);
-        // What is stopped can't heed it otherwise.
+        // Stopped processes handle SIGTERM only once they continue.
         signal_all(&others, Signal::SIGCONT);
     }
 
-    /// Ends the shell, whatever else there is.
+    /// Ends the shell, and nothing else.
     fn release_within(&mut self, grace: Duration) {
         if self.ending.is_some() {
             return;
@@ -345,18 +356,18 @@ impl JobInit {
         let kill_at = now() + grace;
         let give_up_at = kill_at + KILL_PATIENCE;
         let ending =
-            Ending { grace, kill_at, give_up_at, shell_ended: true, spares_the_rest: true };
+            Ending { grace, kill_at, give_up_at, shell_asked: true, spares_the_rest: true };
         self.ending = Some(ending);
     }
 
-    /// Waits for what was released, without end.
+    /// Waits until all released processes have ended, without a limit.
     fn stay_as_parent(mut self, control: UnixStream) -> io::Result<()> {
         drop(control);
-        // The other copy of the control socket, the terminal, and whatever the agent prints to.
-        let nothing = File::options().read(true).write(true).open("/dev/null")?;
-        dup2_stdin(&nothing)?;
-        dup2_stdout(&nothing)?;
-        dup2_stderr(&nothing)?;
+        // Close the other copy of the control socket, the terminal, and standard error.
+        let null = File::options().read(true).write(true).open("/dev/null")?;
+        dup2_stdin(&null)?;
+        dup2_stdout(&null)?;
+        dup2_stderr(&null)?;
         self.ending = None;
         while !self.reap() {
             self.wait(None)?;
@@ -367,25 +378,26 @@ impl JobInit {
         Ok(())
     }
 
-    /// An interactive bash ignores SIGTERM but heeds a hangup, and runs its EXIT trap. It passes the
-    /// hangup on to its jobs, so they are given the time to heed their SIGTERM first. One that is to run nothing more
-    /// must not have a hangup's trap of the job, which would go on with the next command: it gets a signal for which
-    /// hardly a job has a trap. Either way its EXIT trap has the same time as everything else.
-    fn end_lonely_shell(&mut self) {
-        let lonely = || self.all_but_the_shell().is_ok_and(|others| others.is_empty());
-        if self.ending.as_ref().is_none_or(|ending| ending.shell_ended) || !lonely() {
+    /// Asks the shell to end, once and only if nothing else is left. The grace begins anew for its EXIT trap.
+    ///
+    /// An interactive bash ignores SIGTERM, but ends on SIGHUP, EXIT trap included. Bash passes the hangup on
+    /// to its jobs, so these are given time to handle their SIGTERM first. A condemned shell gets
+    /// [`EXIT_SIGNAL`] instead: after a HUP trap of the job, bash would go on with the next command.
+    fn end_shell_if_alone(&mut self) {
+        let is_alone = || self.all_but_the_shell().is_ok_and(|others| others.is_empty());
+        if self.ending.as_ref().is_none_or(|ending| ending.shell_asked) || !is_alone() {
             return;
         }
-        let is_deaf = |shell| ignores(shell, EXIT_SIGNAL as i32).unwrap_or(false);
-        let asked = match self.shell {
+        let is_ignored_by = |shell| ignores(shell, EXIT_SIGNAL as i32).unwrap_or(false);
+        let signal = match self.shell {
             _ if !self.shell_condemned => Signal::SIGHUP,
-            Some(shell) if is_deaf(shell) => Signal::SIGKILL,
+            Some(shell) if is_ignored_by(shell) => Signal::SIGKILL,
             _ => EXIT_SIGNAL,
         };
-        self.signal_shell(asked);
+        self.signal_shell(signal);
         self.signal_shell(Signal::SIGCONT);
         if let Some(ending) = &mut self.ending {
-            ending.shell_ended = true;
+            ending.shell_asked = true;
             ending.kill_at = now() + ending.grace;
             ending.give_up_at = ending.kill_at + KILL_PATIENCE;
         }
@@ -397,10 +409,10 @@ impl JobInit {
         Ok(others)
     }
 
-    /// Kills what the shell waits for; nothing if it runs something itself.
+    /// Kills the process group that the shell waits for, if any.
     fn kill_foreground(&self) {
         if let Some(group) = self.shell.and_then(foreground_beside) {
-            // It may have ended by itself.
+            // Fails if the group has ended by itself.
             let _ = killpg(group, Signal::SIGKILL);
         }
     }
@@ -412,12 +424,12 @@ impl JobInit {
         signal_all(&descendants(getpid()).unwrap_or_default(), Signal::SIGKILL);
     }
 
-    /// Waits for all children that have ended; whether none is left.
+    /// Reaps all children that have ended. Returns whether no child is left.
     fn reap(&mut self) -> bool {
-        // Many signals may have become one; the children are asked, not the signal.
+        // One SIGCHLD may stand for many children, so its content does not matter.
         while let Ok(Some(_)) = self.children.read_signal() {}
         loop {
-            // This process is nothing but a parent: every child is its own to wait for.
+            // Nothing else in this process waits for children, so any child may be reaped here.
             match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::StillAlive) => return false,
                 Ok(ended) => {
@@ -432,9 +444,11 @@ impl JobInit {
         }
     }
 
-    /// Announces the end of the shell on the terminal itself, so that it comes after everything
-    /// that was printed before. On a thread, as the terminal may be full for as long as the agent
-    /// does not read: a write that waits comes through whole and in its turn.
+    /// Announces the end of the shell on the terminal itself, so that the announcement comes after all
+    /// output.
+    ///
+    /// It is written on a thread: while the agent does not read, the terminal may be full, and only a
+    /// blocking write puts the whole frame in its place.
     fn announce_end_of_shell(&self, ended: WaitStatus) {
         let how = match ended {
             WaitStatus::Exited(_, code) => format!("exit code {code}"),
@@ -444,15 +458,17 @@ impl JobInit {
         let frame = format!("\x01{} {how}\x01", self.gone);
         let path = self.terminal.clone();
         let announce = move |flags: OFlag| {
-            // A new descriptor, for the case that the shell's end hung up the old ones.
+            // Open the terminal anew: the end of the shell, its session leader, hangs up existing
+            // descriptors.
             let flags = (OFlag::O_NOCTTY | flags).bits();
             let terminal = File::options().write(true).custom_flags(flags).open(&path);
-            // If the agent has closed its end, there is nobody to tell.
+            // Fails if the agent has closed its end of the terminal.
             let _ = terminal.and_then(|mut terminal| terminal.write_all(frame.as_bytes()));
         };
         let at_once = announce.clone();
         if std::thread::Builder::new().spawn(move || announce(OFlag::empty())).is_err() {
-            // The job has used up all threads. A full terminal loses it then, and the end is noticed later.
+            // The job has used up all threads. If the terminal is full, the announcement is lost, and the
+            // agent notices the end of the shell later.
             at_once(OFlag::O_NONBLOCK);
         }
     }
@@ -461,7 +477,7 @@ impl JobInit {
         if let Some(group) = &self.group {
             group.remove();
         }
-        // An agent that went meanwhile leaves the rest to this process.
+        // If the agent is dead, the rest of its work falls to this process.
         if agent_lives && writeln!(control, "{report}").is_ok() {
             return Ok(());
         }

@@ -1,4 +1,4 @@
-//! Runs a job in one login shell of this machine, on a pseudo-terminal.
+//! Runs a job in a login shell of this machine, on a pseudo-terminal.
 
 pub mod containment;
 mod injection;
@@ -37,31 +37,33 @@ use crate::service::environment::{AGENT_SECRETS, Environment};
 use crate::ssh_access::{LeadsTo, SshAccess};
 use crate::state::{ENVIRONMENT_COPY, JobDir};
 
-/// How long the user's profile scripts may take before what they print is shown.
+/// How long the user's profile scripts may take before their output is shown in the job's log.
 const SLOW_PROFILE: Duration = Duration::from_secs(1);
 
-/// How long the user's profile scripts may take.
+/// How long the user's profile scripts may take before the job fails.
 const PROFILE_PATIENCE: Duration = Duration::from_mins(2);
 
-/// What a shell job needs to know of its surroundings.
+/// The agent's settings for the shells of all jobs.
 #[derive(Clone, Debug)]
 pub struct ShellConfig {
-    /// Where the shell starts, and what relative paths are relative to.
+    /// The shell's working directory, which relative paths of files are resolved against.
     pub home: PathBuf,
-    /// The environment that the shell starts with.
+    /// The environment of the shell.
     pub environment: Vec<(OsString, OsString)>,
-    /// Where people find copies of jobs' variables.
+    /// The directory of the copies of jobs' variables for people who debug on this machine.
     pub temporary_directory: PathBuf,
 }
 
-/// Overwrites the agent's secrets in the environment that it was started with, where root's jobs could read them. For a
-/// process that has no other thread yet.
+/// Overwrites the agent's secrets in its initial environment, which jobs that run as root could read in
+/// `/proc`.
+///
+/// Must be called while the process has no other thread.
 pub(crate) fn wipe_secrets() {
     sys::wipe_environment(&AGENT_SECRETS);
 }
 
 impl ShellConfig {
-    /// Returns the agent's own surroundings, less its secrets.
+    /// Returns the settings that `environment` implies. The agent's secrets are left out.
     pub fn of_agent(environment: &Environment) -> io::Result<Self> {
         let home = environment.home().ok_or_else(|| {
             io::Error::new(io::ErrorKind::NotFound, "HOME is not the path of a directory")
@@ -82,9 +84,9 @@ impl ShellConfig {
 
 /// Runs jobs in a login shell of this machine.
 pub struct ShellExecutor {
-    /// What every shell has.
+    /// The settings of all jobs' shells.
     pub config: ShellConfig,
-    /// The variables of jobs are also in a file in the directory for temporary files.
+    /// Whether each job's variables are also written to a file in the temporary directory.
     pub copies_environment: bool,
 }
 
@@ -118,24 +120,25 @@ impl Executor for &ShellExecutor {
 
     fn environment_copy(&self, job: &Job) -> Option<PathBuf> {
         let name = format!("{ENVIRONMENT_COPY}{}", job.id.as_str());
-        // An id that can't be a file's name has no copy.
+        // There is no copy for an id that can't be part of a file name.
         (self.copies_environment && !name.contains('/'))
             .then(|| self.config.temporary_directory.join(name))
     }
 }
 
-/// Prepares the shell of one job, and does there what is not a command of the job.
+/// Prepares the shell of one job, its variables and its files.
 pub struct ShellBackend {
     config: ShellConfig,
     directory: Rc<JobDir>,
     containment: ShellContainment,
-    /// Taken back by the job's first process if the agent dies.
+    /// SSH access to the job, which job-init closes if the agent dies.
     access: Option<SshAccess>,
+    /// How often variables were staged.
     staged: u32,
 }
 
 impl ShellBackend {
-    /// A place whose processes are started through `containment`.
+    /// Returns a backend that starts the job's shell through `containment`.
     pub fn new(
         config: ShellConfig,
         directory: Rc<JobDir>,
@@ -156,24 +159,25 @@ impl ShellBackend {
             open_files: open_files::before(),
         };
         self.containment.start(&spec, shell_end, self.config.environment.clone()).await?;
-        let mut unready = Unready { containment: &self.containment, is_over: false };
+        let mut kill_unless_ready =
+            KillUnlessReady { containment: &self.containment, is_ready: false };
         let mut session = Session::new(pty, gone)?;
         let path = self.directory.scratch().join("session");
         write_private(&path, session.bootstrap().as_bytes())?;
         session.start_bootstrap(&path)?;
         let mut printed = Vec::new();
-        let mut is_told = false;
-        let ready = wait_for_bootstrap(&mut session, &mut printed, &mut is_told, log);
+        let mut is_shown = false;
+        let ready = becomes_ready(&mut session, &mut printed, &mut is_shown, log);
         let ready = tokio::time::timeout(PROFILE_PATIENCE, ready).await;
-        // The shell has read it; nobody else is to.
+        // The shell has read the file by now. It contains the session's marks.
         let _ = fs::remove_file(&path);
         let problem = match ready {
             Ok(true) => None,
             Ok(false) => Some("ended before it was ready"),
-            Err(_) => Some("is still not ready, as if its profile scripts waited for something"),
+            Err(_) => Some("is still not ready: its profile scripts may be waiting for something"),
         };
         if let Some(problem) = problem {
-            if is_told {
+            if is_shown {
                 return Err(io::Error::other(format!("the login shell {problem}")));
             }
             let printed = String::from_utf8_lossy(&printed).replace("\r\n", "\n");
@@ -182,12 +186,12 @@ impl ShellBackend {
                 printed.trim()
             )));
         }
-        unready.is_over = true;
+        kill_unless_ready.is_ready = true;
         let script = self.directory.scratch().join("command");
-        Ok(LocalSession { session, script, kills_before: memory_kills(), end: None })
+        Ok(LocalSession { session, script, kills_before: out_of_memory_kills(), end: None })
     }
 
-    /// `path` made absolute, without `.` and `..`.
+    /// Resolves `path` against the home directory, and removes `.` and `..` from it.
     fn absolute(&self, path: &str) -> PathBuf {
         let full = match path.strip_prefix("~/") {
             Some(below) => self.config.home.join(below),
@@ -205,35 +209,40 @@ impl ShellBackend {
     }
 }
 
-/// A shell that has not begun with the job. It is killed if it is given up: asked to end, bash would keep what was typed
-/// so far in the user's history.
-struct Unready<'a> {
+/// Kills everything when dropped before the shell is ready.
+///
+/// A shell that is not ready is not asked to end: bash would then save what was typed so far in the user's
+/// history.
+struct KillUnlessReady<'a> {
     containment: &'a ShellContainment,
-    is_over: bool,
+    is_ready: bool,
 }
 
-impl Drop for Unready<'_> {
+impl Drop for KillUnlessReady<'_> {
     fn drop(&mut self) {
-        if !self.is_over {
+        if !self.is_ready {
             self.containment.kill_all();
         }
     }
 }
 
-/// Whether the shell became ready. What the profile scripts print belongs to no step, and only its end
-/// is kept; but if they take long, somebody may want to know why, and all that comes from then on is told.
-async fn wait_for_bootstrap(
+/// Waits for the end of the bootstrap. Returns whether the shell became ready.
+///
+/// The output of profile scripts belongs to no step of the job; only the end of it is kept in `printed`, for
+/// an error. But if they take longer than [`SLOW_PROFILE`], all further output goes to `log`, so that users
+/// see what the shell is waiting for.
+async fn becomes_ready(
     session: &mut Session<Pty>,
     printed: &mut Vec<u8>,
-    is_told: &mut bool,
+    is_shown: &mut bool,
     log: &dyn StepLog,
 ) -> bool {
     const KEPT: usize = 2000;
-    let told_from = Instant::now() + SLOW_PROFILE;
+    let shown_from = Instant::now() + SLOW_PROFILE;
     loop {
         let event = tokio::select! {
             event = session.next_event() => event,
-            () = sleep_until(told_from), if !*is_told && has_words(printed) => {
+            () = sleep_until(shown_from), if !*is_shown && has_more_than_prompts(printed) => {
                 SessionEvent::Output(Bytes::new())
             }
         };
@@ -241,15 +250,15 @@ async fn wait_for_bootstrap(
             SessionEvent::Output(bytes) => {
                 printed.extend_from_slice(&bytes);
                 printed.drain(..printed.len().saturating_sub(KEPT));
-                if Instant::now() >= told_from && (*is_told || has_words(printed)) {
-                    *is_told = true;
+                if Instant::now() >= shown_from && (*is_shown || has_more_than_prompts(printed)) {
+                    *is_shown = true;
                     let text = String::from_utf8_lossy(&std::mem::take(printed)).into_owned();
-                    // What the agent types is of no use to anybody, where something else than the shell echoes it.
+                    // Leave out what the agent types, if something other than the shell echoes it.
                     let is_typed =
                         |line: &&str| line.contains("builtin") && line.contains("/dev/tty");
                     let is_printed = |line: &&str| !is_typed(line) && !is_prompt(line);
                     let text: String = text.split_inclusive('\n').filter(is_printed).collect();
-                    // A log that can't be written is noticed by the next step.
+                    // If the log can't be written, the next step fails.
                     let _ = log.print(&text).await;
                 }
             }
@@ -259,13 +268,14 @@ async fn wait_for_bootstrap(
     }
 }
 
-/// Whether there is more than the prompts of a shell, which it prints before it becomes ready.
-fn has_words(printed: &[u8]) -> bool {
+/// Returns whether `printed` has more than empty lines and prompts, which every shell prints before it is
+/// ready.
+fn has_more_than_prompts(printed: &[u8]) -> bool {
     let text = String::from_utf8_lossy(printed);
     !text.lines().all(|line| line.trim().is_empty() || is_prompt(line))
 }
 
-/// Whether a line without an end looks like the prompt of a shell.
+/// Returns whether `line`, without a line end, looks like the prompt of a shell.
 fn is_prompt(line: &str) -> bool {
     line.ends_with("# ") || line.ends_with("$ ")
 }
@@ -281,7 +291,8 @@ impl ExecutorBackend for ShellBackend {
     ) -> LocalBoxFuture<'a, Result<Prepared, PreparationError>> {
         async move {
             let session = self.open_session(log).await;
-            let session = session.map_err(|error| StepError(format!("no shell: {error}")))?;
+            let session = session
+                .map_err(|error| StepError(format!("the job's shell can't be started: {error}")))?;
             Ok(Prepared::Ready(Box::new(session)))
         }
         .boxed_local()
@@ -293,14 +304,17 @@ impl ExecutorBackend for ShellBackend {
     ) -> LocalBoxFuture<'a, Result<Script, StepError>> {
         self.staged += 1;
         let path = self.directory.scratch().join(format!("environment-{}", self.staged));
-        // Of the job's own variables, which come first.
+        // Only the job's own variables are copied; these are staged first.
         if self.staged == 1
             && let Some(copy) = self.directory.environment_copy()
             && let Err(error) = write_private(copy, &plain_export_lines(variables))
         {
-            log::warn!(path:% = copy.display(), error:%; "the job's variables can't be copied to where people look for them");
+            log::warn!(
+                path:% = copy.display(), error:%;
+                "the copy of the job's variables for debugging can't be written"
+            );
         }
-        let written = write_mending(&path, &export_lines(variables));
+        let written = write_to_scratch(&path, &export_lines(variables));
         let script = written
             .map(|()| Script { text: format!("builtin . {}", quoted(&path)), untraced: true })
             .map_err(|error| StepError(format!("{}: {error}", path.display())));
@@ -327,8 +341,9 @@ impl ExecutorBackend for ShellBackend {
     }
 }
 
-/// Sets and exports each, not by a plain `export`, which `set -k` changes; the first that fails ends the script
-/// with bash's own words.
+/// Returns a script that sets and exports `variables`. `printf -v` sets them, as `export NAME=VALUE` means
+/// something else under `set -k`. The script ends at the first variable that can't be set, with bash's
+/// message.
 fn export_lines(variables: &[EnvVar]) -> Vec<u8> {
     let mut script = Vec::new();
     for EnvVar { name, value } in variables {
@@ -341,7 +356,7 @@ fn export_lines(variables: &[EnvVar]) -> Vec<u8> {
     script
 }
 
-/// The same for any other shell.
+/// Returns `export NAME=VALUE` lines for any POSIX shell.
 fn plain_export_lines(variables: &[EnvVar]) -> Vec<u8> {
     let mut lines = Vec::new();
     for EnvVar { name, value } in variables {
@@ -352,7 +367,8 @@ fn plain_export_lines(variables: &[EnvVar]) -> Vec<u8> {
     lines
 }
 
-/// Writes a file that only the agent's user can read, and never through what a job has put in its place.
+/// Writes a new file that only the agent's user can read. An existing file or link at `path` is removed
+/// first, so that a job can't redirect the content with a link.
 fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
     if let Err(error) = fs::remove_file(path)
         && error.kind() != io::ErrorKind::NotFound
@@ -364,54 +380,59 @@ fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
     file.write_all(content)
 }
 
-/// The same, in the job's scratch directory. If the job has damaged that, this fails, but it is made anew: what has to run
-/// in any case needs it.
-fn write_mending(path: &Path, content: &[u8]) -> io::Result<()> {
+/// Like [`write_private`], for a file in the job's scratch directory.
+///
+/// If the job has damaged that directory, this call fails, but repairs it: later steps of the job, such as
+/// epilogues, need it.
+fn write_to_scratch(path: &Path, content: &[u8]) -> io::Result<()> {
     write_private(path, content).inspect_err(|_| {
         if let Some(scratch) = path.parent() {
             for directory in [scratch.parent(), Some(scratch)].into_iter().flatten() {
-                // What is in the way is none of the agent's.
+                // A file in place of the directory was made by the job.
                 let _ = fs::remove_file(directory);
                 let _ = DirBuilder::new().recursive(true).mode(0o700).create(directory);
                 let _ = fs::set_permissions(directory, fs::Permissions::from_mode(0o700));
             }
         }
-        // A directory may have its name.
+        // The job may have made a directory of this name.
         let _ = fs::remove_dir_all(path);
     })
 }
 
-/// The session of a shell job: its scripts travel as files.
+/// The session of a shell job. The shell reads its scripts from files.
 struct LocalSession {
     session: Session<Pty>,
+    /// The path of the file that each script is written to.
     script: PathBuf,
-    /// How many processes the kernel had killed for want of memory when that was last looked at, which is after each
-    /// failure: looking takes a tenth of a short command's time.
+    /// The kernel's count of out-of-memory kills when it was last read. It is read only after failures, as
+    /// reading takes a tenth of the time of a short command.
     kills_before: u64,
-    /// The end of the script, behind a line that was added to its output.
+    /// The end of the script, held back while a line is added to its output.
     end: Option<SessionEvent>,
 }
 
 impl LocalSession {
-    /// The output's last line if the kernel has killed a process while the script that failed ran.
-    fn reason_of(&mut self, end: &SessionEvent) -> Option<SessionEvent> {
+    /// Returns a last line of output if `end` is a failure, and the kernel has killed a process for want of
+    /// memory since the last failure.
+    fn out_of_memory_line(&mut self, end: &SessionEvent) -> Option<SessionEvent> {
         let has_failed = match end {
             SessionEvent::Output(_) => false,
             SessionEvent::ScriptEnded(end) => end.exit_code != 0,
             SessionEvent::ShellEnded(_) => true,
         };
-        let line = "The machine's memory ran out meanwhile, and the kernel killed a process: probably one of this job.\n";
+        let line = "The machine's memory ran out meanwhile, and the kernel killed a process, probably one of this job.\n";
         if !has_failed {
             return None;
         }
-        let kills = memory_kills();
+        let kills = out_of_memory_kills();
         (kills > std::mem::replace(&mut self.kills_before, kills))
             .then(|| SessionEvent::Output(Bytes::from_static(line.as_bytes())))
     }
 }
 
-/// How many processes the kernel has killed for want of memory, here or in a control group.
-fn memory_kills() -> u64 {
+/// Returns how many processes the kernel has killed for want of memory since boot, of the whole machine or of
+/// a control group.
+fn out_of_memory_kills() -> u64 {
     let counters = fs::read_to_string("/proc/vmstat").unwrap_or_default();
     let count = counters.lines().find_map(|line| line.strip_prefix("oom_kill "));
     count.and_then(|count| count.parse().ok()).unwrap_or(0)
@@ -421,7 +442,7 @@ impl ShellSession for LocalSession {
     fn start<'a>(&'a mut self, script: &'a Script) -> LocalBoxFuture<'a, io::Result<()>> {
         async {
             let file = self.session.next_file(script)?;
-            write_mending(&self.script, file.as_bytes())?;
+            write_to_scratch(&self.script, file.as_bytes())?;
             self.session.start_script(&self.script)
         }
         .boxed_local()
@@ -433,7 +454,7 @@ impl ShellSession for LocalSession {
                 return end;
             }
             let event = self.session.next_event().await;
-            match self.reason_of(&event) {
+            match self.out_of_memory_line(&event) {
                 Some(reason) => {
                     self.end = Some(event);
                     reason

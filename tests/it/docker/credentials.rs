@@ -100,7 +100,10 @@ fn amazons_program_gets_the_key_in_its_environment_and_has_the_last_word() {
 
     fs::remove_file(aws).unwrap();
     let (output, exit_code) = set_up(&start(&programs.display().to_string()));
-    assert!(exit_code == 1 && output.contains("`aws`") && output.contains("not there"), "{output}");
+    assert!(
+        exit_code == 1 && output.contains("`aws`") && output.contains("not installed"),
+        "{output}"
+    );
 }
 
 #[test]

@@ -96,7 +96,11 @@ fn an_engine_that_is_not_one_or_too_old_is_named() {
     )
     .leak();
     for (name, answer, reason) in [
-        ("old", old, "the Docker Engine 18.09.1 speaks version 1.30 of its API; 1.41 or later is"),
+        (
+            "old",
+            old,
+            "Docker Engine 18.09.1 supports version 1.30 of its API at most; the agent needs 1.41",
+        ),
         ("ssh", "SSH-2.0-OpenSSH_9.2\r\n", "no Docker Engine at "),
         ("silent", "", "no Docker Engine at "),
     ] {

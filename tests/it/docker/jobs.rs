@@ -71,7 +71,7 @@ fn the_log_of_a_job_with_a_side_container_is_that_of_the_protocol() {
         [
             "job started",
             "started Pulling docker images...",
-            "agent-test/bash: is here\nagent-test/service: is here",
+            "agent-test/bash: already present\nagent-test/service: already present",
             "finished Pulling docker images... 0",
             "started Starting the docker image...",
             "Starting a new bash session.\n",

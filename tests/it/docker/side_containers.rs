@@ -60,7 +60,7 @@ fn an_unhealthy_container_is_a_warning_with_its_last_lines_and_the_job_goes_on()
     let script = "exec >&2; seq 30; echo 'out of memory'; exec httpd -f -p 8080 -h /www";
     let finished = run(&job_with(scripted("service:sick", script)));
     let shown = shown_at_start(&finished);
-    let expected = "Warning: web is unhealthy, says its health check; its last output:\n";
+    let expected = "Warning: web is unhealthy according to its health check; its last output:\n";
     assert!(shown.starts_with(expected), "{shown}");
     assert!(shown.contains("  30\n") && shown.contains("  out of memory\n"), "{shown}");
     assert_eq!(shown.lines().count(), 21, "{shown}");
