@@ -192,8 +192,8 @@ mod tests {
         // This test program knows no guards: started as one, it ends.
         let mut guard = Guard::start(estate, &[]).unwrap();
         guard.process.take().unwrap().wait().unwrap();
-        guard.on_engine().unwrap();
-        guard.group(None).unwrap();
-        assert!(guard.end().is_some());
+        guard.note_engine_in_use().unwrap();
+        guard.set_host_group(None).unwrap();
+        assert!(guard.take_end().is_some());
     }
 }

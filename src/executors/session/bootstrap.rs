@@ -66,25 +66,32 @@ impl<T: Terminal> Session<T> {
 
 /// Returns the line that asks whether the shell is ready; `number` counts the tries from 0.
 ///
-/// The line contains no quotes: a startup file may read its beginning away, and the rest must not open a
-/// quote.
+/// A startup file may read the beginning of the line away. So the line contains no quotes, as the rest must not open
+/// one, and the rest must not begin with the name of a program: after `__agent_tail=` is read away, the names of
+/// shell options end in `_`.
 pub(super) fn probe(ready: &str, number: u32) -> String {
     // In POSIX mode special builtins are found before functions, so `unset` works even if a startup file has
     // defined a function of that name. The assignment fails if POSIXLY_CORRECT is readonly (POSIX mode is on
     // then), so every second try goes without it.
-    let (posix, no_posix) =
-        if number.is_multiple_of(2) { ("POSIXLY_CORRECT=y; ", " +o posix") } else { ("", "") };
+    let (posix, no_posix) = if number.is_multiple_of(2) {
+        ("POSIXLY_CORRECT=y; ", " +o posix${__agent_tail-_}")
+    } else {
+        ("", "")
+    };
     format!(
         " __agent_options=${{__agent_options-$-:$SHELLOPTS:$BASHOPTS}}; {posix}\\unset -f builtin; \
-         \\set +o emacs +o vi{no_posix}; \\builtin shopt -u expand_aliases; \
+         __agent_tail=; \\set +o emacs${{__agent_tail-_}} +o vi${{__agent_tail-_}}{no_posix}; \
+         \\builtin unset -v __agent_tail; \\builtin shopt -u expand_aliases; \
          \\builtin printf \\\\001%s\\\\001 {ready} >/dev/tty\n"
     )
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
+    use std::fs::{File, Permissions};
     use std::io::{Seek as _, Write as _};
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::path::Path;
     use std::process::Command;
 
     use super::*;
@@ -96,17 +103,37 @@ mod tests {
         file
     }
 
+    /// Makes a directory with programs named like words of the probe; each leaves a file there when it runs.
+    fn programs() -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        for name in ["vi", "emacs", "posix"] {
+            let path = directory.path().join(name);
+            std::fs::write(&path, "#!/bin/sh\n: >\"$0.ran\"\n").unwrap();
+            std::fs::set_permissions(&path, Permissions::from_mode(0o700)).unwrap();
+        }
+        directory
+    }
+
+    fn ran_any(programs: &Path) -> bool {
+        let paths = std::fs::read_dir(programs).unwrap().map(|entry| entry.unwrap().path());
+        paths.into_iter().any(|path| path.extension().is_some_and(|extension| extension == "ran"))
+    }
+
     #[test]
     fn a_probe_that_was_cut_anywhere_does_not_disturb_the_next_one() {
+        let programs = programs();
         for number in 0..2 {
             let line = probe("READY", number).replace("/dev/tty", "/dev/stdout");
             for cut in 0..line.len() {
                 // Interactive, so that it goes on after an error like a login shell on a terminal.
-                let mut shell = Command::new("bash");
+                let mut shell = Command::new("/bin/bash");
                 shell.args(["--norc", "--noprofile", "-i"]).env("HISTFILE", "");
+                shell.env("PATH", programs.path()).current_dir(programs.path());
                 let stdin = file_of(&format!("{}{line}", &line[cut..]));
                 let ran = shell.stdin(stdin).output().unwrap();
                 assert!(ran.stdout.ends_with(b"\x01READY\x01"), "{cut}: {ran:?}");
+                let rest = &line[cut..];
+                assert!(!ran_any(programs.path()), "{cut}: {rest}");
             }
         }
     }
