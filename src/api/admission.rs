@@ -1,5 +1,5 @@
-//! Who may have a connection: so many in all, and so many an address. When there is no room, those go that do nothing,
-//! the ones that have done so for longest first.
+//! Limits the number of connections, in total and for each client address. When the total is reached, a new
+//! connection evicts the one that has been idle for longest.
 
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,13 +9,13 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// How often at most the agent's log says that it is full.
-const TELL_AGAIN: Duration = Duration::from_mins(1);
+/// Minimum time between two warnings about a limit in the agent's log.
+const WARNING_INTERVAL: Duration = Duration::from_mins(1);
 
-/// Stands for the time since when a connection does nothing that does something.
+/// The value of [`Place::idle_since`] for a busy connection.
 const BUSY: u64 = u64::MAX;
 
-/// Counts moments: no two are the same, however fast connections come.
+/// A logical clock. Its values are distinct, unlike times of connections that come in quick succession.
 #[derive(Default)]
 struct Clock(AtomicU64);
 
@@ -25,11 +25,11 @@ impl Clock {
     }
 }
 
-/// All connections of the server; shared by its threads.
+/// The connections of the server and their limits; shared by its threads.
 pub(super) struct Admission {
-    /// How many there may be.
+    /// Limit for all connections.
     most: usize,
-    /// How many one address may have.
+    /// Limit for the connections of one address.
     most_per_client: usize,
     clock: Arc<Clock>,
     state: Mutex<State>,
@@ -38,42 +38,42 @@ pub(super) struct Admission {
 #[derive(Default)]
 struct State {
     places: Vec<Arc<Place>>,
-    told: Option<Instant>,
+    last_warning: Option<Instant>,
 }
 
-/// What a connection and who admits it know of each other.
+/// What a connection shares with [`Admission`].
 pub(super) struct Place {
     client: Option<IpAddr>,
-    /// Since when the connection is idle, or [`BUSY`].
+    /// When the connection became idle, by the logical clock; [`BUSY`] while it is not.
     idle_since: AtomicU64,
     clock: Arc<Clock>,
-    /// It has to go.
+    /// Cancelled when the connection must close to make room.
     evicted: CancellationToken,
 }
 
-/// A connection's place, until it is dropped.
+/// Counts as one connection until it is dropped.
 pub(super) struct Admitted {
     admission: Arc<Admission>,
     place: Arc<Place>,
 }
 
 impl Place {
-    /// It has a request, or an answer is on its way.
+    /// Protects the connection from eviction, from a request until its response is sent.
     pub(super) fn set_busy(&self) {
         self.idle_since.store(BUSY, Ordering::Relaxed);
     }
 
-    /// It waits for a request.
+    /// Makes the connection evictable, as it waits for a request.
     pub(super) fn set_idle(&self) {
         self.idle_since.store(self.clock.next(), Ordering::Relaxed);
     }
 
-    /// Resolves when it has to go.
+    /// Resolves when the connection must close.
     pub(super) async fn evicted(&self) {
         self.evicted.cancelled().await;
     }
 
-    /// The same as an owned value.
+    /// Returns the token behind [`Self::evicted`].
     pub(super) fn eviction(&self) -> CancellationToken {
         self.evicted.clone()
     }
@@ -92,18 +92,18 @@ impl Drop for Admitted {
 }
 
 impl State {
-    /// Says in the agent's log that it is full, but not again and again.
-    fn tell(&mut self, what: &str) {
-        let is_due = self.told.is_none_or(|told| told.elapsed() >= TELL_AGAIN);
+    /// Logs a warning about a limit, at most one per [`WARNING_INTERVAL`].
+    fn warn(&mut self, what: &str) {
+        let is_due = self.last_warning.is_none_or(|last| last.elapsed() >= WARNING_INTERVAL);
         if is_due {
-            self.told = Some(Instant::now());
+            self.last_warning = Some(Instant::now());
             log::warn!("{what}");
         }
     }
 }
 
 impl Admission {
-    /// At most `most` connections; one address at most `most_per_client` of them.
+    /// Admits at most `most` connections, of which one address may have `most_per_client`.
     pub(super) fn new(most: usize, most_per_client: usize) -> Arc<Self> {
         let (clock, state) = Default::default();
         Arc::new(Self { most, most_per_client, clock, state })
@@ -113,17 +113,17 @@ impl Admission {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for a connection of `client`, for which another one may have to go; `None` if all are busy, or if the
-    /// client has as many as it may.
+    /// Admits a connection of `client`, and evicts an idle one if necessary. Returns `None` if all are busy,
+    /// or if the client has reached its limit.
     pub(super) fn admit(self: &Arc<Self>, client: Option<IpAddr>) -> Option<Admitted> {
         let mut state = self.state();
         let of_client = state.places.iter().filter(|place| place.client == client).count();
         if of_client >= self.most_per_client {
-            state.tell("one address has as many connections as it may; more are refused");
+            state.warn("one address has reached its limit of connections; refusing more");
             return None;
         }
         if state.places.len() >= self.most {
-            state.tell("there are as many connections as there may be; idle ones have to go");
+            state.warn("the limit of connections is reached; closing idle ones");
             if !evict_idlest(&mut state.places) {
                 return None;
             }
@@ -140,7 +140,7 @@ impl Admission {
     }
 }
 
-/// Has the one go that has done nothing for longest; whether there is one.
+/// Evicts the connection that has been idle for longest. Returns `false` if all are busy.
 fn evict_idlest(places: &mut Vec<Arc<Place>>) -> bool {
     let since = |place: &Arc<Place>| place.idle_since.load(Ordering::Relaxed);
     let idle = places.iter().enumerate().map(|(index, place)| (since(place), index));
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_idlest_goes_and_the_busy_stay() {
+    async fn the_longest_idle_connection_is_evicted_and_busy_ones_stay() {
         let admission = Admission::new(3, 2);
         let mut places = Vec::new();
         for number in [1, 2, 1] {
@@ -173,10 +173,10 @@ mod tests {
             places.iter().map(|admitted| admitted.place.evicted.is_cancelled()).collect()
         };
         places[0].place.set_busy();
-        // Full: the second one has been idle for longest.
+        // The limit is reached, and the second connection has been idle for longest.
         places.push(admission.admit(Some(client(3))).unwrap());
         assert_eq!(evicted(&places), [false, true, false, false]);
-        // As many as one address may have.
+        // The address has reached its limit: nothing is evicted.
         assert!(admission.admit(Some(client(1))).is_none());
         assert_eq!(evicted(&places), [false, true, false, false]);
         for admitted in &places {
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn those_that_come_in_the_same_moment_go_in_their_order() {
+    async fn connections_of_the_same_moment_are_evicted_in_their_order() {
         let admission = Admission::new(3, 100);
         let places: Vec<_> = (0..20).map(|_| admission.admit(Some(client(1))).unwrap()).collect();
         let evicted = places.iter().filter(|admitted| admitted.place.evicted.is_cancelled());

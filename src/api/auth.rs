@@ -1,4 +1,4 @@
-//! Who may use the API: whoever has a token that is signed with the agent's secret.
+//! Authorizes API requests by JSON Web Tokens that are signed with the agent's secret.
 
 use std::sync::Once;
 
@@ -10,30 +10,31 @@ use openssl::pkey::PKey;
 use openssl::sign::Signer;
 use serde::Deserialize;
 
-/// HMAC only: a client must not choose how its token is checked.
+/// Accepted algorithms. HMAC only: a token's header must not choose another kind of check.
 const ALGORITHMS: [Algorithm; 3] = [Algorithm::HS256, Algorithm::HS384, Algorithm::HS512];
 
-/// How far the clocks of a client and of this machine may differ, in seconds.
+/// Tolerated difference between the clocks of a client and of this machine, in seconds.
 const LEEWAY: u64 = 5;
 
-/// Checks tokens.
+/// Checks the tokens of API requests.
 pub struct Auth {
     key: DecodingKey,
     validation: Validation,
 }
 
-/// Any claims will do (docs/protocol.md: "The hosted API").
+/// No claim is required (docs/protocol.md: "The hosted API").
 #[derive(Clone, Deserialize)]
 struct Claims {}
 
 impl Auth {
-    /// Checks tokens against `secret`, which must not be empty: anybody could sign with that.
+    /// Checks tokens against `secret`. Returns `None` if it is empty: anybody could sign with an empty
+    /// secret.
     pub fn new(secret: &[u8]) -> Option<Self> {
         static INSTALLED: Once = Once::new();
         if secret.is_empty() {
             return None;
         }
-        // Fails only if there is a provider already, which would be this one.
+        // Fails only if a provider is installed already, and this program has no other.
         INSTALLED.call_once(|| {
             let _ = PROVIDER.install_default();
         });
@@ -46,7 +47,7 @@ impl Auth {
         Some(Self { key: DecodingKey::from_secret(secret), validation })
     }
 
-    /// Checks an `Authorization` header; answers what is wrong with it.
+    /// Checks the value of an `Authorization` header. The error is the message for the client.
     pub fn check(&self, authorization: Option<&[u8]>) -> Result<(), &'static str> {
         const MISSING: &str = "a header `Authorization: Bearer TOKEN` is needed";
         let (scheme, token) = authorization
@@ -59,18 +60,18 @@ impl Auth {
         match jsonwebtoken::decode::<Claims>(token.trim(), &self.key, &self.validation) {
             Ok(_) => Ok(()),
             Err(error) => Err(match error.kind() {
-                // The words that clients look for.
+                // Clients match these texts.
                 ErrorKind::InvalidSignature => "signature is invalid",
                 ErrorKind::ExpiredSignature => "token is expired",
                 ErrorKind::ImmatureSignature => "token is not valid yet",
-                ErrorKind::InvalidAlgorithm => "signing method is none of HS256, HS384, HS512",
+                ErrorKind::InvalidAlgorithm => "signing method must be HS256, HS384 or HS512",
                 _ => "token is malformed",
             }),
         }
     }
 }
 
-/// HMAC by the OpenSSL that is linked anyway.
+/// Verifies HMACs with OpenSSL, which the agent links anyway.
 static PROVIDER: CryptoProvider = CryptoProvider {
     signer_factory: refuse_to_sign,
     verifier_factory: verifier,
@@ -105,7 +106,7 @@ impl signature::Verifier<Vec<u8>> for Hmac {
         let computed = PKey::hmac(&self.key)
             .and_then(|key| Signer::new(self.digest, &key)?.sign_oneshot_to_vec(message))
             .map_err(signature::Error::from_source)?;
-        // In constant time; a length tells nothing.
+        // The comparison takes constant time. A differing length may end it early: lengths are no secret.
         let same = computed.len() == given.len() && openssl::memcmp::eq(&computed, given);
         if same { Ok(()) } else { Err(signature::Error::new()) }
     }
@@ -134,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn only_signed_tokens_in_their_time_pass() {
+    fn only_correctly_signed_and_current_tokens_pass() {
         let auth = Auth::new(b"secret").unwrap();
         let now = actors::log::event::unix_time();
         let hs256 = |payload: &str, secret: &[u8]| {
@@ -164,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_secret_is_none() {
+    fn an_empty_secret_is_refused() {
         assert!(Auth::new(b"").is_none());
     }
 }

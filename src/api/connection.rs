@@ -1,5 +1,5 @@
-//! One TLS connection of the API: gives up on those with whom nothing moves any more, and knows when an
-//! answer has been handed over to the last byte.
+//! One TLS connection of the API: closes when it is stalled, and detects when a response was sent to its last
+//! byte.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -18,72 +18,74 @@ use crate::api::LINGER;
 use crate::api::admission::Admitted;
 use crate::api::transfer::TransferReport;
 
-/// How long nothing may move in either direction. There is no limit for the whole of an answer.
-const IDLE: Duration = Duration::from_mins(5);
+/// The connection closes after this time without progress in a read or a write. A response as a whole has no
+/// time limit.
+const STALLED: Duration = Duration::from_mins(5);
 
-/// How long the headers of a request may take, from their first byte on. What comes of a request that was answered
-/// already counts as such.
-const HEADERS: Duration = Duration::from_secs(12);
+/// Time limit for the headers of a request, from their first byte on. Leftover bytes of a request that has
+/// its response count as headers of the next one.
+const HEADERS_PATIENCE: Duration = Duration::from_secs(12);
 
-/// A TLS connection.
+/// A TLS connection with its time limits.
 pub(super) struct Connection {
     tls: SslStream<TcpStream>,
     handover: Rc<Handover>,
-    idle: Option<Pin<Box<Sleep>>>,
-    /// The number of the request whose headers have begun, and when they must be there.
+    stalled: Option<Pin<Box<Sleep>>>,
+    /// The number of the request whose headers have begun, and the deadline for their end.
     headers_due: Option<(u64, Pin<Box<Sleep>>)>,
     evicted: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
-/// What the connection and the request that is handled on it know of each other.
+/// What the connection shares with the handler of its current request.
 pub(super) struct Handover {
-    /// To be told when all that was written so far is out. Dropped with the connection, which tells that it broke.
+    /// Completed once everything written so far is sent. If the connection drops the report instead, the
+    /// transfer is reported as broken.
     report: RefCell<Option<TransferReport>>,
     phase: Cell<Phase>,
-    /// No other request may come after this one.
+    /// Whether the connection closes after the current response.
     is_last: Cell<bool>,
-    /// How many requests have begun.
+    /// How many requests have arrived with whole headers.
     requests: Cell<u64>,
     admitted: Admitted,
 }
 
-/// Where the connection is between two requests.
+/// The connection's progress with the current request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// The next request has not been read whole, or not begun.
+    /// The headers of the next request have not arrived whole.
     Waiting,
-    /// It is handled, or its answer is not written to the end.
+    /// The request is being handled, or its response is not written to the end.
     Handling,
-    /// Its answer is written, and on its way.
-    Answered,
+    /// The response is written, but not flushed.
+    Written,
 }
 
 impl Handover {
-    /// The answer's last byte is on its way.
-    pub(super) fn expect(&self, report: TransferReport) {
+    /// Completes `report` with the next successful flush. Called with the response's last byte.
+    pub(super) fn complete_when_flushed(&self, report: TransferReport) {
         self.report.replace(Some(report));
     }
 
-    /// The headers of a request are there.
-    pub(super) fn request_begins(&self) {
+    /// Called when the headers of a request have arrived.
+    pub(super) fn request_started(&self) {
         self.phase.set(Phase::Handling);
         self.requests.update(|requests| requests + 1);
         self.admitted.place().set_busy();
     }
 
-    /// The connection is closed after the answer, whatever still comes.
-    pub(super) fn close_after_answer(&self) {
+    /// Closes the connection after the response, even if the client goes on sending.
+    pub(super) fn close_after_response(&self) {
         self.is_last.set(true);
     }
 
-    /// The answer is written to its end.
-    pub(super) fn answer_ends(&self) {
-        self.phase.set(Phase::Answered);
+    /// Called when the response is written to its end.
+    pub(super) fn response_written(&self) {
+        self.phase.set(Phase::Written);
     }
 }
 
 impl Connection {
-    /// A connection whose handshake is done.
+    /// Takes a stream whose handshake is done.
     pub(super) fn new(tls: SslStream<TcpStream>, admitted: Admitted) -> Self {
         let evicted = Box::pin(admitted.place().eviction().cancelled_owned());
         let handover = Handover {
@@ -93,17 +95,17 @@ impl Connection {
             requests: Cell::new(0),
             admitted,
         };
-        Self { tls, handover: Rc::new(handover), idle: None, headers_due: None, evicted }
+        Self { tls, handover: Rc::new(handover), stalled: None, headers_due: None, evicted }
     }
 
-    /// Whether the connection is to be given up: it has to go, or headers have begun and do not come to their end.
+    /// Returns whether the connection must close: it is evicted, or the headers of a request are late.
     fn is_over(&mut self, cx: &mut Context<'_>, has_read: bool) -> bool {
         let request = self.handover.requests.get();
         self.headers_due.take_if(|(of, _)| *of != request);
         if self.handover.phase.get() != Phase::Waiting {
             return false;
         }
-        let patience = if self.handover.is_last.get() { LINGER } else { HEADERS };
+        let patience = if self.handover.is_last.get() { LINGER } else { HEADERS_PATIENCE };
         if self.headers_due.is_none() && (has_read || self.handover.is_last.get()) {
             self.headers_due = Some((request, Box::pin(sleep(patience))));
         }
@@ -112,23 +114,23 @@ impl Connection {
         is_late || self.evicted.as_mut().poll(cx).is_ready()
     }
 
-    /// What it has to hand over.
+    /// Returns what the handlers of requests share with the connection.
     pub(super) fn handover(&self) -> Rc<Handover> {
         Rc::clone(&self.handover)
     }
 
-    /// Passes on what became of a read or a write, or an error if nothing has moved for too long.
-    fn unless_idle<T>(
+    /// Passes on the result of a read or a write, or fails after [`STALLED`] without one.
+    fn unless_stalled<T>(
         &mut self,
         cx: &mut Context<'_>,
-        moved: Poll<io::Result<T>>,
+        progress: Poll<io::Result<T>>,
     ) -> Poll<io::Result<T>> {
-        if moved.is_ready() {
-            self.idle = None;
-            return moved;
+        if progress.is_ready() {
+            self.stalled = None;
+            return progress;
         }
-        let idle = self.idle.get_or_insert_with(|| Box::pin(sleep(IDLE)));
-        ready!(idle.as_mut().poll(cx));
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(sleep(STALLED)));
+        ready!(stalled.as_mut().poll(cx));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }
@@ -145,7 +147,7 @@ impl AsyncRead for Connection {
         if self.is_over(cx, has_read) {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
-        self.unless_idle(cx, read)
+        self.unless_stalled(cx, read)
     }
 }
 
@@ -156,25 +158,26 @@ impl AsyncWrite for Connection {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.tls).poll_write(cx, bytes);
-        self.unless_idle(cx, written)
+        self.unless_stalled(cx, written)
     }
 
-    /// The dispatcher flushes only when its own buffer is empty.
+    /// The dispatcher flushes only when its own buffer is empty, so after [`Phase::Written`] a flush means
+    /// that the whole response is sent.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let flushed = Pin::new(&mut self.tls).poll_flush(cx);
-        if matches!(flushed, Poll::Ready(Ok(()))) && self.handover.phase.get() == Phase::Answered {
+        if matches!(flushed, Poll::Ready(Ok(()))) && self.handover.phase.get() == Phase::Written {
             if let Some(report) = self.handover.report.take() {
                 report.complete();
             }
             self.handover.phase.set(Phase::Waiting);
             self.handover.admitted.place().set_idle();
-            // Has this task come back when the time of who should go is over.
+            // Also registers the wakers for the deadline and the eviction.
             if self.is_over(cx, false) {
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
             }
         }
-        // A flush with nothing to send moves nothing.
-        if flushed.is_pending() { self.unless_idle(cx, flushed) } else { flushed }
+        // A ready flush is not progress: it may have had nothing to send.
+        if flushed.is_pending() { self.unless_stalled(cx, flushed) } else { flushed }
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -194,9 +197,9 @@ mod tests {
     use crate::api::tls::{PairSource, Tls};
 
     #[actix::test]
-    async fn a_connection_on_which_nothing_moves_is_given_up() {
+    async fn a_stalled_connection_is_closed() {
         let directory = tempfile::tempdir().unwrap();
-        let (tls, _) = Tls::open(PairSource::OwnIn(directory.path().join("tls"))).unwrap();
+        let (tls, _) = Tls::open(PairSource::SelfSigned(directory.path().join("tls"))).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (server, _) = listener.accept().await.unwrap();
@@ -204,18 +207,19 @@ mod tests {
         let mut client = SslStream::new(Ssl::new(&context).unwrap(), client).unwrap();
         let accepting = Ssl::new(tls.acceptor().context()).unwrap();
         let mut server = SslStream::new(accepting, server).unwrap();
-        let hands = tokio::join!(Pin::new(&mut server).accept(), Pin::new(&mut client).connect());
-        assert!(matches!(hands, (Ok(()), Ok(()))), "{hands:?}");
+        let handshakes =
+            tokio::join!(Pin::new(&mut server).accept(), Pin::new(&mut client).connect());
+        assert!(matches!(handshakes, (Ok(()), Ok(()))), "{handshakes:?}");
 
         let admitted = Admission::new(1, 1).admit(None).unwrap();
         let mut connection = Connection::new(server, admitted);
-        connection.handover.request_begins();
+        connection.handover.request_started();
         client.write_all(b"G").await.unwrap();
         assert_eq!(connection.read_u8().await.unwrap(), b'G');
         tokio::time::pause();
         let begun = Instant::now();
         let error = connection.read_u8().await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-        assert!(begun.elapsed() >= IDLE);
+        assert!(begun.elapsed() >= STALLED);
     }
 }

@@ -1,5 +1,5 @@
-//! The HTTPS API of `agent serve` (docs/protocol.md: "The hosted API"): actix-web on one side,
-//! messages to the intake on the other; no state of its own.
+//! The HTTPS API of `agent serve` (docs/protocol.md: "The hosted API"): translates between actix-web
+//! and messages to the intake, and holds no state of jobs.
 
 mod admission;
 pub mod auth;
@@ -35,55 +35,58 @@ pub(crate) use self::refusals::Refusals;
 pub use self::routes::ROUTES;
 use crate::api::tls::Tls;
 
-/// Threads that serve connections: one would let a large body hold up everybody else.
+/// Threads that serve connections. More than one, so that a large body does not hold up all other clients.
 const WORKERS: usize = 2;
 
-/// How long a client may take for its part of the handshake, and for a request's headers.
-const FIRST_BYTES: Duration = Duration::from_secs(10);
+/// Time limit for the TLS handshake, and again for the headers of the connection's first request.
+const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How many more the server may accept than are admitted: those are closed at once.
+/// How many connections the server may accept beyond the limit of [`Admission`], which closes them at once or
+/// evicts others.
 const SPARE_CONNECTIONS: usize = 32;
 
-/// How long a connection without a request is kept.
+/// How long an idle connection is kept open.
 const KEEP_ALIVE: Duration = Duration::from_secs(75);
 
-/// How long a client that is refused may go on sending before it is cut off.
+/// How long a client may go on sending after the last response before the connection is cut.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// How long answers that are under way have at the end, in seconds.
-const LAST_ANSWERS: u64 = 30;
+/// Time limit for responses that are being sent when the server stops, in seconds.
+const SHUTDOWN_PATIENCE: u64 = 30;
 
-/// How many files may be open for the job, for callbacks and for the agent's log.
+/// File descriptors reserved for the job, for callbacks and for the agent's log.
 const FILES_OF_A_JOB: u64 = 256;
 
-/// The first byte of a TLS connection: a handshake record.
+/// The first byte of every TLS connection: the type of a handshake record.
 const TLS_HANDSHAKE: u8 = 0x16;
 
-/// What the API needs.
+/// The state that all requests share.
 pub struct Api {
-    /// Who answers for jobs.
+    /// The actor that takes jobs, stops them and returns their logs.
     pub intake: Addr<HttpIntake>,
-    /// Who may use it.
+    /// Checks the tokens of requests.
     pub auth: Auth,
-    /// The largest body of a request, in bytes.
+    /// Limit for the body of a request, in bytes.
     pub max_body_size: usize,
-    /// The agent's own log, if it is in a file.
+    /// The file of the agent's own log, if it has one.
     pub agent_log: Option<PathBuf>,
-    /// How many files the agent may have open.
+    /// The agent's limit of open file descriptors.
     pub open_files: u64,
-    /// Requests that were refused of late.
+    /// Limits the log lines of refused requests.
     pub(crate) refusals: Refusals,
-    /// How many connections one address may have, if not as many as there can be.
+    /// Limit for the connections of one address, in addition to the limit for all.
     pub connections_per_client: Option<usize>,
 }
 
 /// Serves the API on `listener` until the handle stops it.
 pub fn serve(listener: TcpListener, tls: Arc<Tls>, api: Api) -> io::Result<(Server, ServerHandle)> {
     let address = listener.local_addr()?;
-    let builder = Server::build().workers(WORKERS).disable_signals().shutdown_timeout(LAST_ANSWERS);
-    let most = connections(api.open_files);
+    let builder =
+        Server::build().workers(WORKERS).disable_signals().shutdown_timeout(SHUTDOWN_PATIENCE);
+    let most = max_connections(api.open_files);
     let admission = Admission::new(most, api.connections_per_client.unwrap_or(usize::MAX));
-    // Whoever admits them decides, not the server's order of accepting them.
+    // The server's own limit must stay out of reach: it would let new connections wait instead of evicting
+    // idle ones.
     let builder = builder.max_concurrent_connections(most + SPARE_CONNECTIONS);
     let api = actix_web::web::Data::new(api);
     let ending = builder.graceful_shutdown_signal();
@@ -94,7 +97,7 @@ pub fn serve(listener: TcpListener, tls: Arc<Tls>, api: Api) -> io::Result<(Serv
         let at_handshake = ending.clone();
         let http = HttpService::build()
             .keep_alive(KeepAlive::Timeout(KEEP_ALIVE))
-            .client_request_timeout(FIRST_BYTES)
+            .client_request_timeout(HANDSHAKE_PATIENCE)
             .client_disconnect_timeout(LINGER)
             .secure()
             .local_addr(address)
@@ -116,21 +119,21 @@ pub fn serve(listener: TcpListener, tls: Arc<Tls>, api: Api) -> io::Result<(Serv
                 };
                 let place = Arc::clone(admitted.place());
                 let handshake = tokio::select! {
-                    shaken = timeout(FIRST_BYTES, shake_hands(tcp, &tls, admitted)) => shaken,
+                    result = timeout(HANDSHAKE_PATIENCE, shake_hands(tcp, &tls, admitted)) => result,
                     () = place.evicted() => Ok(Err(io::ErrorKind::ConnectionAborted.into())),
                     () = ending.notified() => Ok(Err(io::ErrorKind::ConnectionAborted.into())),
                 };
                 match handshake.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
                     Ok(connection) => Ok((connection, peer)),
                     Err(error) => {
-                        log::debug!(peer:?, error:%; "a connection was not established");
+                        log::debug!(peer:?, error:%; "TLS handshake failed");
                         Err(())
                     }
                 }
             }
         })
         .and_then(
-            http.map_err(|error| log::debug!(error:%; "a connection broke")).map_init_err(|()| ()),
+            http.map_err(|error| log::debug!(error:%; "connection failed")).map_init_err(|()| ()),
         )
     })?;
     let server = server.run();
@@ -138,8 +141,8 @@ pub fn serve(listener: TcpListener, tls: Arc<Tls>, api: Api) -> io::Result<(Serv
     Ok((server, handle))
 }
 
-/// How many connections there may be at once. Each may have a log open; the rest is for the job.
-fn connections(open_files: u64) -> usize {
+/// Returns the limit of connections. Each one takes two descriptors: its socket, and a log that it sends.
+fn max_connections(open_files: u64) -> usize {
     let rest = (open_files - FILES_OF_A_JOB.min(open_files / 2)) / 2;
     usize::try_from(rest).unwrap_or(usize::MAX).max(WORKERS)
 }
@@ -149,13 +152,13 @@ async fn shake_hands(mut tcp: TcpStream, tls: &Tls, admitted: Admitted) -> io::R
     let mut first = [0];
     if tcp.peek(&mut first).await? == 1 && first[0] != TLS_HANDSHAKE {
         let message = r#"{"message":"this is an HTTPS server: use https:"}"#;
-        let answer = format!(
+        let response = format!(
             "HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\
              Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{message}",
             message.len()
         );
-        tcp.write_all(answer.as_bytes()).await?;
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "is not TLS"));
+        tcp.write_all(response.as_bytes()).await?;
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "not a TLS handshake"));
     }
     let ssl = Ssl::new(tls.acceptor().context())?;
     let mut stream = SslStream::new(ssl, tcp)?;

@@ -1,17 +1,17 @@
-//! Keeps refused requests from pushing everything else out of the agent's own log: of many, only the first have
-//! a line each.
+//! Limits the log lines of refused requests, which could push everything else out of the agent's own log.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// In so much time...
+/// The time for which refusals are counted together.
 const WINDOW: Duration = Duration::from_secs(10);
-/// ...so many refusals have a line each.
+
+/// How many refusals in one [`WINDOW`] get a log line each.
 const LISTED: u32 = 10;
 
-/// How many there were of late.
+/// Counts the refused requests of the current [`WINDOW`].
 #[derive(Default)]
 pub(crate) struct Refusals(Mutex<Window>);
 
@@ -22,9 +22,9 @@ struct Window {
 }
 
 impl Refusals {
-    /// Notes one more; whether it is to have a line of its own. Of those that are not, somebody is to [tell](Self::tell)
-    /// how many there were: whoever gets the second value, after that time.
-    pub(super) fn note(&self) -> (bool, Option<Duration>) {
+    /// Counts one refusal, and returns whether it gets a log line of its own. If the second value is a time,
+    /// the caller must call [`Self::log_unlisted`] after it.
+    pub(super) fn count(&self) -> (bool, Option<Duration>) {
         let mut window = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let begun = *window.begun.get_or_insert_with(Instant::now);
         if begun.elapsed() >= WINDOW && window.refused <= LISTED {
@@ -34,12 +34,12 @@ impl Refusals {
         (window.refused <= LISTED, (window.refused == LISTED + 1).then_some(WINDOW))
     }
 
-    /// Puts into the agent's log how many had no line, and begins anew.
-    pub(super) fn tell(&self) {
+    /// Logs the number of refusals without a line of their own, and begins a new window.
+    pub(super) fn log_unlisted(&self) {
         let window = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
         let count = window.refused.saturating_sub(LISTED);
         if count > 0 {
-            log::warn!(count; "more requests were refused, and are not listed");
+            log::warn!(count; "more requests were refused without a log line each");
         }
     }
 }

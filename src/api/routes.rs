@@ -1,4 +1,4 @@
-//! The routes, and the answers of the protocol.
+//! The routes of the hosted API and their handlers.
 
 use std::io;
 use std::rc::Rc;
@@ -26,54 +26,55 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::api::Api;
 use crate::api::connection::Handover;
-use crate::api::transfer::{AnswerBody, FileBody, TransferReport};
+use crate::api::transfer::{FileBody, TrackedBody, TransferReport};
 use crate::decode::{decode_json, naming_unknown};
 use crate::service::own_log::open_to_read;
 use crate::state::log_file::OpenFile;
 
-/// A request that has an answer.
-struct Handled {
-    /// In small letters.
+struct Endpoint {
+    /// In lower case.
     method: &'static str,
     path: &'static str,
-    by: fn(Route) -> Route,
+    with_handler: fn(Route) -> Route,
 }
 
-const HANDLED: [Handled; 7] = [
-    Handled { method: "get", path: "/is_alive", by: |route| route.to(is_alive) },
-    Handled { method: "get", path: "/status", by: |route| route.to(status) },
-    Handled { method: "post", path: "/jobs", by: |route| route.to(submit) },
-    Handled { method: "get", path: "/jobs/{id}/log", by: |route| route.to(log) },
-    Handled { method: "post", path: "/stop", by: |route| route.to(stop) },
-    Handled { method: "post", path: "/jobs/terminate", by: |route| route.to(stop) },
-    Handled { method: "get", path: "/agent_logs", by: |route| route.to(agent_logs) },
+const ENDPOINTS: [Endpoint; 7] = [
+    Endpoint { method: "get", path: "/is_alive", with_handler: |route| route.to(is_alive) },
+    Endpoint { method: "get", path: "/status", with_handler: |route| route.to(status) },
+    Endpoint { method: "post", path: "/jobs", with_handler: |route| route.to(submit) },
+    Endpoint { method: "get", path: "/jobs/{id}/log", with_handler: |route| route.to(log) },
+    Endpoint { method: "post", path: "/stop", with_handler: |route| route.to(stop) },
+    Endpoint { method: "post", path: "/jobs/terminate", with_handler: |route| route.to(stop) },
+    Endpoint { method: "get", path: "/agent_logs", with_handler: |route| route.to(agent_logs) },
 ];
 
-impl Handled {
+impl Endpoint {
     fn method(&self) -> Method {
         if self.method == "get" { Method::GET } else { Method::POST }
     }
 }
 
-/// Every request that has an answer: its method and its path.
-pub const ROUTES: [(&str, &str); HANDLED.len()] = {
-    let mut routes = [("", ""); HANDLED.len()];
+/// All routes, as pairs of method (in lower case) and path.
+pub const ROUTES: [(&str, &str); ENDPOINTS.len()] = {
+    let mut routes = [("", ""); ENDPOINTS.len()];
     let mut index = 0;
     while index < routes.len() {
-        routes[index] = (HANDLED[index].method, HANDLED[index].path);
+        routes[index] = (ENDPOINTS[index].method, ENDPOINTS[index].path);
         index += 1;
     }
     routes
 };
 
-/// How long a client may send nothing of a body, and how long the whole of it may take.
-const BODY_IDLE: Duration = Duration::from_secs(20);
-const BODY_WHOLE: Duration = Duration::from_mins(10);
+/// Time limit for the next part of a request's body.
+const BODY_PART_PATIENCE: Duration = Duration::from_secs(20);
 
-/// Bodies of less are not worth compressing, in bytes.
-const WORTH_COMPRESSING: u64 = 1024;
+/// Time limit for the whole body of a request.
+const BODY_PATIENCE: Duration = Duration::from_mins(10);
 
-/// The application for one worker.
+/// Smaller response bodies are sent without compression, in bytes.
+const MIN_COMPRESSED_SIZE: u64 = 1024;
+
+/// Returns the application of one worker.
 pub(super) fn app(
     api: Data<Api>,
     ending: GracefulShutdownSignal,
@@ -86,99 +87,100 @@ pub(super) fn app(
         InitError = (),
     >,
 > {
-    let mut app = App::new().app_data(api).app_data(ending).wrap(from_fn(guarded));
-    for handled in HANDLED {
-        let with_slash = format!("{}/", handled.path);
-        let route = (handled.by)(web::method(handled.method()));
-        let resource = web::resource([handled.path, with_slash.as_str()]).route(route);
+    let mut app = App::new().app_data(api).app_data(ending).wrap(from_fn(authorize_and_log));
+    for endpoint in ENDPOINTS {
+        let with_slash = format!("{}/", endpoint.path);
+        let route = (endpoint.with_handler)(web::method(endpoint.method()));
+        let resource = web::resource([endpoint.path, with_slash.as_str()]).route(route);
         app = app.service(resource.default_service(web::to(method_not_allowed)));
     }
     app.default_service(web::to(not_found))
 }
 
-/// How much of a request's method and path stands in the agent's own log, in bytes.
-const SHOWN: usize = 200;
+/// Limit for a request's method and path in the agent's own log, in bytes. Longer ones could push everything
+/// else out of the log.
+const LONGEST_LOGGED: usize = 200;
 
-/// The answers of those who have read the whole body of their request.
-const BODY_WAS_READ: [StatusCode; 4] = [
+/// Statuses of responses to POST requests whose body was read to its end.
+const STATUSES_AFTER_BODY: [StatusCode; 4] = [
     StatusCode::OK,
     StatusCode::UNPROCESSABLE_ENTITY,
     StatusCode::INTERNAL_SERVER_ERROR,
     StatusCode::SERVICE_UNAVAILABLE,
 ];
 
-/// Whether the request announces a body.
+/// Returns whether the request's headers announce a body.
 fn has_body(request: &ServiceRequest) -> bool {
     let headers = request.headers();
     let length = headers.get(header::CONTENT_LENGTH);
     headers.contains_key(header::TRANSFER_ENCODING) || length.is_some_and(|length| length != "0")
 }
 
-/// Checks who asks, and notes the request in the agent's log.
-async fn guarded(
+/// Middleware that checks the token, logs the request, and closes the connection if a body is left unread.
+async fn authorize_and_log(
     request: ServiceRequest,
     next: Next<impl MessageBody + 'static>,
 ) -> Result<ServiceResponse<BoxBody>, Error> {
     let began = Instant::now();
-    // Long ones would push everything else out of the log.
-    let shown = |text: &str| text[..text.floor_char_boundary(SHOWN)].to_owned();
-    let (method, path) = (shown(request.method().as_str()), shown(request.path()));
+    let truncated = |text: &str| text[..text.floor_char_boundary(LONGEST_LOGGED)].to_owned();
+    let (method, path) = (truncated(request.method().as_str()), truncated(request.path()));
     let peer = request.peer_addr().map_or_else(String::new, |peer| peer.to_string());
     let handover = request.request().conn_data::<Rc<Handover>>().map(Rc::clone);
     if let Some(handover) = &handover {
-        handover.request_begins();
+        handover.request_started();
     }
     let (has_body, is_post) = (has_body(&request), request.method() == Method::POST);
-    let answer = match unauthorized(&request) {
+    let response = match unauthorized(&request) {
         Some(refusal) => Ok(request.into_response(refusal)),
         None => next.call(request).await.map(ServiceResponse::map_into_boxed_body),
     };
-    let mut answer = answer?;
-    let is_read = is_post && BODY_WAS_READ.contains(&answer.status());
+    let mut response = response?;
+    let is_read = is_post && STATUSES_AFTER_BODY.contains(&response.status());
     if has_body && !is_read {
-        // The rest of the body would be waited for, however long it takes.
-        answer.response_mut().head_mut().set_connection_type(ConnectionType::Close);
+        // A connection that is kept alive would wait for the rest of the body, however long it takes.
+        response.response_mut().head_mut().set_connection_type(ConnectionType::Close);
         if let Some(handover) = &handover {
-            handover.close_after_answer();
+            handover.close_after_response();
         }
     }
-    let answer = answer.map_body(|_, body| match handover {
-        Some(handover) => AnswerBody { body, handover }.boxed(),
+    let response = response.map_body(|_, body| match handover {
+        Some(handover) => TrackedBody { body, handover }.boxed(),
         None => body,
     });
-    let status = answer.status().as_u16();
+    let status = response.status().as_u16();
     let us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-    // A platform asks for these all the time.
+    // Platforms poll this path.
     let level = if path.starts_with("/is_alive") { log::Level::Debug } else { log::Level::Info };
-    let is_refused = answer.status() == StatusCode::UNAUTHORIZED;
-    if !is_refused || is_to_be_listed(answer.request()) {
+    let is_refused = response.status() == StatusCode::UNAUTHORIZED;
+    if !is_refused || count_refusal(response.request()) {
         log::log!(level, method:%, path, status, us, peer; "request");
     }
-    Ok(answer)
+    Ok(response)
 }
 
-/// Whether a refused request is to have a line of its own.
-fn is_to_be_listed(request: &HttpRequest) -> bool {
+/// Counts a refused request, and returns whether it gets a log line of its own.
+fn count_refusal(request: &HttpRequest) -> bool {
     let Some(api) = request.app_data::<Data<Api>>() else {
         return true;
     };
-    let (is_listed, told_after) = api.refusals.note();
-    if let Some(after) = told_after {
+    let (is_logged, summary_after) = api.refusals.count();
+    if let Some(after) = summary_after {
         let api = api.clone();
         actix_rt::spawn(async move {
             sleep(after).await;
-            api.refusals.tell();
+            api.refusals.log_unlisted();
         });
     }
-    is_listed
+    is_logged
 }
 
+/// Returns the response to a request that is not authorized; `None` if it is.
 fn unauthorized(request: &ServiceRequest) -> Option<HttpResponse> {
     if matches!(request.path(), "/is_alive" | "/is_alive/") {
         return None;
     }
     let Some(api) = request.app_data::<Data<Api>>() else {
-        return Some(broken());
+        return Some(internal_error());
     };
     let header = request.headers().get(header::AUTHORIZATION).map(header::HeaderValue::as_bytes);
     let why = api.auth.check(header).err()?;
@@ -191,26 +193,26 @@ fn message(status: StatusCode, text: impl std::fmt::Display) -> HttpResponse {
 }
 
 async fn not_found() -> HttpResponse {
-    message(StatusCode::NOT_FOUND, "there is nothing at this path")
+    message(StatusCode::NOT_FOUND, "no such path")
 }
 
 async fn method_not_allowed(request: HttpRequest) -> HttpResponse {
     let pattern = request.match_pattern().unwrap_or_default();
     let path = pattern.strip_suffix('/').unwrap_or(&pattern);
-    let allowed = HANDLED.iter().find(|handled| handled.path == path).map(Handled::method);
+    let allowed = ENDPOINTS.iter().find(|endpoint| endpoint.path == path).map(Endpoint::method);
     let allowed = allowed.unwrap_or(Method::GET);
-    let mut answer = message(
+    let mut response = message(
         StatusCode::METHOD_NOT_ALLOWED,
         format_args!("method {} is not allowed; allowed: {allowed}", request.method()),
     );
     if let Ok(allowed) = header::HeaderValue::from_str(allowed.as_str()) {
-        answer.headers_mut().insert(header::ALLOW, allowed);
+        response.headers_mut().insert(header::ALLOW, allowed);
     }
-    answer
+    response
 }
 
-/// The intake is gone: the agent is about to end.
-fn broken() -> HttpResponse {
+/// The response when the intake is gone, as the agent is about to end.
+fn internal_error() -> HttpResponse {
     message(StatusCode::INTERNAL_SERVER_ERROR, "the agent had an internal error")
 }
 
@@ -231,7 +233,7 @@ async fn status(api: Data<Api>) -> HttpResponse {
             }
             HttpResponse::Ok().json(status)
         }
-        Err(_) => broken(),
+        Err(_) => internal_error(),
     }
 }
 
@@ -255,15 +257,15 @@ async fn submit(request: HttpRequest, payload: Payload, api: Data<Api>) -> HttpR
             };
             message(status, refused)
         }
-        Err(_) => broken(),
+        Err(_) => internal_error(),
     }
 }
 
-/// Why a body was not read.
+/// Why the body of a request was not read to its end.
 enum BodyRefused {
     TooLarge(usize),
     TooSlow,
-    /// The agent is about to end, and waits for nobody who still sends.
+    /// The agent is about to end, and does not wait for the rest.
     Ending,
     Broken(String),
 }
@@ -273,10 +275,10 @@ impl From<BodyRefused> for HttpResponse {
         match refused {
             BodyRefused::TooLarge(most) => message(
                 StatusCode::PAYLOAD_TOO_LARGE,
-                format_args!("the body is larger than {most} bytes, the most that is taken"),
+                format_args!("the body exceeds the limit of {most} bytes"),
             ),
             BodyRefused::TooSlow => {
-                message(StatusCode::REQUEST_TIMEOUT, "the body did not come in time")
+                message(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time")
             }
             BodyRefused::Ending => message(StatusCode::SERVICE_UNAVAILABLE, SubmitRefused::Closed),
             BodyRefused::Broken(why) => {
@@ -313,10 +315,10 @@ async fn read_whole_body(
     if announced.is_some_and(|length| length > most as u64) {
         return Err(BodyRefused::TooLarge(most));
     }
-    let deadline = Instant::now() + BODY_WHOLE;
+    let deadline = Instant::now() + BODY_PATIENCE;
     let mut body = BytesMut::new();
     loop {
-        let next = timeout_at(deadline, timeout(BODY_IDLE, payload.next())).await;
+        let next = timeout_at(deadline, timeout(BODY_PART_PATIENCE, payload.next())).await;
         match next {
             Ok(Ok(None)) => return Ok(body.freeze()),
             Ok(Ok(Some(Ok(chunk)))) if body.len() + chunk.len() > most => {
@@ -329,7 +331,7 @@ async fn read_whole_body(
     }
 }
 
-/// Reads a job request; says what is wrong and where, but no value: it may be a secret.
+/// Parses a job request. Errors name the place and the problem, but no value, which may be a secret.
 fn parse(body: &[u8]) -> Result<Job, String> {
     let OnlyMap(request): OnlyMap<WireRequest> =
         decode_json(body, |tracked| naming_unknown(tracked)).map_err(|error| error.to_string())?;
@@ -353,17 +355,17 @@ async fn log(id: Option<web::Path<String>>, request: HttpRequest, api: Data<Api>
             };
             return message(status, refused);
         }
-        Err(_) => return broken(),
+        Err(_) => return internal_error(),
     };
     let mut body = FileBody::new(Arc::clone(&range.source), range.start, range.end);
-    let compress = accepts_gzip(&request) && range.end - range.start >= WORTH_COMPRESSING;
+    let compress = accepts_gzip(&request) && range.end - range.start >= MIN_COMPRESSED_SIZE;
     if compress {
         body = body.compressed();
     }
-    // Who asks for what is beyond the end has another log in mind.
+    // A start line past the end cannot be a read of this log; do not count it as archiving.
     if range.sealed && line <= range.next_line && is_archivator(&request) {
         let report = TransferReport::begin(api.intake.clone(), id);
-        // Each connection has one.
+        // Every connection has a handover.
         if let Some(handover) = request.conn_data::<Rc<Handover>>() {
             body = body.reported(report, Rc::clone(handover));
         }
@@ -371,7 +373,8 @@ async fn log(id: Option<web::Path<String>>, request: HttpRequest, api: Data<Api>
     text(body, compress)
 }
 
-/// What is no number is 0, and one that is too large is beyond every log.
+/// Parses the parameter `start_from`. Anything but digits counts as 0, and a number that is too large is past
+/// the end of every log.
 fn line_number(text: &str) -> u64 {
     if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
         return 0;
@@ -384,20 +387,20 @@ fn is_archivator(request: &HttpRequest) -> bool {
 }
 
 fn text(body: FileBody, compressed: bool) -> HttpResponse {
-    let mut answer = HttpResponse::Ok();
-    answer.content_type("text/plain; charset=utf-8");
-    answer.insert_header((header::VARY, "Accept-Encoding"));
+    let mut response = HttpResponse::Ok();
+    response.content_type("text/plain; charset=utf-8");
+    response.insert_header((header::VARY, "Accept-Encoding"));
     if compressed {
-        answer.insert_header((header::CONTENT_ENCODING, "gzip"));
+        response.insert_header((header::CONTENT_ENCODING, "gzip"));
     }
-    answer.body(body)
+    response.body(body)
 }
 
 fn unreadable(error: &io::Error) -> HttpResponse {
     message(StatusCode::INTERNAL_SERVER_ERROR, format_args!("the log can't be read: {error}"))
 }
 
-/// Whether gzip is among the accepted codings, and not with a weight of 0.
+/// Returns whether `Accept-Encoding` names gzip with a weight above 0.
 fn accepts_gzip(request: &HttpRequest) -> bool {
     let values = request.headers().get_all(header::ACCEPT_ENCODING);
     values.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',')).any(
@@ -423,16 +426,16 @@ async fn stop(request: HttpRequest, payload: Payload, api: Data<Api>) -> HttpRes
         Ok(body) => body,
         Err(refusal) => return refusal.into(),
     };
-    // A body that names no job means the one that runs, whatever else it is.
+    // Any body that names no job, even one that is not JSON, stops the running job.
     let named = serde_json::from_slice::<StopBody>(&body).unwrap_or_default().job_hash_id;
     let id = named.and_then(|id| match id {
         Value::String(id) => JobId::new(id),
-        // Whatever it is, it means a certain job.
+        // An id of another type still names a certain job, so it must not stop a different one.
         other => JobId::new(other.to_string()),
     });
     match api.intake.send(RequestStop { id }).await {
         Ok(()) => message(StatusCode::OK, "ok"),
-        Err(_) => broken(),
+        Err(_) => internal_error(),
     }
 }
 
@@ -444,7 +447,7 @@ async fn agent_logs(request: HttpRequest, api: Data<Api>) -> HttpResponse {
     match opened {
         Ok((length, file)) => {
             let body = FileBody::new(Arc::new(OpenFile(file)), 0, length);
-            let compress = accepts_gzip(&request) && length >= WORTH_COMPRESSING;
+            let compress = accepts_gzip(&request) && length >= MIN_COMPRESSED_SIZE;
             text(if compress { body.compressed() } else { body }, compress)
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {

@@ -1,4 +1,4 @@
-//! The certificate and key that the HTTPS server shows: given, found, or made by itself.
+//! The HTTPS server's certificate and key: from files, or self-signed by the agent.
 
 use std::fmt;
 use std::fs::{self, DirBuilder, File};
@@ -21,29 +21,33 @@ use openssl::x509::extension::{
 };
 use openssl::x509::{X509, X509Name};
 
-/// How long a certificate that the agent makes is good for, and how long before its end it is renewed, in days.
-const OWN_VALIDITY: u32 = 365;
+/// Validity of a self-signed certificate, in days.
+const SELF_SIGNED_VALIDITY: u32 = 365;
+
+/// How long before its end a self-signed certificate is renewed, in days.
 const RENEWED_BEFORE: u32 = 30;
 
-/// Where the pair comes from.
+/// Where the pair of certificate and key comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PairSource {
-    /// From these two files.
+    /// Two files of the user.
     Files {
-        /// The certificate, and those that lead to its authority, in PEM.
+        /// The certificate and its chain, in PEM.
         cert: PathBuf,
-        /// Its private key, in PEM.
+        /// The private key, in PEM.
         key: PathBuf,
     },
-    /// From this directory of the agent, where it is made if it is not there.
-    OwnIn(PathBuf),
+    /// A self-signed pair in this directory of the agent, which makes and renews it.
+    SelfSigned(PathBuf),
 }
 
 impl PairSource {
-    /// What is given; else `server.crt` and `server.key` in the working directory, if one of them
-    /// is there; else an own pair in `own`.
+    /// Chooses the files `cert` and `key` if one is given (the other one then has its default name); else
+    /// `server.crt` and `server.key` in the working directory if one of them exists; else a self-signed pair
+    /// in `own`.
     ///
-    /// What is found there must be this user's, or root's: somebody else's key is known to them.
+    /// Fails if the files in the working directory belong to neither this user nor root: another owner knows
+    /// the key.
     pub fn choose(
         cert: Option<PathBuf>,
         key: Option<PathBuf>,
@@ -52,7 +56,7 @@ impl PairSource {
         let defaults = ["server.crt", "server.key"].map(PathBuf::from);
         if cert.is_none() && key.is_none() {
             if !defaults.iter().any(|path| path.exists()) {
-                return Ok(Self::OwnIn(own));
+                return Ok(Self::SelfSigned(own));
             }
             for path in &defaults {
                 if let Ok(found) = fs::metadata(path)
@@ -60,8 +64,8 @@ impl PairSource {
                     && found.uid() != geteuid().as_raw()
                 {
                     let why = format!(
-                        "this file in the working directory belongs to another user (number {}), so \
-                         it is not used; name it with --tls-cert-path and --tls-key-path if it is meant",
+                        "this file in the working directory belongs to another user (uid {}), so \
+                         it is not used; to use it all the same, name it with --tls-cert-path and --tls-key-path",
                         found.uid()
                     );
                     return Err(TlsError::of(path, why));
@@ -72,7 +76,7 @@ impl PairSource {
         Ok(Self::Files { cert: cert.unwrap_or(default_cert), key: key.unwrap_or(default_key) })
     }
 
-    /// What is wrong with the key's file, if others can read it.
+    /// Returns a warning if every user can read the key's file.
     pub fn warning(&self) -> Option<String> {
         let Self::Files { key, .. } = self else {
             return None;
@@ -85,13 +89,13 @@ impl PairSource {
     }
 }
 
-/// The pair can't be used.
+/// Why a certificate or a key can't be used.
 #[derive(Debug, thiserror::Error)]
 #[error("{path}: {why}")]
 pub struct TlsError {
-    /// The file that is to blame.
+    /// The certificate's or the key's file, or their directory.
     path: String,
-    /// What is wrong with it.
+    /// The problem, without the path.
     why: String,
 }
 
@@ -101,42 +105,46 @@ impl TlsError {
     }
 }
 
-/// Makes TLS of TCP connections, with a pair that can be changed meanwhile.
+/// The server side of TLS. The pair can be replaced while the server runs.
 pub struct Tls {
     source: PairSource,
     current: RwLock<SslAcceptor>,
 }
 
 impl Tls {
-    /// Reads the pair, or makes it. Answers its SHA-256 fingerprint too, in the usual notation.
+    /// Reads the pair, and makes a self-signed one first if necessary. Also returns the certificate's SHA-256
+    /// fingerprint in hexadecimal with colons.
     pub fn open(source: PairSource) -> Result<(Self, String), TlsError> {
-        renew_own(&source)?;
+        renew_self_signed(&source)?;
         let (acceptor, fingerprint) = read(&source)?;
         Ok((Self { source, current: RwLock::new(acceptor) }, fingerprint))
     }
 
-    /// Reads the pair anew, for new connections. On an error the old one stays.
+    /// Reads the pair again, for new connections, and returns the new fingerprint. On an error the old pair
+    /// stays.
     pub fn reload(&self) -> Result<String, TlsError> {
         let (acceptor, fingerprint) = read(&self.source)?;
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = acceptor;
         Ok(fingerprint)
     }
 
-    /// Makes an own pair anew if its time is nearly over; `None` if it is not.
+    /// Renews a self-signed pair that expires soon, and returns its fingerprint; `None` if renewal is not
+    /// due.
     pub fn renew(&self) -> Option<Result<String, TlsError>> {
-        let is_due = matches!(&self.source, PairSource::OwnIn(own) if !is_usable_own(own));
-        is_due.then(|| renew_own(&self.source).and_then(|()| self.reload()))
+        let is_due =
+            matches!(&self.source, PairSource::SelfSigned(own) if !is_self_signed_usable(own));
+        is_due.then(|| renew_self_signed(&self.source).and_then(|()| self.reload()))
     }
 
-    /// For the next connection.
+    /// Returns the acceptor for the next connection.
     pub fn acceptor(&self) -> SslAcceptor {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
-/// Makes the agent's own pair if it is to have one, and there is none that is good for a while.
-fn renew_own(source: &PairSource) -> Result<(), TlsError> {
-    let PairSource::OwnIn(directory) = source else {
+/// Makes a self-signed pair if `source` asks for one and there is none that stays valid for a while.
+fn renew_self_signed(source: &PairSource) -> Result<(), TlsError> {
+    let PairSource::SelfSigned(directory) = source else {
         return Ok(());
     };
     let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
@@ -144,47 +152,48 @@ fn renew_own(source: &PairSource) -> Result<(), TlsError> {
         own.lock()?;
         Ok(own)
     });
-    let _others_wait = locked.map_err(|why| TlsError::of(directory, why))?;
-    if is_usable_own(directory) {
+    let _lock = locked.map_err(|why| TlsError::of(directory, why))?;
+    if is_self_signed_usable(directory) {
         return Ok(());
     }
-    make_own_pair(directory).map_err(|why| TlsError::of(directory, why))
+    write_self_signed(directory).map_err(|why| TlsError::of(directory, why))
 }
 
-/// Whether there is an own pair that is good for a while, and whose key, which jobs of the same user can read, signs no
-/// certificates for others.
-fn is_usable_own(directory: &Path) -> bool {
-    let [cert, _] = own_files(directory);
-    let lasts = || -> Option<bool> {
+/// Returns whether `directory` holds a self-signed pair that stays valid for a while and is no certificate
+/// authority. Clients may trust the certificate, and jobs of the same user can read its key: as an authority
+/// it could sign certificates for other hosts.
+fn is_self_signed_usable(directory: &Path) -> bool {
+    let [cert, _] = self_signed_files(directory);
+    let is_fit = || -> Option<bool> {
         let cert = X509::from_pem(&fs::read(&cert).ok()?).ok()?;
         let soon = Asn1Time::days_from_now(RENEWED_BEFORE).ok()?;
         let is_authority = cert.to_text().ok()?.windows(7).any(|text| text == b"CA:TRUE");
         Some(cert.not_after() > soon && !is_authority)
     };
-    lasts() == Some(true) && read(&PairSource::OwnIn(directory.to_owned())).is_ok()
+    is_fit() == Some(true) && read(&PairSource::SelfSigned(directory.to_owned())).is_ok()
 }
 
-fn own_files(directory: &Path) -> [PathBuf; 2] {
+fn self_signed_files(directory: &Path) -> [PathBuf; 2] {
     ["server.crt", "server.key"].map(|name| directory.join(name))
 }
 
 fn read(source: &PairSource) -> Result<(SslAcceptor, String), TlsError> {
     let [cert, key] = match source {
         PairSource::Files { cert, key } => [cert.clone(), key.clone()],
-        PairSource::OwnIn(directory) => own_files(directory),
+        PairSource::SelfSigned(directory) => self_signed_files(directory),
     };
     let read = |path: &Path| fs::read(path).map_err(|error| TlsError::of(path, error));
     let chain = X509::stack_from_pem(&read(&cert)?);
-    let chain = chain.map_err(|_| TlsError::of(&cert, "is not a certificate in PEM"))?;
+    let chain = chain.map_err(|_| TlsError::of(&cert, "not a certificate in PEM"))?;
     let Some((leaf, authorities)) = chain.split_first() else {
-        return Err(TlsError::of(&cert, "holds no certificate in PEM"));
+        return Err(TlsError::of(&cert, "contains no certificate in PEM"));
     };
     let pem = read(&key)?;
-    // A callback, so that nobody is asked for a passphrase on a terminal.
+    // Without this callback OpenSSL would ask for a passphrase on the terminal.
     let private = PKey::private_key_from_pem_callback(&pem, |_| Ok(0))
-        .map_err(|_| TlsError::of(&key, "is not a private key in PEM, or one with a passphrase"))?;
+        .map_err(|_| TlsError::of(&key, "not a private key in PEM, or one with a passphrase"))?;
     let broken = |error: ErrorStack| TlsError::of(&cert, error);
-    if is_past(leaf).map_err(broken)? {
+    if is_expired(leaf).map_err(broken)? {
         let why = format!("the certificate expired on {}", leaf.not_after());
         return Err(TlsError::of(&cert, why));
     }
@@ -198,7 +207,7 @@ fn read(source: &PairSource) -> Result<(SslAcceptor, String), TlsError> {
     Ok((acceptor, fingerprint.join(":")))
 }
 
-fn is_past(cert: &X509) -> Result<bool, ErrorStack> {
+fn is_expired(cert: &X509) -> Result<bool, ErrorStack> {
     Ok(cert.not_after() < Asn1Time::days_from_now(0)?)
 }
 
@@ -216,12 +225,12 @@ fn acceptor(
     Ok(acceptor.build())
 }
 
-/// Makes the pair in the place of what can't be used.
-fn make_own_pair(directory: &Path) -> io::Result<()> {
-    let [cert, key] = own_files(directory);
-    let (made_cert, made_key) = own_pair()?;
+/// Replaces the files of the self-signed pair by a new one.
+fn write_self_signed(directory: &Path) -> io::Result<()> {
+    let [cert, key] = self_signed_files(directory);
+    let (made_cert, made_key) = self_signed_pair()?;
     for (path, pem, mode) in [(key, made_key, 0o600), (cert, made_cert, 0o644)] {
-        // Whatever is there, nobody else can have it open then.
+        // A new file, as another process may have the old one open.
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -231,8 +240,8 @@ fn make_own_pair(directory: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// A P-256 pair, in PEM: its handshake is the cheapest one.
-fn own_pair() -> Result<(Vec<u8>, Vec<u8>), ErrorStack> {
+/// Makes a certificate and its key, in PEM, on the curve P-256, whose handshake is the cheapest.
+fn self_signed_pair() -> Result<(Vec<u8>, Vec<u8>), ErrorStack> {
     let group = EcGroup::from_curve_name(Nid::X9_62_PRIME256V1)?;
     let key = PKey::from_ec_key(EcKey::generate(&group)?)?;
     let mut name = X509Name::builder()?;
@@ -248,7 +257,7 @@ fn own_pair() -> Result<(Vec<u8>, Vec<u8>), ErrorStack> {
     cert.set_subject_name(&name)?;
     cert.set_issuer_name(&name)?;
     cert.set_pubkey(&key)?;
-    let (now, end) = (Asn1Time::days_from_now(0)?, Asn1Time::days_from_now(OWN_VALIDITY)?);
+    let (now, end) = (Asn1Time::days_from_now(0)?, Asn1Time::days_from_now(SELF_SIGNED_VALIDITY)?);
     cert.set_not_before(&now)?;
     cert.set_not_after(&end)?;
     cert.append_extension(BasicConstraints::new().critical().build()?)?;
@@ -274,15 +283,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_own_pair_that_can_not_be_used_is_made_anew() {
+    fn an_unusable_self_signed_pair_is_replaced() {
         let directory = tempfile::tempdir().unwrap();
-        let open = || Tls::open(PairSource::OwnIn(directory.path().to_owned())).unwrap().1;
+        let open = || Tls::open(PairSource::SelfSigned(directory.path().to_owned())).unwrap().1;
         let first = open();
         assert_eq!(open(), first);
-        let [cert, key] = own_files(directory.path());
+        let [cert, key] = self_signed_files(directory.path());
         let other = tempfile::tempdir().unwrap();
-        Tls::open(PairSource::OwnIn(other.path().to_owned())).unwrap();
-        let [other_cert, _] = own_files(other.path());
+        Tls::open(PairSource::SelfSigned(other.path().to_owned())).unwrap();
+        let [other_cert, _] = self_signed_files(other.path());
         fs::copy(other_cert, &cert).unwrap();
         let second = open();
         assert_ne!(second, first);

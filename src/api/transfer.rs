@@ -1,4 +1,4 @@
-//! Answers that come from a file: sent chunk by chunk as the client takes them.
+//! Response bodies that are read from a file, chunk by chunk, as the client takes them.
 
 use std::io::{self, Write as _};
 use std::pin::Pin;
@@ -19,10 +19,10 @@ use flate2::write::GzEncoder;
 
 use crate::api::connection::Handover;
 
-/// How much of a file is read at once.
+/// How much of a file is read at once, in bytes.
 const CHUNK: u64 = 128 * 1024;
 
-/// Tells how an archivator's transfer went: broken, unless it is completed.
+/// Reports an archivator's transfer to the intake: as broken, unless [`Self::complete`] is called.
 pub(super) struct TransferReport {
     intake: Addr<HttpIntake>,
     id: JobId,
@@ -30,13 +30,13 @@ pub(super) struct TransferReport {
 }
 
 impl TransferReport {
-    /// A transfer of the log of `id` begins.
+    /// Reports that a transfer of the log of job `id` has begun.
     pub(super) fn begin(intake: Addr<HttpIntake>, id: JobId) -> Self {
         intake.do_send(ReportTransfer { id: id.clone(), transfer: Transfer::Began });
         Self { intake, id, end: Transfer::Broken }
     }
 
-    /// Every byte was handed to the connection.
+    /// Reports that every byte was sent.
     pub(super) fn complete(mut self) {
         self.end = Transfer::Completed;
     }
@@ -48,13 +48,13 @@ impl Drop for TransferReport {
     }
 }
 
-/// The body of any answer: its end is that of the answer.
-pub(super) struct AnswerBody {
+/// Wraps the body of a response, and tells the connection when it is written.
+pub(super) struct TrackedBody {
     pub(super) body: BoxBody,
     pub(super) handover: Rc<Handover>,
 }
 
-impl MessageBody for AnswerBody {
+impl MessageBody for TrackedBody {
     type Error = Box<dyn std::error::Error>;
 
     fn size(&self) -> BodySize {
@@ -69,51 +69,52 @@ impl MessageBody for AnswerBody {
     }
 }
 
-impl Drop for AnswerBody {
+impl Drop for TrackedBody {
     fn drop(&mut self) {
-        self.handover.answer_ends();
+        self.handover.response_written();
     }
 }
 
-/// A part of a file as the body of an answer. The file is held open: whatever becomes of its name, a
-/// slow client gets everything.
+/// A part of a file as the body of a response. The open file survives its removal, so slow clients get
+/// everything.
 pub(super) struct FileBody {
     source: Arc<dyn LogSource>,
     at: u64,
     end: u64,
     gzip: Option<GzEncoder<Vec<u8>>>,
-    /// Compressing takes long; others have had their turn since the last time.
-    rested: bool,
-    /// To be told at its end, and through which connection's handover.
+    /// Whether the body has yielded to other connections since its last chunk. Compressing is slow.
+    has_yielded: bool,
+    /// Completed after the last chunk, when the connection of this [`Handover`] has sent it.
     report: Option<(TransferReport, Rc<Handover>)>,
 }
 
 impl FileBody {
-    /// The bytes of `source` from `start` to `end`.
+    /// Sends the bytes of `source` from `start` to `end`.
     pub(super) fn new(source: Arc<dyn LogSource>, start: u64, end: u64) -> Self {
-        Self { source, at: start, end, gzip: None, rested: false, report: None }
+        Self { source, at: start, end, gzip: None, has_yielded: false, report: None }
     }
 
-    /// The same, compressed: fast rather than small.
+    /// Compresses the body with gzip, fast rather than small.
     #[must_use]
     pub(super) fn compressed(mut self) -> Self {
         self.gzip = Some(GzEncoder::new(Vec::new(), Compression::fast()));
         self
     }
 
-    /// The same, and `report` is completed when it is sent.
+    /// Completes `report` when the whole body is sent.
     #[must_use]
     pub(super) fn reported(mut self, report: TransferReport, handover: Rc<Handover>) -> Self {
         if self.size() == BodySize::Sized(0) {
-            // Nobody asks an empty body for its bytes: its end is the end of the headers.
-            handover.expect(report);
+            // An empty body is never polled: the response ends with its headers.
+            handover.complete_when_flushed(report);
         } else {
             self.report = Some((report, handover));
         }
         self
     }
 
-    /// The next bytes to send, which may be none yet; nothing at the end.
+    /// Returns the next bytes, or `None` at the end. The bytes are empty while the compressor holds its
+    /// output back.
     fn next_chunk(&mut self) -> io::Result<Option<Bytes>> {
         if self.at == self.end {
             return Ok(match self.gzip.take() {
@@ -123,7 +124,7 @@ impl FileBody {
         }
         let wanted = usize::try_from(CHUNK.min(self.end - self.at)).map_err(io::Error::other)?;
         let mut chunk = BytesMut::zeroed(wanted);
-        // Inline: it was written a moment ago, so it is in memory.
+        // Reads on this thread: what was written a moment ago is in the page cache.
         let read = self.source.read_at(self.at, &mut chunk)?;
         if read == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
@@ -154,8 +155,8 @@ impl MessageBody for FileBody {
     ) -> Poll<Option<Result<Bytes, io::Error>>> {
         let body = self.get_mut();
         if body.gzip.is_some() {
-            body.rested = !body.rested;
-            if body.rested {
+            body.has_yielded = !body.has_yielded;
+            if body.has_yielded {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
@@ -168,7 +169,7 @@ impl MessageBody for FileBody {
         if matches!(chunk, Ok(None))
             && let Some((report, handover)) = body.report.take()
         {
-            handover.expect(report);
+            handover.complete_when_flushed(report);
         }
         Poll::Ready(chunk.transpose())
     }

@@ -103,7 +103,7 @@ pub fn serve(flags: &Flags<Serve>, environment: &Environment, hidden: nix::Resul
         let listener = listener.map_err(|error| {
             io::Error::other(format!("can't listen on {}:{}: {error}", config.host, config.port))
         })?;
-        let own = matches!(config.tls, PairSource::OwnIn(_));
+        let own = matches!(config.tls, PairSource::SelfSigned(_));
         let version = env!("CARGO_PKG_VERSION");
         let address = listener.local_addr()?;
         log::info!(address:%, fingerprint, own, version; "serving");

@@ -1,4 +1,4 @@
-//! Options that several commands have.
+//! Options shared by several modes.
 
 use std::path::PathBuf;
 
@@ -15,14 +15,14 @@ pub(super) const CONFIG_FILE: Opt<PathBuf> =
 pub(super) const FILES: Opt<Vec<String>> = Opt::new(
     "files",
     "HOST:CONTAINER,...",
-    "Files of this machine that are put into containers, as HOST:CONTAINER",
+    "Files of this machine to mount into containers, as HOST:CONTAINER",
 )
 .set_in_example("[]");
 
 pub(super) const DOCKER_SOCKET: Opt<DockerSocket> = Opt::new(
     "docker-socket",
     "WHEN",
-    "Whether jobs in containers get the socket of the Docker Engine, which makes them root on its machine; always or never",
+    "Whether jobs in containers get the Docker Engine's socket, which makes them root on its machine: always or never",
 )
 .default("always");
 
@@ -36,27 +36,30 @@ pub(super) const INTERRUPTION_GRACE_PERIOD: Opt<Seconds> = Opt::new(
 pub(super) const GRACE_PERIOD: Opt<Seconds> = Opt::new(
     "grace-period",
     "SECONDS",
-    "How long the processes of a job that is over or stopped have to end, in seconds; 0 kills them at once",
+    "How long the processes of a finished or stopped job have to end, in seconds; 0 kills them at once",
 )
 .default("2");
 
 pub(super) const STATE_DIR: Opt<PathBuf> =
-    Opt::new("state-dir", "DIR", "A directory of mode 0700 for what the agent keeps")
+    Opt::new("state-dir", "DIR", "The agent's private directory, of mode 0700")
         .default_in_words(
             "below the user's state directory, usually ~/.local/state/semaphore-agent",
         )
         .example("/var/lib/semaphore-agent");
 
-pub(super) const SSH_JUMP_POINT_PATH: Opt<PathBuf> =
-    Opt::new("ssh-jump-point-path", "FILE", "Where the script is put that people start over SSH")
-        .default(ssh_access::DEFAULT_SCRIPT);
+pub(super) const SSH_JUMP_POINT_PATH: Opt<PathBuf> = Opt::new(
+    "ssh-jump-point-path",
+    "FILE",
+    "Where to install the script that people run over SSH to enter a job",
+)
+.default(ssh_access::DEFAULT_SCRIPT);
 
-/// Returns the state directory that is set, or the usual one.
+/// Returns the configured state directory, or the default one.
 pub(super) fn state_dir(settings: &Settings, environment: &Environment) -> PathBuf {
     settings.get(&STATE_DIR).unwrap_or_else(|| StateDir::default_path(environment))
 }
 
-/// Returns the absolute path of the SSH access script.
+/// Returns the path of the SSH access script. Fails if it is not absolute.
 pub(super) fn jump_point(settings: &Settings) -> Result<PathBuf, ConfigError> {
     let path = settings.get_or_empty(&SSH_JUMP_POINT_PATH);
     if path.is_absolute() {
@@ -66,14 +69,14 @@ pub(super) fn jump_point(settings: &Settings) -> Result<PathBuf, ConfigError> {
     Err(settings.refuse(&SSH_JUMP_POINT_PATH.spec, why))
 }
 
-/// Returns the files that containers get.
+/// Parses the option `files`.
 pub(super) fn file_mounts(settings: &Settings) -> Result<Vec<FileMount>, ConfigError> {
     let pairs = settings.get_or_empty(&FILES);
     let files: Result<_, String> = pairs.iter().map(|pair| pair.trim().parse()).collect();
     files.map_err(|why| settings.refuse(&FILES.spec, why))
 }
 
-/// Returns the path of a hook as the job's shell, which is in another directory, finds it.
+/// Returns the absolute path of a hook: the job's shell has another working directory than the agent.
 pub(super) fn hook_path(
     settings: &Settings,
     option: &Opt<PathBuf>,

@@ -1,4 +1,4 @@
-//! Reads what a file of options sets.
+//! Deserializes a configuration file without losing keys, duplicates or large numbers.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use serde::de::{Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
-/// What a file sets: each key once, in the order of the file.
+/// The options of a file, in its order. A key that occurs twice is an error.
 pub(super) struct OptionsInFile(pub(super) Vec<(String, AnyValue)>);
 
 impl<'de> Deserialize<'de> for OptionsInFile {
@@ -44,7 +44,7 @@ impl<'de> Deserialize<'de> for OptionsInFile {
     }
 }
 
-/// Anything that can stand in a file, numbers of any size included.
+/// Any value of a file. Integers beyond 64 bits become strings, and maps become empty.
 pub(super) struct AnyValue(pub(super) Value);
 
 impl<'de> Deserialize<'de> for AnyValue {
@@ -103,7 +103,7 @@ impl<'de> Deserialize<'de> for AnyValue {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<AnyValue, A::Error> {
-                // No option is a map; what is in it may be a secret.
+                // No option is a map, so the content is not needed. It may contain a secret.
                 while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
                 Ok(AnyValue(Value::Object(Map::new())))
             }

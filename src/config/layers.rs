@@ -1,4 +1,4 @@
-//! Merges what flags, variables and a file set, and remembers where each value comes from.
+//! Merges the options of flags, variables and a file, and keeps the origin of each value.
 
 use std::fmt::{Display, Write as _};
 use std::marker::PhantomData;
@@ -16,7 +16,7 @@ use crate::decode::place::{Segment, line_in_yaml};
 use crate::decode::without_value;
 use crate::service::environment::Environment;
 
-/// Variables with the prefix of options that are not options.
+/// Variables with the prefix of options that are not options, and so cause no warning.
 const OTHER_VARIABLES: [&str; 4] = [
     "SEMAPHORE_AGENT_LOG_LEVEL",
     "SEMAPHORE_AGENT_LOG_FILE_PATH",
@@ -24,14 +24,14 @@ const OTHER_VARIABLES: [&str; 4] = [
     "SEMAPHORE_AGENT_LOGS_COMPRESSION_SIZE",
 ];
 
-/// The flag that shows the configuration.
+/// The flag that shows the configuration instead of using it.
 const PRINT_CONFIG: &str = "print-config";
 
-/// The options of one command.
+/// The options of one mode.
 pub trait OptionSet {
-    /// In the order in which they are shown.
+    /// The options in the order of the help.
     const OPTIONS: &'static [&'static Spec];
-    /// Whether a file can set them.
+    /// Whether a file can set the options.
     const HAS_FILE: bool;
 }
 
@@ -39,7 +39,7 @@ pub trait OptionSet {
 #[derive(Clone, Debug)]
 pub struct Flags<S> {
     values: Map<String, Value>,
-    /// Whether the configuration is to be shown instead of used.
+    /// Show the configuration instead of using it.
     pub print_config: bool,
     of: PhantomData<fn() -> S>,
 }
@@ -51,7 +51,7 @@ impl<S: OptionSet> clap::Args for Flags<S> {
             return command;
         }
         let print = Arg::new(PRINT_CONFIG).long(PRINT_CONFIG).action(ArgAction::SetTrue);
-        command.arg(print.help("Shows the options that are in force, and where each comes from"))
+        command.arg(print.help("Show the options in force, and where each value comes from"))
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -68,7 +68,7 @@ impl<S: OptionSet> FromArgMatches for Flags<S> {
             }
             let mut given = matches.get_many::<String>(option.key).into_iter().flatten().cloned();
             let value = if option.is_list() {
-                // An empty flag is one empty text.
+                // Clap turns `--key=` into one empty entry.
                 let entries: Vec<String> = given.collect();
                 if entries == [""] { Value::Array(Vec::new()) } else { entries.into() }
             } else {
@@ -86,7 +86,7 @@ impl<S: OptionSet> FromArgMatches for Flags<S> {
     }
 }
 
-/// Where options are set, the nearest first.
+/// The places where options are set. Earlier ones override later ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Layer {
     Flags,
@@ -94,20 +94,20 @@ enum Layer {
     File,
 }
 
-/// A file of options.
+/// The configuration file, kept to find the lines of its options.
 #[derive(Default)]
 struct OptionsFile {
     path: PathBuf,
     text: String,
 }
 
-/// The options in force.
+/// The merged options.
 pub struct Settings {
     options: &'static [&'static Spec],
     values: Map<String, Value>,
     origins: Vec<(&'static str, Layer)>,
     file: OptionsFile,
-    /// What the operator may want to know.
+    /// Warnings for the operator.
     pub warnings: Vec<String>,
 }
 
@@ -137,7 +137,8 @@ impl Settings {
         self.options.iter().find(|option| option.key == key).copied()
     }
 
-    /// Returns what variables set; those that look like an option and are none become warnings.
+    /// Returns the options that are set by variables. Adds a warning for each unknown variable with the
+    /// prefix of options.
     fn variables(&mut self, environment: &Environment) -> Result<Map<String, Value>, ConfigError> {
         let mut values = Map::new();
         let variables: Vec<_> = self.options.iter().map(|option| option.variable()).collect();
@@ -148,7 +149,7 @@ impl Settings {
             let Some(option) = self.options.iter().find(|option| option.variable() == name) else {
                 let nearest = nearest(name, variables.iter().map(String::as_str));
                 let nearest = nearest.unwrap_or_default();
-                self.warnings.push(format!("unknown variable {name}; the nearest is {nearest}"));
+                self.warnings.push(format!("unknown variable {name}; did you mean {nearest}?"));
                 continue;
             };
             let value = value.to_str();
@@ -176,10 +177,11 @@ impl Settings {
             let Some(option) = self.spec(&key) else {
                 let known = self.options.iter().map(|option| option.key);
                 let known = nearest(&key, known).unwrap_or_default();
-                let why = format!("unknown key `{key}`; `{known}` is the nearest known one");
-                return Err(refuse(format!("{why}{}", self.at_line(&[Segment::key(&key)]))));
+                let place = self.at_line(&[Segment::key(&key)]);
+                let why = format!("unknown key `{key}`{place}; did you mean `{known}`?");
+                return Err(refuse(why));
             };
-            // Templates of files name options without a value.
+            // Configuration templates contain keys without a value.
             let is_unset = match &value {
                 Value::Null => true,
                 Value::String(text) => text.is_empty() && option.may_be_empty(),
@@ -198,27 +200,30 @@ impl Settings {
         self.add(Layer::File, values)
     }
 
-    fn names_secret(&self, text: &str) -> bool {
+    fn mentions_secret_option(&self, text: &str) -> bool {
         self.options.iter().any(|option| option.is_secret && text.contains(option.key))
     }
 
-    /// Adds a layer below those that are there.
+    /// Adds a layer, which the layers added before override.
     fn add(&mut self, layer: Layer, values: Map<String, Value>) -> Result<(), ConfigError> {
-        let set_nearer: Vec<&str> = self.origins.iter().map(|(key, _)| *key).collect();
+        let already_set: Vec<&str> = self.origins.iter().map(|(key, _)| *key).collect();
         for (key, value) in values {
             let Some(option) = self.spec(&key) else { continue };
-            let stands_in = |other: &&Spec| {
+            let overrides = |other: &&Spec| {
                 other.key == key || other.group.is_some() && other.group == option.group
             };
-            let nearer = set_nearer.iter().filter_map(|nearer| self.spec(nearer));
-            let is_overruled = nearer.into_iter().any(|nearer| stands_in(&nearer));
+            let earlier = already_set.iter().filter_map(|key| self.spec(key));
+            let is_overridden = earlier.into_iter().any(|earlier| overrides(&earlier));
             let normalised = (option.normalised)(&value).map_err(|bad| {
-                // A line without its space or colon makes what is around it one value.
-                let holds_secret = value.as_str().is_some_and(|text| self.names_secret(text));
-                let unshown = (option.normalised)(&Value::Null).err().filter(|_| holds_secret);
-                self.refuse_in(layer, option.key, &unshown.unwrap_or(bad))
+                // In YAML a missing space or colon joins neighbouring lines into one value, which may then
+                // contain a secret option. Such a value is not shown.
+                let may_hold_secret =
+                    value.as_str().is_some_and(|text| self.mentions_secret_option(text));
+                let without_value =
+                    (option.normalised)(&Value::Null).err().filter(|_| may_hold_secret);
+                self.refuse_in(layer, option.key, &without_value.unwrap_or(bad))
             })?;
-            if !is_overruled {
+            if !is_overridden {
                 self.origins.push((option.key, layer));
                 self.values.insert(key, normalised);
             }
@@ -226,19 +231,19 @@ impl Settings {
         Ok(())
     }
 
-    /// Returns the value of an option, which is its default if it is not set; `None` if it has none.
+    /// Returns the value of an option, or its default; `None` if it has neither.
     pub fn get<T: OptionValue>(&self, option: &Opt<T>) -> Option<T> {
         let default = option.spec.default.map(Value::from);
         let value = self.values.get(option.spec.key).or(default.as_ref())?;
         T::from_value(value).ok()
     }
 
-    /// Returns the value of an option, which is empty if it has none.
+    /// Returns the value of an option, its default, or an empty value.
     pub fn get_or_empty<T: OptionValue + Default>(&self, option: &Opt<T>) -> T {
         self.get(option).unwrap_or_default()
     }
 
-    /// Whether an option is set.
+    /// Returns whether any layer sets an option.
     pub fn is_set(&self, spec: &Spec) -> bool {
         self.values.contains_key(spec.key)
     }
@@ -247,7 +252,8 @@ impl Settings {
         self.origins.iter().find(|(known, _)| *known == key).map(|(_, layer)| *layer)
     }
 
-    /// Returns an error that names the place of an option with a bad value.
+    /// Returns an error about the value of an option that names the flag, the variable, or the line of the
+    /// file.
     pub fn refuse(&self, spec: &Spec, why: impl Display) -> ConfigError {
         let bad = BadValue { why: why.to_string(), entry: None };
         match self.layer_of(spec.key) {
@@ -273,19 +279,19 @@ impl Settings {
         })
     }
 
-    /// Returns the line of a place in the file, in words.
+    /// Returns ` at line N` for a place in the file; an empty text if the line is not known.
     fn at_line(&self, place: &[Segment]) -> String {
         let line = line_in_yaml(&self.file.text, place);
         line.map_or_else(String::new, |line| format!(" at line {line}"))
     }
 
-    /// Returns the options in the words of a configuration file, with their origins as comments. `in_force` are the
-    /// values of options whose defaults depend on this machine.
-    pub fn printed(&self, in_force: &[(&Spec, Value)]) -> String {
+    /// Formats all options as a configuration file, with their origins as comments. `computed_defaults` are
+    /// the defaults that depend on this machine.
+    pub fn printed(&self, computed_defaults: &[(&Spec, Value)]) -> String {
         let mut text = String::new();
         for option in self.options {
-            let own_default = in_force.iter().find(|(spec, _)| spec.key == option.key);
-            let value = match (self.values.get(option.key), own_default, option.default) {
+            let computed = computed_defaults.iter().find(|(spec, _)| spec.key == option.key);
+            let value = match (self.values.get(option.key), computed, option.default) {
                 (Some(value), ..) => option.masked(value).to_string(),
                 (None, Some((_, value)), _) => value.to_string(),
                 (None, None, Some(default)) => default.to_owned(),
@@ -297,7 +303,7 @@ impl Settings {
                 Some(Layer::File) => self.file.path.display().to_string(),
                 None => "default".to_owned(),
             };
-            // Fails only if writing to a string does.
+            // Writing to a string never fails.
             let _ = writeln!(text, "{}: {value} # {origin}", option.key);
         }
         text

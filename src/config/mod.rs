@@ -1,5 +1,5 @@
-//! What the operator of an agent can set. Each option is written once; flags, variables and a file are merged as maps,
-//! and checked once.
+//! The agent's configuration. Each option is defined once; flags, variables and a file are merged as maps and
+//! then checked.
 
 pub mod common;
 mod file;
@@ -18,33 +18,33 @@ use clap::ValueEnum;
 pub use self::layers::{Flags, Settings};
 pub use self::secret::Secret;
 
-/// What is wrong with the configuration: which option, its value, and what would be right.
+/// An error in the configuration. The text names the option and the place where it is set.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct ConfigError(pub String);
 
-/// What variables of options begin with.
+/// Prefix of the environment variables that set options.
 const PREFIX: &str = "SEMAPHORE_AGENT_";
 
-/// Stands for what is not shown.
+/// Shown in place of a secret.
 const MASKED: &str = "…";
 
-/// Whether jobs in containers get the socket of the engine that runs them.
+/// Whether jobs in containers get the engine's socket.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum DockerSocket {
-    /// They do: who has it is root on the engine's machine.
+    /// Mount the socket, which makes jobs root on the engine's machine.
     #[default]
     Always,
-    /// They don't.
+    /// Don't mount the socket.
     Never,
 }
 
-/// A directory or file of this machine, and where containers find it.
+/// A directory or file of this machine to mount into containers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileMount {
-    /// On this machine.
+    /// The path on this machine.
     pub host: PathBuf,
-    /// In a container.
+    /// The path in a container.
     pub container: PathBuf,
 }
 
@@ -53,21 +53,21 @@ impl FromStr for FileMount {
 
     fn from_str(pair: &str) -> Result<Self, Self::Err> {
         match pair.split_once(':') {
-            // A third part would be for the container's engine, which knows more than there is here.
+            // Mount options of the engine (a third part, as in `/a:/b:ro`) are not supported.
             Some((host, container))
                 if !host.is_empty() && !container.is_empty() && !container.contains(':') =>
             {
-                // What is not a path from the root would be the name of a volume to engines.
+                // Engines take a relative path for the name of a volume.
                 let host = PathBuf::from(host);
                 let host = std::path::absolute(&host).unwrap_or(host);
                 Ok(Self { host, container: container.into() })
             }
-            _ => Err(format!("`{pair}` is not HOST:CONTAINER, two paths")),
+            _ => Err(format!("`{pair}` is not HOST:CONTAINER (two paths)")),
         }
     }
 }
 
-/// Which of the known words is most like this one.
+/// Returns the known word that is most similar to `word`.
 fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     known.max_by(|a, b| strsim::jaro_winkler(word, a).total_cmp(&strsim::jaro_winkler(word, b)))
 }
@@ -79,10 +79,10 @@ mod tests {
     use super::start::Start;
 
     const INTRODUCTION: &str = "\
-# All options of `agent MODE --config-file FILE`, with the values they have if nothing is set; those
-# without such a value are comments. Each is a flag too (--grace-period), and a variable
-# (SEMAPHORE_AGENT_GRACE_PERIOD). Flags win over variables, and both over this file.
-# `agent MODE --print-config` shows what is in force.
+# All options of `agent MODE --config-file FILE` with their defaults; options without a default are
+# comments. Each option is also a flag (--grace-period) and a variable (SEMAPHORE_AGENT_GRACE_PERIOD).
+# Flags override variables, and both override this file.
+# `agent MODE --print-config` shows the options in force.
 ";
 
     fn example_file<S: OptionSet>(introduction: &str) -> String {
@@ -96,13 +96,13 @@ mod tests {
     }
 
     #[test]
-    fn examples_are_made_from_the_options() {
+    fn example_files_match_the_options() {
         assert_example::<Serve>("serve", include_str!("../../config/serve.example.yaml"));
         assert_example::<Start>("start", include_str!("../../config/agent.example.yaml"));
     }
 
     #[test]
-    fn every_default_is_a_value() {
+    fn every_default_is_valid() {
         for option in Serve::OPTIONS.iter().chain(Start::OPTIONS) {
             if let Some(default) = option.default {
                 assert!((option.normalised)(&default.into()).is_ok(), "{}", option.key);

@@ -1,4 +1,4 @@
-//! Options, each written once: its key, its type, its default, its help, and its line in the example file.
+//! Definitions of options: key, type, default, help, and the entry in the example file.
 
 use std::fmt::Display;
 use std::marker::PhantomData;
@@ -11,93 +11,94 @@ use serde_json::Value;
 use super::{DockerSocket, MASKED, Secret};
 use crate::remote::log_artifact::UploadCondition;
 
-/// An option whose values are of type `T`.
+/// An option with values of type `T`.
 pub struct Opt<T> {
-    /// What does not depend on the type.
+    /// The description, which does not depend on the type.
     pub spec: Spec,
     value: PhantomData<fn() -> T>,
 }
 
 /// The description of an option.
 pub struct Spec {
-    /// Its name in flags and files. The name of its variable is made from it.
+    /// The option's name in flags and files, from which the name of its variable is made.
     pub key: &'static str,
-    /// What its value is called in the help.
+    /// The placeholder for the value in the help.
     value_name: &'static str,
-    /// What it does, for the help and the example file.
+    /// The description in the help and the example file.
     about: &'static str,
-    /// Its value if it is not set; `None` if there is none, or none that can be written.
+    /// The default; `None` if there is none, or if it depends on the machine.
     pub default: Option<&'static str>,
-    /// What is said about the default that can't be written.
+    /// Describes a default that depends on the machine, for the help.
     default_in_words: Option<&'static str>,
-    /// Its value in the example file if it has no default; `None` if the option stands in no example.
+    /// The value in the example file if there is no default; `None` leaves the option out of the example.
     example: Option<&'static str>,
     /// Whether the example file sets the option although it has no default.
     is_set_in_example: bool,
-    /// Another name of its flag.
+    /// Another name of the flag.
     alias: Option<&'static str>,
-    /// Options of one group stand in for each other: the nearest layer that sets one of them counts alone.
+    /// Options of one group override each other: only the first layer that sets one of them counts.
     pub group: Option<&'static str>,
-    /// Whether help and configuration leave it out, as this build can't do it.
+    /// Whether the help leaves the option out, because this build does not support it.
     pub is_hidden: bool,
     kind: Kind,
     /// Whether messages never show the value.
     pub is_secret: bool,
-    /// Checks a value, and brings it to the form in which it is shown.
+    /// Checks a value, and converts it to the form in which it is shown.
     pub normalised: fn(&Value) -> Result<Value, BadValue>,
-    /// Hides the secret parts of a value.
+    /// Replaces the secret parts of a value.
     masked: fn(&Value) -> Value,
 }
 
-/// What values an option takes.
+/// How an option's values are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// A word.
+    /// Any text.
     Text,
-    /// A flag without a value means true.
+    /// True or false; a flag without a value means true.
     Bool,
-    /// A number, which may look like a flag if it is wrong.
+    /// A number. Flags accept negative numbers too, so that they are refused as values and not as unknown
+    /// flags.
     Number,
-    /// Separated by commas in a flag, by white space in a variable.
+    /// Several values, separated by commas in a flag and by white space in a variable.
     List,
 }
 
-/// Why a value is refused.
+/// Why a value is invalid.
 #[derive(Debug)]
 pub struct BadValue {
-    /// In words that show no secret.
+    /// The problem, without any secret.
     pub why: String,
-    /// The entry of a list that is wrong.
+    /// The index of the invalid entry, if the value is a list.
     pub entry: Option<usize>,
 }
 
-/// A type of values.
+/// A type of option values.
 pub trait OptionValue: Sized {
-    /// How the value is written.
+    /// How values are written.
     const KIND: Kind;
-    /// What a value is, for people.
+    /// Describes valid values, after "is not" in messages.
     const EXPECTED: &'static str;
-    /// Whether messages may show a wrong value.
+    /// Whether messages must not show an invalid value.
     const IS_SECRET: bool = false;
 
-    /// Reads the value from a word, which is `None` if a list or a map stands there.
+    /// Parses a scalar; `word` is `None` for a list, a map or null.
     fn from_word(word: Option<&str>) -> Option<Self>;
 
     /// Returns the form in which the value is shown.
     fn shown(&self) -> Value;
 
-    /// Reads the value as it stands in a layer.
+    /// Parses a value of a layer.
     fn from_value(value: &Value) -> Result<Self, BadValue> {
         let word = word_of(value);
         Self::from_word(word.as_deref()).ok_or_else(|| {
             let found = word.filter(|_| !Self::IS_SECRET);
-            let found = found.map_or_else(|| "it".to_owned(), |word| format!("`{word}`"));
+            let found = found.map_or_else(|| "the value".to_owned(), |word| format!("`{word}`"));
             BadValue { why: format!("{found} is not {}", Self::EXPECTED), entry: None }
         })
     }
 }
 
-/// Returns what stands in a layer as one word.
+/// Returns a scalar as text; `None` for a list, a map or null.
 fn word_of(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),
@@ -128,28 +129,28 @@ impl<T: OptionValue> Opt<T> {
         Self { spec, value: PhantomData }
     }
 
-    /// Sets the default, as it is written in a file.
+    /// Sets the default, in the notation of a file.
     #[must_use]
     pub const fn default(mut self, default: &'static str) -> Self {
         self.spec.default = Some(default);
         self
     }
 
-    /// Sets what is said about a default that can't be written.
+    /// Describes a default that depends on the machine.
     #[must_use]
     pub const fn default_in_words(mut self, words: &'static str) -> Self {
         self.spec.default_in_words = Some(words);
         self
     }
 
-    /// Sets the value in the example file.
+    /// Sets the value in the example file, where it is commented out.
     #[must_use]
     pub const fn example(mut self, value: &'static str) -> Self {
         self.spec.example = Some(value);
         self
     }
 
-    /// Sets the value in the example file, which is in force there.
+    /// Sets the value in the example file, without commenting it out.
     #[must_use]
     pub const fn set_in_example(mut self, value: &'static str) -> Self {
         self.spec.is_set_in_example = true;
@@ -163,7 +164,7 @@ impl<T: OptionValue> Opt<T> {
         self
     }
 
-    /// Sets the group.
+    /// Sets the group of options that override each other.
     #[must_use]
     pub const fn group(mut self, group: &'static str) -> Self {
         self.spec.group = Some(group);
@@ -177,7 +178,7 @@ impl<T: OptionValue> Opt<T> {
         self
     }
 
-    /// Sets what hides the secret parts of a value.
+    /// Sets the function that replaces the secret parts of a value.
     #[must_use]
     pub const fn masked(mut self, masked: fn(&Value) -> Value) -> Self {
         self.spec.masked = masked;
@@ -191,22 +192,22 @@ impl Spec {
         format!("{}{}", super::PREFIX, self.key.to_ascii_uppercase().replace('-', "_"))
     }
 
-    /// Whether the option takes several values.
+    /// Returns whether the option takes several values.
     pub fn is_list(&self) -> bool {
         self.kind == Kind::List
     }
 
-    /// Whether an empty text in a file means that the option is not set.
+    /// Returns whether an empty text in a file leaves the option unset.
     pub fn may_be_empty(&self) -> bool {
         self.kind == Kind::Text
     }
 
-    /// Returns a value as it may be shown.
+    /// Returns a value with its secret parts replaced.
     pub fn masked(&self, value: &Value) -> Value {
         (self.masked)(value)
     }
 
-    /// Returns the option's flag.
+    /// Returns the option as a clap flag.
     pub fn flag(&self) -> Arg {
         let default = self.default.or(self.default_in_words);
         let default = default.map_or_else(String::new, |text| format!(" [default: {text}]"));
@@ -227,9 +228,9 @@ impl Spec {
         }
     }
 
-    /// Returns the option's lines in the example file; `None` if it stands in no example.
+    /// Returns the option's entry in the example file; `None` if it has none.
     pub fn example(&self) -> Option<String> {
-        let comment = textwrap_comment(self.about);
+        let comment = wrapped_comment(self.about);
         match (self.default, self.example) {
             (Some(default), _) => Some(format!("{comment}{}: {default}\n", self.key)),
             (None, Some(example)) => {
@@ -241,11 +242,11 @@ impl Spec {
     }
 }
 
-/// The most characters of a line in an example file.
+/// Width of comments in the example files, in characters.
 const EXAMPLE_WIDTH: usize = 100;
 
-/// Writes `text` as the lines of a comment.
-fn textwrap_comment(text: &str) -> String {
+/// Wraps `text` into comment lines of at most [`EXAMPLE_WIDTH`] characters.
+fn wrapped_comment(text: &str) -> String {
     let mut lines = vec![String::from("#")];
     for word in text.split_whitespace() {
         let is_full =
@@ -276,7 +277,7 @@ impl OptionValue for String {
 
 impl OptionValue for PathBuf {
     const KIND: Kind = Kind::Text;
-    const EXPECTED: &'static str = "a path, which is a string";
+    const EXPECTED: &'static str = "a path (a string)";
 
     fn from_word(word: Option<&str>) -> Option<Self> {
         word.map(Self::from)
@@ -297,7 +298,7 @@ impl OptionValue for Secret {
     }
 
     fn shown(&self) -> Value {
-        // Merged with the other values; whoever shows it masks it.
+        // The merged options need the real value; [`Spec::masked`] replaces it when they are printed.
         self.reveal().into()
     }
 }
@@ -319,26 +320,27 @@ impl OptionValue for bool {
     }
 }
 
-/// A number of seconds, so few that they can be added to any time.
+/// A number of seconds. 32 bits, so that adding it to an `Instant` can't overflow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Seconds(pub u32);
 
 impl Seconds {
-    /// Returns the time that these seconds are.
+    /// Converts the seconds to a `Duration`.
     pub fn duration(self) -> Duration {
         Duration::from_secs(self.0.into())
     }
 }
 
-/// Numbers: their type, what they are, and which of them are right.
+/// Implements [`OptionValue`] for a type of numbers: the type, its description, a conversion from the parsed
+/// number that returns `None` for invalid ones, and a conversion to JSON.
 macro_rules! number {
-    ($type:ty, $expected:literal, $read:expr, $shown:expr) => {
+    ($type:ty, $expected:literal, $checked:expr, $shown:expr) => {
         impl OptionValue for $type {
             const KIND: Kind = Kind::Number;
             const EXPECTED: &'static str = $expected;
 
             fn from_word(word: Option<&str>) -> Option<Self> {
-                word?.parse().ok().and_then($read)
+                word?.parse().ok().and_then($checked)
             }
 
             fn shown(&self) -> Value {
@@ -349,11 +351,11 @@ macro_rules! number {
     };
 }
 
-/// The number of a descriptor.
+/// The number of a file descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Descriptor(pub u32);
 
-/// A number that is not 0.
+/// A number of at least 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AtLeastOne(pub usize);
 
@@ -369,17 +371,17 @@ number!(
     |number| Some(Descriptor(number)),
     |number| number.0.into()
 );
-number!(u16, "a number of a port, from 0 to 65535", Some::<u16>, |port| (*port).into());
+number!(u16, "a port number from 0 to 65535", Some::<u16>, |port| (*port).into());
 number!(u32, "a number from 0 to 4294967295", Some::<u32>, |number| (*number).into());
 number!(usize, "a number of bytes", Some::<usize>, |bytes| (*bytes).into());
 number!(
     AtLeastOne,
-    "a number from 1 on",
+    "a number of at least 1",
     |number| Some(AtLeastOne(number)).filter(|_| number > 0),
     |number| number.0.into()
 );
 
-/// Choices of words, which clap lists.
+/// Implements [`OptionValue`] for an enum that implements clap's `ValueEnum`.
 macro_rules! choice {
     ($type:ty, $expected:literal) => {
         impl OptionValue for $type {
@@ -417,7 +419,7 @@ impl OptionValue for Vec<String> {
         let bad =
             |entry: Option<usize>, why: &dyn Display| BadValue { why: why.to_string(), entry };
         let Value::Array(entries) = value else {
-            return Err(bad(None, &format_args!("it is not {}", Self::EXPECTED)));
+            return Err(bad(None, &format_args!("the value is not {}", Self::EXPECTED)));
         };
         let strings = entries.iter().enumerate().map(|(index, entry)| {
             word_of(entry).ok_or_else(|| {

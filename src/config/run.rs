@@ -1,4 +1,4 @@
-//! The options of `agent run` that other commands have, too.
+//! The options of `agent run` that it shares with other modes.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -22,9 +22,9 @@ impl OptionSet for Run {
 /// The options, merged and checked.
 #[derive(Clone, Debug)]
 pub struct RunConfig {
-    /// Whether a job in containers gets the engine's socket.
+    /// Whether jobs in containers get the engine's socket.
     pub docker_socket: DockerSocket,
-    /// How long the processes of a job that is over have to end.
+    /// How long the processes of a finished or stopped job have to end.
     pub grace: Duration,
     /// The agent's private directory.
     pub state_dir: PathBuf,

@@ -1,4 +1,4 @@
-//! Secrets of the agent, and the three ways in which it can be given one.
+//! Secrets of the agent. Each can be given as a value, in a file, or through a file descriptor.
 
 use std::fmt;
 use std::fs::File;
@@ -12,10 +12,10 @@ use super::options::{Descriptor, Opt, Spec};
 use super::{ConfigError, MASKED, Settings};
 use crate::os::sys;
 
-/// How much of a secret is read, in bytes: no token is longer.
+/// Limit for a secret read from a file or a descriptor, in bytes; no token is longer. The rest is ignored.
 const LONGEST_SECRET: u64 = 64 << 10;
 
-/// A value that is never shown.
+/// A secret value, which debug output does not show.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(pub(super) String);
 
@@ -25,18 +25,18 @@ impl Secret {
         &self.0
     }
 
-    /// Reads the content of a file, without the line end behind it. Also returns a warning if others can read the file. A
-    /// file that others could have written is an error.
+    /// Reads a secret from a file, without the line ends behind it. Also returns a warning if every user can
+    /// read the file. Fails if another user owns the file, or if every user can write to it.
     fn read(path: &Path) -> io::Result<(Self, Option<String>)> {
         let file = File::open(path)?;
         let found = file.metadata()?;
         if !found.is_file() {
-            // A pipe or a device.
+            // The owner and the mode of a pipe or a device say nothing.
             return Ok((Self::read_from(file)?, None));
         }
         let refused = |why: String| Err(io::Error::new(io::ErrorKind::InvalidData, why));
         if found.uid() != 0 && found.uid() != geteuid().as_raw() {
-            return refused(format!("it belongs to another user (number {})", found.uid()));
+            return refused(format!("it belongs to another user (uid {})", found.uid()));
         }
         if found.mode() & 0o002 != 0 {
             return refused(
@@ -50,14 +50,14 @@ impl Secret {
         Ok((Self::read_from(file)?, warning))
     }
 
-    /// Reads a secret from a descriptor that the agent's parent has left open, and closes it.
+    /// Reads a secret from a file descriptor inherited from the agent's parent, and closes it.
     fn read_descriptor(Descriptor(number): Descriptor) -> io::Result<Self> {
         let number = i32::try_from(number).ok().filter(|number| *number > 2);
-        let number = number.ok_or_else(|| {
-            io::Error::other("3 is the first descriptor that can be used for this")
-        })?;
+        let number =
+            number.ok_or_else(|| io::Error::other("the descriptor must be 3 or higher"))?;
         let open = sys::take_descriptor(number).map_err(|error| {
-            let hint = format!("open it for the agent, as with `{number}<FILE` in a shell");
+            let hint =
+                format!("open it when starting the agent, as with `{number}<FILE` in a shell");
             io::Error::new(error.kind(), format!("{error}; {hint}"))
         })?;
         Self::read_from(open)
@@ -77,65 +77,62 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// The options that give one secret.
-pub(super) struct WaysToSecret {
-    /// What the secret is called.
-    pub(super) what: &'static str,
-    pub(super) itself: Opt<Secret>,
-    pub(super) in_file: Opt<PathBuf>,
-    pub(super) by_descriptor: Opt<Descriptor>,
+/// The three options that can set one secret.
+pub(super) struct SecretOptions {
+    /// What messages call the secret.
+    pub(super) name: &'static str,
+    pub(super) value: Opt<Secret>,
+    pub(super) file: Opt<PathBuf>,
+    pub(super) descriptor: Opt<Descriptor>,
 }
 
-impl WaysToSecret {
-    /// Returns the option that gives the secret.
+impl SecretOptions {
+    /// Returns the option that sets the secret.
     pub(super) fn set_by(&self, settings: &Settings) -> &Spec {
-        let ways = [&self.itself.spec, &self.in_file.spec, &self.by_descriptor.spec];
-        ways.into_iter().find(|way| settings.is_set(way)).unwrap_or(&self.itself.spec)
+        let options = [&self.value.spec, &self.file.spec, &self.descriptor.spec];
+        options.into_iter().find(|option| settings.is_set(option)).unwrap_or(&self.value.spec)
     }
 
-    /// Returns the secret, which is not empty, and the option that gave it. A file that others can read becomes a warning.
+    /// Reads the secret, which is not empty. Adds a warning to `settings` if every user can read its file.
     pub(super) fn read(&self, settings: &mut Settings) -> Result<Secret, ConfigError> {
-        let Self { what, itself, in_file, by_descriptor } = self;
-        let given = settings.get(itself);
-        let file = settings.get(in_file);
-        let descriptor = settings.get(by_descriptor);
-        let (spec, secret) = match (given, file, descriptor) {
-            (Some(secret), None, None) => (&itself.spec, secret),
+        let Self { name, value, file, descriptor } = self;
+        let given = settings.get(value);
+        let path = settings.get(file);
+        let number = settings.get(descriptor);
+        let (spec, secret) = match (given, path, number) {
+            (Some(secret), None, None) => (&value.spec, secret),
             (None, Some(path), None) => {
                 let (secret, warning) = Secret::read(&path).map_err(|error| {
-                    settings.refuse(&in_file.spec, format!("`{}`: {error}", path.display()))
+                    settings.refuse(&file.spec, format!("`{}`: {error}", path.display()))
                 })?;
                 settings.warnings.extend(warning);
                 if secret.reveal().is_empty() {
-                    let why = format!("`{}`: there is no {what} in it", path.display());
-                    return Err(settings.refuse(&in_file.spec, why));
+                    let why = format!("`{}`: there is no {name} in it", path.display());
+                    return Err(settings.refuse(&file.spec, why));
                 }
-                (&in_file.spec, secret)
+                (&file.spec, secret)
             }
             (None, None, Some(number)) => {
                 let secret = Secret::read_descriptor(number).map_err(|error| {
-                    settings.refuse(&by_descriptor.spec, format!("`{}`: {error}", number.0))
+                    settings.refuse(&descriptor.spec, format!("`{}`: {error}", number.0))
                 })?;
-                (&by_descriptor.spec, secret)
+                (&descriptor.spec, secret)
             }
             (None, None, None) => {
                 return Err(ConfigError(format!(
-                    "no {what}: set {}, name a file with --{}, or an open descriptor with --{}",
-                    itself.spec.variable(),
-                    in_file.spec.key,
-                    by_descriptor.spec.key
+                    "no {name}: set {}, name a file with --{}, or an open descriptor with --{}",
+                    value.spec.variable(),
+                    file.spec.key,
+                    descriptor.spec.key
                 )));
             }
-            (given, file, _) => {
-                let set = [(given.is_some(), &itself.spec), (file.is_some(), &in_file.spec)];
+            (given, path, _) => {
+                let set = [(given.is_some(), &value.spec), (path.is_some(), &file.spec)];
                 let other = set.into_iter().find(|(is_set, _)| *is_set);
-                let other = other.map_or(by_descriptor.spec.key, |(_, spec)| spec.key);
-                let this = if settings.is_set(&by_descriptor.spec) {
-                    &by_descriptor.spec
-                } else {
-                    &in_file.spec
-                };
-                let why = format!("{other} is set too; one of these is needed");
+                let other = other.map_or(descriptor.spec.key, |(_, spec)| spec.key);
+                let this =
+                    if settings.is_set(&descriptor.spec) { &descriptor.spec } else { &file.spec };
+                let why = format!("{other} is set too (only one is allowed)");
                 return Err(settings.refuse(this, why));
             }
         };

@@ -9,31 +9,31 @@ use super::common::{
 };
 use super::layers::{Flags, OptionSet, Settings};
 use super::options::{AtLeastOne, Opt, Seconds, Spec};
-use super::secret::WaysToSecret;
+use super::secret::SecretOptions;
 use super::{ConfigError, DockerSocket, FileMount, Secret};
 use crate::api::tls::PairSource;
 use crate::metrics::statsd::StatsdConfig;
 use crate::service::environment::Environment;
 
-/// A secret that is shorter can be guessed, in bytes.
-const SHORTEST_SECRET: usize = 16;
+/// Shorter secrets cause a warning, as they can be guessed. In bytes.
+const RECOMMENDED_SECRET_LENGTH: usize = 16;
 
-const SECRET: WaysToSecret = WaysToSecret {
-    what: "secret",
-    itself: Opt::new(
+const SECRET: SecretOptions = SecretOptions {
+    name: "secret",
+    value: Opt::new(
         "auth-token-secret",
         "SECRET",
-        "The secret that clients sign their tokens with; better not as a flag, which everybody on the machine can see",
+        "The secret that clients' tokens are signed with; prefer a file or a descriptor, as every user of the machine can see flags",
     )
     .group("secret")
     .example("..."),
-    in_file: Opt::new("auth-token-secret-file", "FILE", "A file that holds this secret")
+    file: Opt::new("auth-token-secret-file", "FILE", "A file that holds the secret")
         .group("secret")
         .set_in_example("/etc/semaphore-agent/secret"),
-    by_descriptor: Opt::new(
+    descriptor: Opt::new(
         "auth-token-secret-fd",
         "NUMBER",
-        "The number of an open descriptor that this secret is read from; jobs can't read it, unlike a file of the agent's user",
+        "The number of an open file descriptor from which to read the secret; jobs can't read it, unlike a file of the agent's user",
     )
     .group("secret")
     .example("3"),
@@ -42,20 +42,21 @@ const SECRET: WaysToSecret = WaysToSecret {
 const HOST: Opt<String> = Opt::new("host", "HOST", "The address to listen on").default("0.0.0.0");
 
 const PORT: Opt<u16> =
-    Opt::new("port", "PORT", "The port to listen on; 0 for any that is free").default("8000");
+    Opt::new("port", "PORT", "The port to listen on; 0 for any free port").default("8000");
 
 const TLS_CERT_PATH: Opt<PathBuf> = Opt::new("tls-cert-path", "FILE", "The certificate, in PEM")
-    .default_in_words("server.crt in the working directory; without that and server.key, a pair of the agent's own")
+    .default_in_words("server.crt in the working directory; a self-signed certificate if neither server.crt nor server.key exists")
     .example("/etc/semaphore-agent/server.crt");
 
-const TLS_KEY_PATH: Opt<PathBuf> = Opt::new("tls-key-path", "FILE", "Its private key, in PEM")
-    .default_in_words("server.key in the working directory")
-    .example("/etc/semaphore-agent/server.key");
+const TLS_KEY_PATH: Opt<PathBuf> =
+    Opt::new("tls-key-path", "FILE", "The certificate's private key, in PEM")
+        .default_in_words("server.key in the working directory")
+        .example("/etc/semaphore-agent/server.key");
 
 const STATSD_HOST: Opt<String> = Opt::new(
     "statsd-host",
     "HOST",
-    "The host of a DogStatsD server; there are no metrics without it and its port",
+    "The host of a DogStatsD server; metrics need both statsd-host and statsd-port",
 )
 .example("127.0.0.1");
 
@@ -63,17 +64,20 @@ const STATSD_PORT: Opt<u16> =
     Opt::new("statsd-port", "PORT", "The UDP port of the DogStatsD server").example("8125");
 
 const STATSD_NAMESPACE: Opt<String> =
-    Opt::new("statsd-namespace", "NAMESPACE", "The prefix of the names of metrics")
+    Opt::new("statsd-namespace", "NAMESPACE", "The prefix of all metric names")
         .default("agent.prod");
 
-const CALLBACK_RETRY_ATTEMPTS: Opt<u32> =
-    Opt::new("callback-retry-attempts", "NUMBER", "How often a callback is tried, a second apart")
-        .default("300");
+const CALLBACK_RETRY_ATTEMPTS: Opt<u32> = Opt::new(
+    "callback-retry-attempts",
+    "NUMBER",
+    "How many times to try a callback, a second apart",
+)
+.default("300");
 
 const PRE_JOB_HOOK_PATH: Opt<PathBuf> = Opt::new(
     "pre-job-hook-path",
     "FILE",
-    "A script that the shell of every job sources before the first command; if it fails, so does the job",
+    "A script that every job's shell sources before the first command; if the script fails, so does the job",
 )
 .example("/etc/semaphore-agent/pre-job-hook");
 
@@ -83,16 +87,16 @@ const EXPOSE_KVM_DEVICE: Opt<bool> =
 const ARCHIVE_TIMEOUT: Opt<Seconds> = Opt::new(
     "archive-timeout",
     "SECONDS",
-    "How long the end of a job waits for an archivator to fetch the log, in seconds; a minute at most when the agent is asked to end",
+    "How long a finished job waits for an archivator to fetch its log, in seconds; at most a minute once the agent is asked to end",
 )
 .default("3600");
 
 const MAX_CONNECTIONS_PER_CLIENT: Opt<AtLeastOne> = Opt::new(
     "max-connections-per-client",
     "NUMBER",
-    "How many connections one address may have; a platform may come through one proxy",
+    "How many connections one address may have; note that all of a platform may come through one proxy",
 )
-.default_in_words("as many as there can be")
+.default_in_words("no separate limit")
 .example("1000");
 
 const MAX_BODY_SIZE: Opt<usize> =
@@ -109,9 +113,9 @@ impl OptionSet for Serve {
     const HAS_FILE: bool = true;
     const OPTIONS: &'static [&'static Spec] = &[
         &CONFIG_FILE.spec,
-        &SECRET.itself.spec,
-        &SECRET.in_file.spec,
-        &SECRET.by_descriptor.spec,
+        &SECRET.value.spec,
+        &SECRET.file.spec,
+        &SECRET.descriptor.spec,
         &HOST.spec,
         &PORT.spec,
         &TLS_CERT_PATH.spec,
@@ -138,45 +142,45 @@ impl OptionSet for Serve {
 /// The options, merged and checked.
 #[derive(Clone, Debug)]
 pub struct ServeConfig {
-    /// What tokens are signed with; not empty.
+    /// The secret that clients' tokens are signed with; not empty.
     pub secret: Secret,
     /// The address to listen on.
     pub host: String,
-    /// The port to listen on; 0 for any.
+    /// The port to listen on; 0 for any free port.
     pub port: u16,
     /// Where the certificate and its key come from.
     pub tls: PairSource,
-    /// Where metrics go, if anywhere.
+    /// The DogStatsD server; `None` sends no metrics.
     pub statsd: Option<StatsdConfig>,
-    /// How often a callback is tried.
+    /// How many times a callback is tried.
     pub callback_attempts: u32,
-    /// Sourced before the commands of every job.
+    /// The path of a script that every job's shell sources before the first command.
     pub pre_job_hook: Option<String>,
-    /// What containers get of this machine's files.
+    /// Files of this machine to mount into containers.
     pub files: Vec<FileMount>,
     /// Whether containers get `/dev/kvm`.
     pub expose_kvm: bool,
     /// Whether jobs in containers get the engine's socket.
     pub docker_socket: DockerSocket,
-    /// How long the end of a job waits for an archivator.
+    /// How long a finished job waits for an archivator to fetch its log.
     pub archive_timeout: Duration,
-    /// How long the processes of a job that is over have to end.
+    /// How long the processes of a finished or stopped job have to end.
     pub grace: Duration,
-    /// How many connections one address may have, if not as many as there can be.
+    /// Limit for the connections of one address, in addition to the limit for all.
     pub connections_per_client: Option<usize>,
-    /// The largest body of a request, in bytes.
+    /// Limit for the body of a request, in bytes.
     pub max_body_size: usize,
     /// Whether the agent ends after its first job.
     pub single_job: bool,
-    /// How long a job may go on when the agent is asked to end.
+    /// How long a running job may go on after the agent was asked to end.
     pub interruption_grace: Duration,
     /// The agent's private directory.
     pub state_dir: PathBuf,
-    /// Where the script is put that people start over SSH.
+    /// Where to install the script that people run over SSH to enter a job.
     pub jump_point: PathBuf,
-    /// What the operator may want to know.
+    /// Warnings for the operator.
     pub warnings: Vec<String>,
-    /// Every option, its value, and where that comes from, a line each.
+    /// All options with their values and origins, one per line.
     pub printed: String,
 }
 
@@ -186,9 +190,9 @@ impl ServeConfig {
         let mut settings = Settings::merge(flags, environment)?;
         let secret = SECRET.read(&mut settings)?;
         let length = secret.reveal().len();
-        if length < SHORTEST_SECRET {
+        if length < RECOMMENDED_SECRET_LENGTH {
             settings.warnings.push(format!(
-                "auth-token-secret has {length} bytes only, and can be guessed; {SHORTEST_SECRET} and more are usual"
+                "auth-token-secret has only {length} bytes and can be guessed; use at least {RECOMMENDED_SECRET_LENGTH}"
             ));
         }
         let statsd = match (settings.get(&STATSD_HOST), settings.get(&STATSD_PORT)) {
@@ -198,7 +202,7 @@ impl ServeConfig {
             }
             (None, None) => None,
             _ => {
-                let why = "no metrics: both statsd-host and statsd-port are needed";
+                let why = "no metrics: set both statsd-host and statsd-port";
                 settings.warnings.push(why.into());
                 None
             }

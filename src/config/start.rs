@@ -24,17 +24,17 @@ use super::common::{
 use super::layers::{Flags, OptionSet, Settings};
 use super::options::{Opt, Seconds};
 use super::{ConfigError, DockerSocket, FileMount, Secret};
-use crate::remote::http_client::{Proxy, trusting};
+use crate::remote::http_client::{Proxy, tls_connector};
 use crate::remote::log_artifact::UploadCondition;
 use crate::service::environment::Environment;
 
-/// How long a name may be, in characters, unless it is a URL.
+/// Allowed lengths of a name that is not a URL, in characters.
 const NAME_LENGTH: std::ops::RangeInclusive<usize> = 8..=80;
 
-/// The length of a name that the agent makes up.
-const RANDOM_NAME: usize = 20;
+/// Length of a random name, in characters.
+const RANDOM_NAME_LENGTH: usize = 20;
 
-/// A name that is one may be pre-signed: a secret then.
+/// Returns whether a name is a URL. It may be pre-signed, so it must be treated as a secret.
 pub fn is_url(name: &str) -> bool {
     name.starts_with("https://") || name.starts_with("http://")
 }
@@ -44,53 +44,53 @@ pub fn is_url(name: &str) -> bool {
 pub struct StartConfig {
     /// The agent's name.
     pub name: String,
-    /// Host and perhaps port of the control plane.
+    /// The control plane, as `HOST` or `HOST:PORT`.
     pub endpoint: String,
-    /// What the agent registers with.
+    /// The registration token.
     pub token: Secret,
-    /// `http` or `https`.
+    /// The scheme of the control plane's URL: `http` or `https`.
     pub scheme: &'static str,
-    /// Trusted besides the machine's own authorities.
+    /// A PEM file of certificate authorities to trust in addition to the machine's.
     pub ca_file: Option<PathBuf>,
-    /// For HTTPS.
+    /// The proxy for HTTPS.
     pub proxy: Option<Proxy>,
-    /// Runs when the agent ends.
+    /// A script to run when the agent ends.
     pub shutdown_hook: Option<PathBuf>,
-    /// What is added to every job.
+    /// The pre-job and the post-job hook.
     pub hooks: JobHooks,
     /// How long each hook may take.
     pub hook_timeout: Duration,
-    /// Whether the agent is for one job only.
+    /// Whether the agent ends after its first job.
     pub disconnect_after_job: bool,
-    /// The only job that it is for; empty for any.
+    /// The id of the only job to take; empty if the agent takes any.
     pub job_id: String,
-    /// In seconds; 0 for never.
+    /// The agent ends after this time without a job, in seconds; 0 for never.
     pub idle_timeout: u64,
-    /// In seconds.
+    /// How long a running job may go on after the agent was asked to end, in seconds.
     pub interruption_grace_period: u64,
-    /// How long the processes of a job that is over have to end.
+    /// How long the processes of a finished or stopped job have to end.
     pub grace: Duration,
-    /// What every job has in its environment.
+    /// Environment variables of every job.
     pub variables: Vec<EnvVar>,
-    /// What containers get of this machine's files.
+    /// Files of this machine to mount into containers.
     pub files: Vec<FileMount>,
-    /// Whether a missing one of these fails a job.
+    /// Whether a job in containers fails if one of `files` is missing.
     pub fail_on_missing_files: bool,
     /// Whether jobs in containers get the engine's socket.
     pub docker_socket: DockerSocket,
-    /// When a job's log is kept as an artifact.
+    /// When a job's log is uploaded as an artifact.
     pub upload_job_logs: UploadCondition,
-    /// Whether what a job detached from its shell outlives it.
+    /// Whether processes that a job detached from its shell may outlive it.
     pub keep_daemons: bool,
-    /// How long the delivery of a log may take after its job's end.
+    /// How long the delivery of a log may go on after the job's end.
     pub log_delivery_timeout: Duration,
     /// The agent's private directory.
     pub state_dir: PathBuf,
-    /// Where the script is put that people start over SSH.
+    /// Where to install the script that people run over SSH to enter a job.
     pub jump_point: PathBuf,
-    /// What the operator may want to know.
+    /// Warnings for the operator.
     pub warnings: Vec<String>,
-    /// Every option, its value, and where that comes from, a line each.
+    /// All options with their values and origins, one per line.
     pub printed: String,
 }
 
@@ -111,9 +111,9 @@ impl StartConfig {
         }
         let ca_file = settings.get(&CA_FILE);
         if let Some(ca_file) = &ca_file {
-            trusting(Some(ca_file)).map_err(|_| {
+            tls_connector(Some(ca_file)).map_err(|_| {
                 let ca_file = ca_file.display();
-                let why = format!("`{ca_file}` is no readable file of certificates in PEM");
+                let why = format!("`{ca_file}` is not a readable file of certificates in PEM");
                 settings.refuse(&CA_FILE.spec, why)
             })?;
         }
@@ -121,13 +121,13 @@ impl StartConfig {
             .map_err(|why| settings.refuse(&ENV_VARS.spec, why))?;
         let token = TOKEN.read(&mut settings)?;
         if !token.reveal().bytes().all(|byte| byte.is_ascii_graphic()) {
-            let why = "has characters that no token has";
+            let why = "contains characters that are invalid in a token";
             return Err(settings.refuse(TOKEN.set_by(&settings), why));
         }
         let name = name(&settings, environment)?;
-        if !is_url(&name) && !name.bytes().all(is_usual_in_names) {
+        if !is_url(&name) && !name.bytes().all(is_valid_in_names) {
             settings.warnings.push(format!(
-                "the name `{name}` has characters that control planes refuse: letters, digits and _ / + - are usual"
+                "the name `{name}` contains characters that control planes refuse; use letters, digits and _ / + -"
             ));
         }
         let state_dir = state_dir(&settings, environment);
@@ -180,13 +180,13 @@ fn refuse_kubernetes(settings: &Settings) -> Result<(), ConfigError> {
 fn endpoint(settings: &Settings) -> Result<String, ConfigError> {
     let endpoint = settings.get_or_empty(&ENDPOINT);
     if endpoint.is_empty() {
-        let why = "the host of the control plane is needed";
+        let why = "the control plane's host is required";
         return Err(settings.refuse(&ENDPOINT.spec, why));
     }
     if is_endpoint(&endpoint) {
         return Ok(endpoint);
     }
-    let why = format!("`{endpoint}` is not HOST or HOST:PORT, without a scheme and a path");
+    let why = format!("`{endpoint}` is not HOST or HOST:PORT (no scheme, no path)");
     Err(settings.refuse(&ENDPOINT.spec, why))
 }
 
@@ -231,31 +231,32 @@ fn name(settings: &Settings, environment: &Environment) -> Result<String, Config
         return Ok(name);
     }
     let (least, most) = (NAME_LENGTH.start(), NAME_LENGTH.end());
-    let why = format!("`{name}` has {length} characters; {least} to {most}, or a URL, are needed");
+    let why =
+        format!("`{name}` has {length} characters; a name has {least} to {most}, or is a URL");
     Err(settings.refuse(option, why))
 }
 
-/// Whether control planes take this in an agent's name (docs/protocol.md: "Registering").
-fn is_usual_in_names(byte: u8) -> bool {
+/// Returns whether control planes accept `byte` in an agent's name (docs/protocol.md: "Registering").
+fn is_valid_in_names(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"_/+-".contains(&byte)
 }
 
 fn random_name() -> String {
     const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
-    (0..RANDOM_NAME).map(|_| char::from(LETTERS[fastrand::usize(..LETTERS.len())])).collect()
+    (0..RANDOM_NAME_LENGTH).map(|_| char::from(LETTERS[fastrand::usize(..LETTERS.len())])).collect()
 }
 
-/// The value may hold what no flag, and no variable, could hold otherwise.
+/// Parses `NAME=VALUE` pairs. Of pairs with the same name, the last one counts.
 fn env_vars(pairs: &[String]) -> Result<Vec<EnvVar>, String> {
     let mut variables: Vec<EnvVar> = Vec::new();
     for (index, pair) in pairs.iter().enumerate() {
-        // Not shown: a part of a value may have got here.
+        // The error does not quote the entry, which may be a part of a secret value.
         let (name, value) =
             pair.split_once('=').ok_or_else(|| format!("entry {} is not NAME=VALUE", index + 1))?;
         let name = VariableName::new(name).ok_or_else(|| {
             let entry = index + 1;
             format!(
-                "entry {entry} has no name of a variable: letters, digits and _ only, no digit first"
+                "entry {entry} has an invalid variable name (letters, digits and _ only, no digit first)"
             )
         })?;
         variables.retain(|variable| variable.name != name);
@@ -269,7 +270,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_random_and_fit() {
+    fn random_names_differ_and_have_an_allowed_length() {
         let [one, two] = [random_name(), random_name()];
         assert_ne!(one, two);
         assert!(NAME_LENGTH.contains(&one.chars().count()));

@@ -1,17 +1,18 @@
-//! Decodes what comes from outside, with errors that name the place of what is wrong, and show no value.
+//! Decodes external input. Errors name the place of the problem and never show a value, which may be a
+//! secret.
 
 pub(crate) mod place;
 
 use serde::{Deserialize, Deserializer};
 
-/// A deserializer that notes where it is.
+/// A deserializer that tracks its path in the input.
 pub(crate) type Tracked<'a, 'b, D> = serde_path_to_error::Deserializer<'a, 'b, D>;
 
-/// JSON whose deserializer notes where it is.
+/// A JSON deserializer that tracks its path in the input.
 pub(crate) type TrackedJson<'a, 'b, 'json, 'de> =
     Tracked<'a, 'b, &'json mut serde_json::Deserializer<serde_json::de::SliceRead<'de>>>;
 
-/// Why input could not be decoded: the place in it, if it is known, and what is wrong there.
+/// Why input could not be decoded, with the path to the problem if it is known.
 #[derive(Debug, thiserror::Error)]
 #[error("{}{}", place.as_ref().map(|place| format!("{place}: ")).unwrap_or_default(), without_value(&source.to_string()))]
 pub(crate) struct DecodeError<E: std::error::Error + 'static> {
@@ -20,13 +21,13 @@ pub(crate) struct DecodeError<E: std::error::Error + 'static> {
 }
 
 impl DecodeError<serde_json::Error> {
-    /// Returns whether the input is JSON, but not what is wanted.
+    /// Returns whether the input is valid JSON of the wrong shape.
     pub(crate) fn is_data(&self) -> bool {
         self.source.is_data()
     }
 }
 
-/// Has `read` decode `input`.
+/// Decodes `input` with `read`.
 pub(crate) fn decode<'de, D, T>(
     input: D,
     read: impl FnOnce(Tracked<'_, '_, D>) -> Result<T, D::Error>,
@@ -42,7 +43,7 @@ where
     })
 }
 
-/// Has `read` decode all of `json`.
+/// Decodes `json` with `read`. Fails if anything follows the value.
 pub(crate) fn decode_json<'de, T>(
     json: &'de [u8],
     read: impl FnOnce(TrackedJson<'_, '_, '_, 'de>) -> Result<T, serde_json::Error>,
@@ -53,14 +54,14 @@ pub(crate) fn decode_json<'de, T>(
     Ok(decoded)
 }
 
-/// How many fields are named that are not known.
+/// How many unknown fields of a job request are logged by name.
 const MOST_NAMED: usize = 5;
 
-/// How much of their names is shown, in bytes.
-const SHOWN: usize = 300;
+/// Limit for the names of unknown fields in one log line, in bytes.
+const LONGEST_NAMES: usize = 300;
 
-/// Reads a job request, and has the agent's log name the fields in it that are ignored, as an agent does not know what
-/// later platforms send. Their values are in no log.
+/// Decodes a job request. Unknown fields, which newer platforms may send, are ignored and logged by name,
+/// without their values.
 pub(crate) fn naming_unknown<'de, D, T>(input: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
@@ -70,34 +71,34 @@ where
     let read = serde_ignored::deserialize(input, |path| {
         count += 1;
         if named.len() < MOST_NAMED {
-            named.push(spelled(&path));
+            named.push(format_path(&path));
         }
     });
     if count > 0 {
         let fields = named.join(", ");
-        let fields = &fields[..fields.floor_char_boundary(SHOWN)];
-        log::info!(fields, count; "fields of a job request are not known here, and ignored");
+        let fields = &fields[..fields.floor_char_boundary(LONGEST_NAMES)];
+        log::info!(fields, count; "ignoring unknown fields of a job request");
     }
     read
 }
 
-/// Writes `env_vars[2].name`.
-fn spelled(path: &serde_ignored::Path<'_>) -> String {
+/// Formats a path like `env_vars[2].name`.
+fn format_path(path: &serde_ignored::Path<'_>) -> String {
     use serde_ignored::Path;
     match path {
         Path::Root => String::new(),
-        Path::Seq { parent, index } => format!("{}[{index}]", spelled(parent)),
-        Path::Map { parent, key } => match spelled(parent) {
+        Path::Seq { parent, index } => format!("{}[{index}]", format_path(parent)),
+        Path::Map { parent, key } => match format_path(parent) {
             before if before.is_empty() => key.clone(),
             before => format!("{before}.{key}"),
         },
         Path::Some { parent }
         | Path::NewtypeStruct { parent }
-        | Path::NewtypeVariant { parent } => spelled(parent),
+        | Path::NewtypeVariant { parent } => format_path(parent),
     }
 }
 
-/// Takes the value out of serde's words about a wrong type: it may be a secret.
+/// Removes the value from serde's message about a wrong type, as it may be a secret.
 pub(crate) fn without_value(message: &str) -> String {
     const KINDS: [&str; 6] =
         ["string", "integer", "floating point", "boolean", "character", "byte array"];

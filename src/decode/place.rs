@@ -1,4 +1,4 @@
-//! Finds the line of a value in a file: a path to the value, and a walk along that path.
+//! Paths to values in YAML and JSON, and the lines of these values.
 
 use std::cell::Cell;
 use std::fmt;
@@ -7,7 +7,7 @@ use serde::de::{
     DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor,
 };
 
-/// Field names that files may use for others.
+/// Pairs of a field's name and another name that files may use for it.
 const ALIASES: [(&str, &str); 3] =
     [("job_id", "id"), ("files", "file"), ("epilogue_always_commands", "epilogue_commands")];
 
@@ -38,13 +38,13 @@ impl Segment {
         segments
     }
 
-    /// Reads `env_vars[2].name`.
+    /// Parses a path like `env_vars[2].name`.
     pub(crate) fn parse(path: &str) -> Vec<Self> {
         let parts = path.split(['.', '[']).map(|part| part.trim_end_matches(']'));
         parts.map(|part| part.parse().map_or_else(|_| Self::key(part), Self::Index)).collect()
     }
 
-    /// Writes `env_vars[2].name`.
+    /// Formats a path like `env_vars[2].name`.
     pub(crate) fn join(path: &[Self]) -> String {
         let mut joined = String::new();
         for segment in path {
@@ -65,25 +65,28 @@ pub(crate) fn line_in_json(text: &str, path: &[Segment]) -> Option<usize> {
     Some(error.line())
 }
 
-/// Returns the line of the last key or index of `path` in YAML, 1 based. A key that comes from a mapping that is merged
-/// has the line where that mapping sets it.
+/// Returns the line of the last key or index of `path` in YAML, 1 based. For a key that a merge key (`<<`)
+/// brings in, this is the line in the merged mapping.
 pub(crate) fn line_in_yaml(text: &str, path: &[Segment]) -> Option<usize> {
     let found = Cell::new(false);
     let seek = Seek { path, found: &found };
     let error = seek.deserialize(serde_yaml::Deserializer::from_str(text)).err()?;
     match path.last() {
-        Some(Segment::Key(key)) if !found.get() && may_merge(text) => line_setting(text, key),
+        Some(Segment::Key(key)) if !found.get() && may_merge(text) => {
+            first_line_with_key(text, key)
+        }
         _ => error.location().map(|location| location.line()),
     }
 }
 
-/// Whether YAML may have a merge key, which has the parts of other mappings stand in its own.
+/// Returns whether YAML may contain a merge key (`<<`), which copies the entries of other mappings. Quick,
+/// with false positives.
 pub(crate) fn may_merge(text: &str) -> bool {
     text.contains("<<")
 }
 
-/// The first line of YAML, 1 based, that sets a key of this name.
-fn line_setting(text: &str, key: &str) -> Option<usize> {
+/// Returns the first line of YAML, 1 based, that sets a key of this name anywhere.
+fn first_line_with_key(text: &str, key: &str) -> Option<usize> {
     let is_part_of_name = |c: char| c.is_alphanumeric() || "_-".contains(c);
     let sets = |line: &str| {
         line.match_indices(key).any(|(at, _)| {
@@ -96,11 +99,11 @@ fn line_setting(text: &str, key: &str) -> Option<usize> {
     text.lines().position(sets).map(|index| index + 1)
 }
 
-/// Walks down a path and fails at its last key: parsers give the place of an error.
+/// Follows a path, and fails on purpose at its last key or index, as parsers report the line of an error.
 #[derive(Clone, Copy)]
 struct Seek<'a> {
     path: &'a [Segment],
-    /// Set when the last key is there.
+    /// Set when the last key of the path was found.
     found: &'a Cell<bool>,
 }
 
@@ -147,11 +150,11 @@ impl<'de> Visitor<'de> for Seek<'_> {
     }
 }
 
-/// Answers whether a key is the wanted one; fails there if it is the last.
+/// Compares a key with the wanted one. If it matches and is the last of the path, fails on purpose.
 #[derive(Clone, Copy)]
 struct Key<'a> {
     wanted: &'a str,
-    /// What the last key sets.
+    /// Set at a match; `None` unless the wanted key is the last of the path.
     last: Option<&'a Cell<bool>>,
 }
 

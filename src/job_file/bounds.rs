@@ -1,4 +1,4 @@
-//! Bounds on what little YAML can stand for, and on how long reading it takes.
+//! Limits that protect the parser from small job files that take much memory or time.
 
 use std::fmt;
 
@@ -7,13 +7,14 @@ use serde::de::{
     VariantAccess as _, Visitor,
 };
 
-/// The most text that a file may stand for once its aliases are replaced, in bytes.
+/// Limit for the text of a file after the expansion of its aliases, in bytes.
 pub(super) const MAX_EXPANDED: u64 = 128 * 1024 * 1024;
 
-/// How deep brackets may be nested: scanning YAML takes the square of it.
+/// Limit for the nesting of brackets. The YAML scanner's time grows with its square.
 pub(super) const MAX_NESTING: usize = 10_000;
 
-/// How many brackets are open at once, wherever they stand: text has few that are never closed.
+/// Returns the largest number of brackets that are open at once. Counts those in strings and comments too,
+/// where unclosed brackets are rare.
 pub(super) fn deepest_nesting(text: &str) -> usize {
     let depths = text.bytes().scan(0_usize, |depth, byte| {
         match byte {
@@ -26,20 +27,20 @@ pub(super) fn deepest_nesting(text: &str) -> usize {
     depths.max().unwrap_or_default()
 }
 
-/// Whether a few aliases make more text of `yaml` than memory may hold.
-pub(super) fn stands_for_too_much(yaml: &str) -> bool {
-    // Without anchors there are no aliases, and the file is as large as it looks.
+/// Returns whether the expansion of aliases makes `yaml` larger than [`MAX_EXPANDED`].
+pub(super) fn expands_too_much(yaml: &str) -> bool {
+    // Without anchors there are no aliases to expand.
     if !yaml.contains('&') {
         return false;
     }
     let mut left = Some(MAX_EXPANDED);
-    // Whatever else is wrong is found again by who parses it for good.
+    // Other errors don't matter here: the actual parse reports them.
     let _ = Measure { left: &mut left }.deserialize(serde_yaml::Deserializer::from_str(yaml));
     left.is_none()
 }
 
-/// Walks through everything and fails when there is more text than `left` bytes, which is nothing
-/// then. Walking keeps none of it.
+/// Visits a whole document without storing it. Once it has more than `left` bytes of text, sets `left` to
+/// `None` and fails.
 struct Measure<'a> {
     left: &'a mut Option<u64>,
 }

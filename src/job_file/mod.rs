@@ -1,4 +1,4 @@
-//! Reads a job from a file, in YAML or JSON, and finds the lines of what is wrong with it.
+//! Reads a job from a file in YAML or JSON, and reports problems with their lines.
 
 mod bounds;
 
@@ -11,15 +11,15 @@ use actors::job::Job;
 use actors::request::{FileRequest, OnlyMap, known_fields};
 use serde::de::{Deserializer, IgnoredAny};
 
-use self::bounds::{MAX_EXPANDED, MAX_NESTING, deepest_nesting, stands_for_too_much};
+use self::bounds::{MAX_EXPANDED, MAX_NESTING, deepest_nesting, expands_too_much};
 use crate::decode::place::{Segment, line_in_json, line_in_yaml, may_merge};
 use crate::decode::{decode, decode_json, without_value};
 
-/// The largest job file, in bytes.
+/// Limit for the size of a job file, in bytes.
 pub const MAX_SIZE: u64 = 32 * 1024 * 1024;
 
-/// How many warnings or problems are told one by one; finding the line of each costs a reading.
-const MOST_TOLD: usize = 20;
+/// How many warnings or problems are listed. Finding the line of each one takes another parse.
+const MOST_LISTED: usize = 20;
 
 /// Where a job comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,19 +45,19 @@ impl fmt::Display for Source {
     }
 }
 
-/// A job, and what its author may want to know.
+/// A valid job, and warnings for its author.
 #[derive(Debug)]
 pub struct JobFile {
-    /// The job, without problems.
+    /// The job, which has no problems.
     pub job: Job,
-    /// One line each, with the place.
+    /// Warnings with their places, one line each.
     pub warnings: Vec<String>,
 }
 
-/// Why a file holds no job that can be run. Nothing of it was executed.
+/// Why a job file can't be run.
 #[derive(Debug, thiserror::Error)]
 pub enum JobFileError {
-    /// It can't be read.
+    /// The file can't be read.
     #[error("{from}: can't be read: {cause}")]
     Unreadable {
         /// The file.
@@ -65,41 +65,41 @@ pub enum JobFileError {
         /// The system's reason.
         cause: io::Error,
     },
-    /// It is a directory.
-    #[error("{from}: is a directory; a job file in YAML or JSON is needed")]
+    /// The path is a directory.
+    #[error("{from}: is a directory, not a job file in YAML or JSON")]
     Directory {
         /// The file.
         from: Source,
     },
-    /// It is larger than [`MAX_SIZE`].
-    #[error("{from}: is larger than {} MiB, the most that a job file may have", MAX_SIZE / 1024 / 1024)]
+    /// The file is larger than [`MAX_SIZE`].
+    #[error("{from}: is larger than {} MiB, the limit for job files", MAX_SIZE / 1024 / 1024)]
     TooLarge {
         /// The file.
         from: Source,
     },
-    /// It holds bytes that are no text.
+    /// The file is not UTF-8.
     #[error("{from}: is not text: byte {offset} is not UTF-8")]
     NotText {
         /// The file.
         from: Source,
-        /// Of the first such byte.
+        /// The offset of the first invalid byte.
         offset: usize,
     },
-    /// It holds nothing.
+    /// The file has no content but white space.
     #[error("{from}: is empty; a job needs at least a `job_id`")]
     Empty {
         /// The file.
         from: Source,
     },
-    /// It is not YAML or JSON, or a field has the wrong type.
+    /// The file is not YAML or JSON, or a field has the wrong type.
     #[error("{from}: {what}")]
     Syntax {
         /// The file.
         from: Source,
-        /// What and where: path, line, column.
+        /// The problem with its place (path, line and column).
         what: String,
     },
-    /// Its fields hold what can't be run.
+    /// Fields have invalid values.
     #[error("{}", what.join("\n"))]
     Invalid {
         /// One line for each problem, with its place.
@@ -107,16 +107,16 @@ pub enum JobFileError {
     },
 }
 
-/// What becomes of fields that no job has.
+/// How to treat unknown fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UnknownFields {
-    /// They are problems: a misspelt `commands` would be a job that passes without doing anything.
+    /// As problems: with a misspelt `commands`, a job would pass without doing anything.
     Refused,
-    /// They are told, and ignored.
+    /// As warnings.
     Warned,
 }
 
-/// Reads and checks a job.
+/// Reads and checks a job. The error lists all unknown, missing and invalid fields.
 pub fn read(from: &Source, unknown_fields: UnknownFields) -> Result<JobFile, JobFileError> {
     let text = read_text(from)?;
     if text.trim().is_empty() {
@@ -134,30 +134,32 @@ pub fn read(from: &Source, unknown_fields: UnknownFields) -> Result<JobFile, Job
         None => from.to_string(),
     };
     let place = |path: &[Segment]| place_at(format.locate(&text, path));
-    unknown.retain(|path| !is_of_another_tool(path));
+    unknown.retain(|path| !is_extension(path));
     let replaced = request.replaced_variables();
-    let unknown_told: Vec<_> = unknown
+    let unknown_lines: Vec<_> = unknown
         .iter()
-        .take(MOST_TOLD + 1)
-        .map(|path| format!("{}: unknown field {}", place(path), described(path)))
+        .take(MOST_LISTED + 1)
+        .map(|path| format!("{}: unknown field {}", place(path), describe_unknown(path)))
         .collect();
     let is_refused = unknown_fields == UnknownFields::Refused && !unknown.is_empty();
-    let replaced_told = replaced.iter().take(MOST_TOLD + 1).map(|index| {
+    let replaced_lines = replaced.iter().take(MOST_LISTED + 1).map(|index| {
         let path = [Segment::key("env_vars"), Segment::Index(*index), Segment::key("name")];
         let name = request.variable_name(*index).escape_debug().to_string();
         let place = place(&path);
         format!("{place}: variable `{name}` is set again further down; the last one wins")
     });
-    let replaced_told: Vec<_> = replaced_told.collect();
+    let replaced_lines: Vec<_> = replaced_lines.collect();
     let invalid = |what: Vec<String>| JobFileError::Invalid { what };
     let job = request.decode().map_err(|error| invalid(vec![format!("{from}: {error}")]))?;
-    let told = omissions.iter().chain(job.problems()).take(MOST_TOLD + 1);
-    let mut told: Vec<_> = told
+    let listed = omissions.iter().chain(job.problems()).take(MOST_LISTED + 1);
+    let mut listed: Vec<_> = listed
         .map(|problem| (format.locate(&text, &Segment::parse(&problem.path)), problem))
         .collect();
-    told.sort_by_key(|(line, _)| *line);
-    let mut problems: Vec<_> =
-        told.into_iter().map(|(line, problem)| format!("{}: {problem}", place_at(line))).collect();
+    listed.sort_by_key(|(line, _)| *line);
+    let mut problems: Vec<_> = listed
+        .into_iter()
+        .map(|(line, problem)| format!("{}: {problem}", place_at(line)))
+        .collect();
     let mut count = omissions.len() + job.problems().count();
     if !job.has_commands() {
         problems.push(format!(
@@ -166,33 +168,33 @@ pub fn read(from: &Source, unknown_fields: UnknownFields) -> Result<JobFile, Job
         count += 1;
     }
     if count > 0 || is_refused {
-        let refused = if is_refused { unknown_told } else { Vec::new() };
+        let refused = if is_refused { unknown_lines } else { Vec::new() };
         let all = count + if is_refused { unknown.len() } else { 0 };
         let mut what = first_of(all, refused.into_iter().chain(problems), from);
         if is_refused {
             what.push(format!(
-                "{from}: `--lenient` ignores unknown fields; those that begin with `x-` are free"
+                "{from}: `--lenient` ignores unknown fields; names that begin with `x-` are always ignored"
             ));
         }
         return Err(invalid(what));
     }
     let all = unknown.len() + replaced.len();
-    let warnings = first_of(all, unknown_told.into_iter().chain(replaced_told), from);
+    let warnings = first_of(all, unknown_lines.into_iter().chain(replaced_lines), from);
     Ok(JobFile { job, warnings })
 }
 
-/// Whether a field is one that tools may put into any part of a job for themselves.
-fn is_of_another_tool(path: &[Segment]) -> bool {
+/// Returns whether a field belongs to another tool: its name, or that of a part above it, begins with `x-`.
+fn is_extension(path: &[Segment]) -> bool {
     path.iter().any(|segment| matches!(segment, Segment::Key(key) if key.starts_with("x-")))
 }
 
-/// The first of `all` lines, and how many there are besides.
+/// Returns the first of `all` lines, and a line with the number of the others.
 fn first_of(all: usize, lines: impl Iterator<Item = String>, from: &Source) -> Vec<String> {
-    let mut told: Vec<String> = lines.take(MOST_TOLD).collect();
-    if all > told.len() {
-        told.push(format!("{from}: and {} more like these", all - told.len()));
+    let mut listed: Vec<String> = lines.take(MOST_LISTED).collect();
+    if all > listed.len() {
+        listed.push(format!("{from}: and {} more", all - listed.len()));
     }
-    told
+    listed
 }
 
 fn read_text(from: &Source) -> Result<String, JobFileError> {
@@ -219,8 +221,8 @@ fn read_text(from: &Source) -> Result<String, JobFileError> {
     Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
 }
 
-/// `name` and, if one is near, the known field that may be meant.
-fn described(path: &[Segment]) -> String {
+/// Formats the path of an unknown field, with a similar known field as a suggestion.
+fn describe_unknown(path: &[Segment]) -> String {
     let whole = Segment::join(path);
     let Some(Segment::Key(name)) = path.last() else {
         return format!("`{whole}`");
@@ -247,7 +249,7 @@ enum Format {
 }
 
 impl Format {
-    /// YAML in braces that is no JSON is rare, and still YAML.
+    /// Guesses the format. Text in braces or brackets is JSON, unless it parses only as YAML.
     fn of(text: &str) -> Self {
         let braces = text.trim_start().starts_with(['{', '[']);
         let is_json = |text| match serde_json::from_str::<IgnoredAny>(text) {
@@ -260,20 +262,22 @@ impl Format {
 
     fn request(self, text: &str, unknown: &mut Vec<Vec<Segment>>) -> Result<FileRequest, String> {
         match self {
-            Self::Json => decode_json(text.as_bytes(), |tracked| noting_unknown(tracked, unknown))
-                .map_err(|error| error.to_string()),
-            Self::Yaml if deepest_nesting(text) > MAX_NESTING => {
-                Err(format!("is nested more than {MAX_NESTING} levels deep"))
+            Self::Json => {
+                decode_json(text.as_bytes(), |tracked| collecting_unknown(tracked, unknown))
+                    .map_err(|error| error.to_string())
             }
-            Self::Yaml if stands_for_too_much(text) => {
-                Err(format!("its aliases stand for more than {} MiB", MAX_EXPANDED >> 20))
+            Self::Yaml if deepest_nesting(text) > MAX_NESTING => {
+                Err(format!("nested more than {MAX_NESTING} levels deep"))
+            }
+            Self::Yaml if expands_too_much(text) => {
+                Err(format!("aliases expand to more than {} MiB", MAX_EXPANDED >> 20))
             }
             Self::Yaml if may_merge(text) => merged_request(text, unknown),
             Self::Yaml => {
                 let input = serde_yaml::Deserializer::from_str(text);
-                noting_unknown(input, unknown).map_err(|error| {
+                collecting_unknown(input, unknown).map_err(|error| {
                     let what = without_value(&error.to_string());
-                    // The parser leaves out the place of the very first character.
+                    // For an error at the very first character the parser gives no place.
                     if error.location().is_some_and(|at| at.index() > 0) {
                         what
                     } else {
@@ -293,19 +297,20 @@ impl Format {
     }
 }
 
-/// Whether there is a merge key anywhere in `value`.
-fn merges(value: &serde_yaml::Value) -> bool {
+/// Returns whether there is a merge key anywhere in `value`.
+fn has_merge_key(value: &serde_yaml::Value) -> bool {
     match value {
         serde_yaml::Value::Mapping(mapping) => {
-            mapping.iter().any(|(key, value)| key.as_str() == Some("<<") || merges(value))
+            mapping.iter().any(|(key, value)| key.as_str() == Some("<<") || has_merge_key(value))
         }
-        serde_yaml::Value::Sequence(sequence) => sequence.iter().any(merges),
-        serde_yaml::Value::Tagged(tagged) => merges(&tagged.value),
+        serde_yaml::Value::Sequence(sequence) => sequence.iter().any(has_merge_key),
+        serde_yaml::Value::Tagged(tagged) => has_merge_key(&tagged.value),
         _ => false,
     }
 }
 
-/// Reads YAML with merge keys. Places in errors are paths instead of lines: what is merged is at several lines.
+/// Decodes YAML with merge keys. Errors name paths instead of lines, as a merged entry occurs at several
+/// lines.
 fn merged_request(text: &str, unknown: &mut Vec<Vec<Segment>>) -> Result<FileRequest, String> {
     let whole = |error: serde_yaml::Error| without_value(&error.to_string());
     let mut merged: serde_yaml::Value = serde_yaml::from_str(text).map_err(whole)?;
@@ -316,17 +321,18 @@ fn merged_request(text: &str, unknown: &mut Vec<Vec<Segment>>) -> Result<FileReq
         let line = line.map_or_else(String::new, |line| format!(" at line {}", line + 1));
         format!("a merge key `<<` needs a mapping, or a list of mappings: {}{line}", whole(error))
     };
-    // What is merged may have merge keys in it.
+    // Merged mappings may contain merge keys themselves.
     for _ in 0..MAX_NESTING {
-        if !merges(&merged) {
+        if !has_merge_key(&merged) {
             break;
         }
         merged.apply_merge().map_err(bad_merge)?;
     }
-    decode(merged, |tracked| noting_unknown(tracked, unknown)).map_err(|error| error.to_string())
+    decode(merged, |tracked| collecting_unknown(tracked, unknown))
+        .map_err(|error| error.to_string())
 }
 
-fn noting_unknown<'de, D>(
+fn collecting_unknown<'de, D>(
     input: D,
     unknown: &mut Vec<Vec<Segment>>,
 ) -> Result<FileRequest, D::Error>

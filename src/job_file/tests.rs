@@ -98,7 +98,7 @@ fn warnings_name_the_line_and_the_nearest_field() {
 }
 
 #[test]
-fn unknown_fields_are_refused_unless_they_are_asked_for() {
+fn unknown_fields_are_refused_except_extensions() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), JSON).unwrap();
     let error = read(&Source::File(file.path().to_owned()), UnknownFields::Refused).unwrap_err();
@@ -108,13 +108,13 @@ fn unknown_fields_are_refused_unless_they_are_asked_for() {
         "{error}"
     );
     assert!(error.contains("--lenient"), "{error}");
-    let free = JSON.replace("alais", "x-mine");
-    std::fs::write(file.path(), free).unwrap();
+    let with_extension = JSON.replace("alais", "x-mine");
+    std::fs::write(file.path(), with_extension).unwrap();
     read(&Source::File(file.path().to_owned()), UnknownFields::Refused).unwrap();
 }
 
 #[test]
-fn a_field_that_is_merged_is_told_with_its_own_line() {
+fn an_unknown_merged_field_is_reported_at_its_own_line() {
     let text = "job_id: '1'\nx-base: &base\n  # directve: no\n  directve: make\ncommands:\n  - alias: a\n  - <<: *base\n    directive: b\n";
     assert_eq!(
         warnings(text.replace("alias: a", "directive: a").as_str()),
@@ -123,7 +123,7 @@ fn a_field_that_is_merged_is_told_with_its_own_line() {
 }
 
 #[test]
-fn what_is_left_out_is_told_with_everything_else_and_its_line() {
+fn missing_fields_are_reported_with_all_other_problems_and_their_lines() {
     let text = "commands:\n  - alias: a\n  - directive: b\nenv_vars:\n  - name: A\n  - name: B\n    value: '!'\n";
     let error = read_str(text).unwrap_err().to_string();
     let lines: Vec<&str> = error.lines().collect();
@@ -141,7 +141,7 @@ fn a_job_without_a_command_is_refused() {
 }
 
 #[test]
-fn problems_name_their_line_even_behind_an_alias() {
+fn problems_name_their_line_even_below_an_alternative_name() {
     let error = read_str(&YAML.replace("'644'", "rw")).unwrap_err().to_string();
     assert!(error.starts_with("11: files[0].mode: bad file permission 'rw'"), "{error}");
 }
@@ -168,7 +168,7 @@ fn broken_syntax_names_its_line() {
 }
 
 #[test]
-fn json_escapes_are_json() {
+fn json_escapes_are_decoded_as_json() {
     let job =
         read_str(r#"{"job_id":"\ud83d\ude00","commands":[{"directive":"a\/b"}]}"#).unwrap().job;
     assert_eq!((job.id.as_str(), job.commands[0].directive.as_str()), ("😀", "a/b"));

@@ -1,3 +1,3 @@
-//! Where the agent's metrics go.
+//! Destinations of the agent's metrics.
 
 pub mod statsd;

@@ -1,7 +1,7 @@
 //! Sends metrics to a DogStatsD server (docs/protocol.md: "StatsD").
 //!
-//! On a thread of its own: finding the server's address may take long, and a job must not wait for
-//! it. What comes faster than it can be sent, or before the server is found, is dropped.
+//! A thread resolves the server's address and sends the metrics, so that no job waits for it. Metrics that
+//! come faster than they can be sent, or before the server is found, are dropped.
 
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -10,21 +10,21 @@ use std::time::Duration;
 use actors::ports::MetricsSink;
 use dogstatsd::{Client, OptionsBuilder};
 
-/// How many measurements may wait.
+/// How many measurements may wait for the sending thread; more are dropped.
 const QUEUE: usize = 256;
 
-/// Where the server is, and what its metrics begin with.
+/// The DogStatsD server, and the prefix of metric names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StatsdConfig {
-    /// A name or an address.
+    /// The server's host name or IP address.
     pub host: String,
-    /// Its UDP port.
+    /// The server's UDP port.
     pub port: u16,
     /// The first part of every metric's name.
     pub namespace: String,
 }
 
-/// See the module.
+/// Sends metrics to a DogStatsD server from a thread of its own.
 pub struct StatsdSink {
     queue: SyncSender<Measurement>,
 }
@@ -35,7 +35,7 @@ enum Measurement {
 }
 
 impl StatsdSink {
-    /// A sink that looks for its server in the background.
+    /// Starts the sending thread. The server's address is resolved there, at the first metric.
     pub fn new(config: StatsdConfig) -> std::io::Result<Self> {
         let (queue, measurements) = sync_channel(QUEUE);
         let thread = std::thread::Builder::new().name("statsd".into());
@@ -47,7 +47,7 @@ impl StatsdSink {
 fn send_all(config: &StatsdConfig, measurements: &Receiver<Measurement>) {
     let mut client = None;
     for measurement in measurements {
-        // Asked for once: the client would ask for a name at every single measurement.
+        // The name is resolved here once; the client would resolve it for every measurement.
         if client.is_none() {
             client = connect(config);
         }
@@ -71,7 +71,7 @@ fn connect(config: &StatsdConfig) -> Option<Client> {
     let StatsdConfig { host, port, namespace } = config;
     let found = (host.as_str(), *port).to_socket_addrs().map(|mut found| found.next());
     let Ok(Some(server)) = found else {
-        log::warn!(host, port; "the metrics server is not found");
+        log::warn!(host, port; "can't resolve the metrics server's address");
         return None;
     };
     let from = match server {
@@ -83,10 +83,10 @@ fn connect(config: &StatsdConfig) -> Option<Client> {
         .to_addr(server.to_string())
         .namespace(namespace.clone())
         .build();
-    Client::new(options).inspect_err(|error| log::warn!(error:%; "no metrics can be sent")).ok()
+    Client::new(options).inspect_err(|error| log::warn!(error:%; "can't send metrics")).ok()
 }
 
-/// Takes out what has a meaning in a datagram, so that an image's name can't add metrics.
+/// Replaces the characters that have a meaning in a datagram: an image's name must not add metrics.
 fn without_syntax(text: &str) -> String {
     text.replace(|c: char| c.is_control() || matches!(c, '|' | ',' | '#' | '@'), "_")
 }
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn datagrams_are_those_of_the_protocol_and_tags_can_not_break_out() {
+    fn datagrams_follow_the_protocol_and_tags_are_escaped() {
         let server = UdpSocket::bind(("localhost", 0)).unwrap();
         let mut sink = sink(server.local_addr().unwrap().port());
         let mut datagram = [0; 200];
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_is_dropped_rather_than_waited_for() {
+    fn excess_metrics_are_dropped_without_waiting() {
         let mut sink = sink(1);
         (0..100 * QUEUE).for_each(|_| sink.count("x", "t"));
     }

@@ -8,15 +8,16 @@ use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 use tokio::time::timeout;
 
-use crate::remote::http_client::{HttpClients, parse_url, words_of_send_error};
+use crate::remote::http_client::{HttpClients, describe_send_error, parse_url};
 
-/// How long a platform may take to answer one callback.
+/// Time limit of one callback, from connecting to the response headers.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// How long the body of an answer may take whose status says everything.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// Time limit for reading the body of a successful response. The status has decided already, so a slow body
+/// is not worth more.
+const BODY_PATIENCE: Duration = Duration::from_secs(1);
 
-/// A client of platforms.
+/// Sends callbacks with direct connections, which are kept open for the next callbacks.
 pub struct HttpCallbacks {
     clients: HttpClients,
 }
@@ -38,13 +39,13 @@ impl CallbackSender for HttpCallbacks {
         };
         let client = match self.clients.for_url(&url) {
             Ok(client) => client,
-            Err(error) => return unusable(&format!("no TLS: {error}")),
+            Err(error) => return unusable(&format!("TLS setup failed: {error}")),
         };
         let mut request =
             client.post(url).insert_header((header::CONTENT_TYPE, "application/json"));
         if let Some(token) = &callback.token {
             let Ok(bearer) = HeaderValue::try_from(format!("Bearer {token}")) else {
-                return unusable("its token can't stand in a header");
+                return unusable("the token contains characters that are invalid in a header");
             };
             request = request.insert_header((header::AUTHORIZATION, bearer));
         }
@@ -52,12 +53,15 @@ impl CallbackSender for HttpCallbacks {
         async {
             let mut response = request
                 .await
-                .map_err(|error| CallbackError::Failed(words_of_send_error(&error)))?;
+                .map_err(|error| CallbackError::Failed(describe_send_error(&error)))?;
             if !response.status().is_success() {
-                return Err(CallbackError::Failed(format!("the answer is {}", response.status())));
+                return Err(CallbackError::Failed(format!(
+                    "the server answered {}",
+                    response.status()
+                )));
             }
-            // Read, so that the connection can be used again; what it says is of no interest.
-            let _ = timeout(LAST_WORDS, response.body().limit(64 * 1024)).await;
+            // The body is ignored, but must be read before the connection can be used again.
+            let _ = timeout(BODY_PATIENCE, response.body().limit(64 * 1024)).await;
             Ok(())
         }
         .boxed_local()

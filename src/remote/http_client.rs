@@ -1,4 +1,4 @@
-//! How the agent makes HTTP requests: trust, proxies, time limits. HTTP/1.1 only.
+//! HTTP/1.1 clients with certificate authorities, an HTTPS proxy and time limits.
 
 use std::cell::OnceCell;
 use std::fmt;
@@ -25,55 +25,56 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::service::environment::Environment;
 
-/// What a proxy may answer before the connection is through, in bytes.
-const LONGEST_PROXY_ANSWER: usize = 8 << 10;
+/// Limit for a proxy's response to CONNECT, in bytes: it is read into memory.
+const LONGEST_PROXY_RESPONSE: usize = 8 << 10;
 
-/// Makes clients for one kind of requests.
+/// A plain and a TLS client with the same settings, each made at its first use.
 #[derive(Default)]
 pub struct HttpClients {
-    /// How long one request may take, connecting included.
+    /// Time limit of one request, including the time to connect.
     pub patience: Duration,
-    /// Certificate authorities besides those of this machine.
+    /// A PEM file of certificate authorities to trust in addition to the machine's.
     pub ca_file: Option<PathBuf>,
-    /// For HTTPS only.
+    /// The proxy for HTTPS; plain HTTP connects directly.
     pub proxy: Option<Rc<Proxy>>,
     plain: OnceCell<Client>,
-    /// Made when it is needed: reading the machine's certificate authorities takes a while.
+    /// Made lazily because reading the machine's certificate authorities is slow.
     secure: OnceCell<Client>,
 }
 
 impl HttpClients {
-    /// Direct connections, and this machine's authorities.
+    /// Returns clients that connect directly and trust the machine's certificate authorities.
     pub fn new(patience: Duration) -> Self {
         Self { patience, ..Self::default() }
     }
 
-    /// The same without the connections of these.
+    /// Returns clients with the same settings that share no connections with `self`.
     #[must_use]
-    pub fn afresh(&self) -> Self {
+    pub fn with_new_connections(&self) -> Self {
         let Self { patience, ca_file, proxy, .. } = self;
         Self { ca_file: ca_file.clone(), proxy: proxy.clone(), ..Self::new(*patience) }
     }
 
-    /// The client for `url`, which must be one of http or https.
+    /// Returns the client for `url`, an http: or https: URL. Fails if the certificate authorities can't be
+    /// read.
     pub fn for_url(&self, url: &Uri) -> io::Result<&Client> {
         if url.scheme_str() != Some("https") {
             return Ok(self.plain.get_or_init(|| self.client(None)));
         }
         if self.secure.get().is_none() {
-            let tls = trusting(self.ca_file.as_deref())?;
+            let tls = tls_connector(self.ca_file.as_deref())?;
             return Ok(self.secure.get_or_init(|| self.client(Some(tls))));
         }
         self.secure.get().ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
-    /// HTTP/2 stays off: awc's implementation of it has a known weakness.
+    /// Makes a client. HTTP/2 stays off because awc's implementation of it has a known weakness.
     fn client(&self, tls: Option<SslConnector>) -> Client {
         let dialer = Dialer { proxy: self.proxy.clone().filter(|_| tls.is_some()) };
         let connector = Connector::new().connector(dialer);
         let connector = connector.timeout(self.patience).handshake_timeout(self.patience);
         let connector = match tls {
-            // It offers no protocol, so HTTP/1.1 it is.
+            // The TLS connector offers no ALPN protocol, so servers choose HTTP/1.1.
             Some(tls) => connector.openssl(tls),
             None => connector.max_http_version(Version::HTTP_11),
         };
@@ -81,8 +82,8 @@ impl HttpClients {
     }
 }
 
-/// Why a request could not be sent, or had no answer, in words of this program.
-pub fn words_of_send_error(error: &SendRequestError) -> String {
+/// Describes why a request could not be sent or got no response.
+pub fn describe_send_error(error: &SendRequestError) -> String {
     match error {
         SendRequestError::Timeout | SendRequestError::Connect(ConnectorError::Timeout) => {
             "there was no answer in time".into()
@@ -90,23 +91,23 @@ pub fn words_of_send_error(error: &SendRequestError) -> String {
         SendRequestError::Connect(ConnectorError::Disconnected)
         | SendRequestError::Response(_)
         | SendRequestError::Send(_) => "the connection was closed before an answer came".into(),
-        SendRequestError::Connect(error) => format!("it can't be reached: {error}"),
+        SendRequestError::Connect(error) => format!("the server can't be reached: {error}"),
         error => error.to_string(),
     }
 }
 
-/// An URL of http or https, or why `text` is none.
+/// Parses an http: or https: URL.
 pub fn parse_url(text: &str) -> Result<Uri, &'static str> {
-    let url: Uri = text.parse().map_err(|_| "its URL is invalid")?;
+    let url: Uri = text.parse().map_err(|_| "the URL is invalid")?;
     if matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some() {
         Ok(url)
     } else {
-        Err("its URL is not one of http or https")
+        Err("the URL must begin with http: or https: and name a host")
     }
 }
 
-/// A connector that trusts the certificate authorities of this machine, and those in `ca_file`.
-pub fn trusting(ca_file: Option<&Path>) -> io::Result<SslConnector> {
+/// Returns a connector that trusts the machine's certificate authorities and those in `ca_file`.
+pub fn tls_connector(ca_file: Option<&Path>) -> io::Result<SslConnector> {
     let mut tls = SslConnector::builder(SslMethod::tls_client())?;
     let authorities = openssl_probe::probe();
     if let Some(bundle) = authorities.cert_file {
@@ -122,7 +123,7 @@ pub fn trusting(ca_file: Option<&Path>) -> io::Result<SslConnector> {
     Ok(tls.build())
 }
 
-/// A proxy for HTTPS, and the hosts that are reached without it.
+/// A proxy for HTTPS, and the hosts that are connected to directly.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Proxy {
     host: String,
@@ -131,7 +132,7 @@ pub struct Proxy {
     direct: Vec<String>,
 }
 
-/// Without what it is told about who asks.
+/// Omits the login.
 impl fmt::Debug for Proxy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.host, self.port)
@@ -139,7 +140,8 @@ impl fmt::Debug for Proxy {
 }
 
 impl Proxy {
-    /// What `HTTPS_PROXY` and `NO_PROXY` say, in capitals or not.
+    /// Reads `HTTPS_PROXY` and `NO_PROXY`, or their lower-case forms. Errors do not contain the values: a
+    /// proxy's URL may hold a password.
     pub fn from_env(environment: &Environment) -> Result<Option<Self>, String> {
         let variable =
             |name: &str| environment.text(name).or_else(|| environment.text(&name.to_lowercase()));
@@ -147,26 +149,26 @@ impl Proxy {
         let Some(proxy) = variable("HTTPS_PROXY") else {
             return Ok(None);
         };
-        // It may hold a password.
         Self::new(&proxy, &direct).map(Some).map_err(|why| format!("HTTPS_PROXY: {why}"))
     }
 
     fn new(url: &str, direct: &str) -> Result<Self, &'static str> {
         let with_scheme =
             if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
-        // The host would end there, and what is a part of the password be taken for another one.
+        // An unescaped `#`, `/` or `?` in the login ends the authority: the URL parser would take the login
+        // for the host.
         let after_scheme = with_scheme.split_once("://").map_or("", |(_, rest)| rest);
         if let Some((before, after)) = after_scheme.split_once(['#', '/', '?'])
             && !before.contains('@')
             && after.contains('@')
         {
-            return Err("a login must have `#`, `/` and `?` as %23, %2F and %3F");
+            return Err("in the login, `#`, `/` and `?` must be written as %23, %2F and %3F");
         }
-        let url: Uri = with_scheme.parse().map_err(|_| "is no URL")?;
+        let url: Uri = with_scheme.parse().map_err(|_| "not a valid URL")?;
         if url.scheme_str() != Some("http") {
-            return Err("only proxies that are reached by http: are known");
+            return Err("only http: proxies are supported");
         }
-        let authority = url.authority().ok_or("names no host")?;
+        let authority = url.authority().ok_or("the URL names no host")?;
         let login = authority.as_str().rsplit_once('@').map(|(login, _)| login);
         Ok(Self {
             host: authority.host().trim_matches(['[', ']']).to_owned(),
@@ -177,16 +179,16 @@ impl Proxy {
         })
     }
 
-    /// Whether `host` is reached without it: named, below a name, in a range of addresses; some for
-    /// one port only.
-    fn spares(&self, host: &str, port: u16) -> bool {
+    /// Returns whether `host` is connected to directly. Entries of `NO_PROXY` are names (which include their
+    /// subdomains), addresses and CIDR ranges; names and addresses may be limited to one port.
+    fn is_bypassed(&self, host: &str, port: u16) -> bool {
         let host = host.trim_matches(['[', ']']).to_lowercase();
         self.direct.iter().filter(|name| !name.is_empty()).any(|name| {
             if let Some((network, bits)) = name.split_once('/') {
                 return is_in_network(&host, network, bits);
             }
             let (name, only_port) = match name.rsplit_once(':') {
-                // Not the end of an address that is all colons.
+                // The last group of a bare IPv6 address is not a port.
                 Some((name, port)) if !name.contains(':') || name.ends_with(']') => {
                     (name, Some(port))
                 }
@@ -200,7 +202,7 @@ impl Proxy {
         })
     }
 
-    /// A connection through it.
+    /// Opens a connection to `host` through the proxy with CONNECT.
     async fn tunnel(&self, host: &str, port: u16) -> io::Result<TcpStream> {
         let failed = |why: String| io::Error::other(format!("the proxy {self:?} {why}"));
         let mut stream = TcpStream::connect((self.host.as_str(), self.port))
@@ -213,21 +215,21 @@ impl Proxy {
         let head =
             format!("CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n{authorization}\r\n");
         stream.write_all(head.as_bytes()).await?;
-        let mut answer = Vec::new();
-        while !answer.ends_with(b"\r\n\r\n") {
-            // One byte at a time: what follows is not for us.
+        let mut response = Vec::new();
+        while !response.ends_with(b"\r\n\r\n") {
+            // One byte at a time: whatever follows the headers belongs to the TLS connection.
             let byte = stream.read_u8().await?;
-            answer.push(byte);
-            if answer.len() > LONGEST_PROXY_ANSWER {
-                return Err(failed("answers too much".into()));
+            response.push(byte);
+            if response.len() > LONGEST_PROXY_RESPONSE {
+                return Err(failed("sent too long a response to CONNECT".into()));
             }
         }
-        let answer = String::from_utf8_lossy(&answer);
-        let status = answer.split_whitespace().nth(1).unwrap_or_default();
-        if answer.starts_with("HTTP/1.") && status.starts_with('2') {
+        let response = String::from_utf8_lossy(&response);
+        let status = response.split_whitespace().nth(1).unwrap_or_default();
+        if response.starts_with("HTTP/1.") && status.starts_with('2') {
             Ok(stream)
         } else {
-            Err(failed(format!("answers {}", answer.lines().next().unwrap_or_default())))
+            Err(failed(format!("answered {}", response.lines().next().unwrap_or_default())))
         }
     }
 }
@@ -244,11 +246,11 @@ fn is_in_network(host: &str, network: &str, bits: &str) -> bool {
         (IpAddr::V6(host), IpAddr::V6(network)) => (host.to_bits(), network.to_bits(), 128),
         _ => return false,
     };
-    // All bits differ if none counts.
+    // With a prefix of 0 bits the shift is as wide as the type: every address matches.
     bits <= size && (host ^ network).checked_shr(size - bits).unwrap_or(0) == 0
 }
 
-/// What a part of an URL stands for: a login may have any character in it.
+/// Decodes `%XX` sequences, and leaves invalid ones as they are.
 fn percent_decoded(text: &str) -> Vec<u8> {
     let hex = |digits: &str| u8::from_str_radix(digits, 16).ok();
     let mut parts = text.split('%');
@@ -268,7 +270,7 @@ fn percent_decoded(text: &str) -> Vec<u8> {
     decoded
 }
 
-/// Opens connections, through a proxy where that is wanted.
+/// Opens TCP connections, directly or through the proxy.
 #[derive(Clone)]
 struct Dialer {
     proxy: Option<Rc<Proxy>>,
@@ -284,7 +286,8 @@ impl Service<ConnectInfo<Uri>> for Dialer {
     }
 
     fn call(&self, info: ConnectInfo<Uri>) -> Self::Future {
-        let proxy = self.proxy.clone().filter(|proxy| !proxy.spares(info.hostname(), info.port()));
+        let proxy =
+            self.proxy.clone().filter(|proxy| !proxy.is_bypassed(info.hostname(), info.port()));
         let Some(proxy) = proxy else {
             return TcpConnector::default().service().call(info).boxed_local();
         };
@@ -302,7 +305,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_proxy_is_read_with_its_login() {
+    fn a_proxy_url_is_parsed_with_its_login() {
         let proxy = Proxy::new("http://me:secret@proxy.example:3128/", "").unwrap();
         assert_eq!((proxy.host.as_str(), proxy.port), ("proxy.example", 3128));
         assert_eq!(proxy.authorization.as_deref(), Some("Basic bWU6c2VjcmV0"));
@@ -319,21 +322,21 @@ mod tests {
     }
 
     #[test]
-    fn some_hosts_are_reached_without_it() {
+    fn no_proxy_names_bypass_the_proxy() {
         let proxy = Proxy::new("proxy", "localhost, .example.com,10.0.0.1,*.corp").unwrap();
         for host in ["localhost", "a.example.com", "example.com", "10.0.0.1", "x.corp", "X.Corp"] {
-            assert!(proxy.spares(host, 443), "{host}");
+            assert!(proxy.is_bypassed(host, 443), "{host}");
         }
         for host in ["example.org", "notexample.com", "10.0.0.10", "localhost.org"] {
-            assert!(!proxy.spares(host, 443), "{host}");
+            assert!(!proxy.is_bypassed(host, 443), "{host}");
         }
-        assert!(Proxy::new("proxy", "*").unwrap().spares("anything", 443));
+        assert!(Proxy::new("proxy", "*").unwrap().is_bypassed("anything", 443));
     }
 
     #[test]
-    fn networks_and_ports_are_spared_too() {
+    fn no_proxy_takes_networks_and_ports() {
         let proxy = Proxy::new("proxy", "10.0.0.0/8,fd00::/16,a.example:8443,[::1]:1,::2").unwrap();
-        let spared = [
+        let bypassed = [
             ("10.1.2.3", 443),
             ("fd00:1::1", 1),
             ("[fd00::1]", 1),
@@ -342,20 +345,20 @@ mod tests {
             ("::1", 1),
             ("[::2]", 443),
         ];
-        for (host, port) in spared {
-            assert!(proxy.spares(host, port), "{host}:{port}");
+        for (host, port) in bypassed {
+            assert!(proxy.is_bypassed(host, port), "{host}:{port}");
         }
         for (host, port) in
             [("11.0.0.1", 443), ("a.example", 443), ("::1", 443), ("fd01::1", 1), ("10.example", 1)]
         {
-            assert!(!proxy.spares(host, port), "{host}:{port}");
+            assert!(!proxy.is_bypassed(host, port), "{host}:{port}");
         }
-        assert!(Proxy::new("proxy", "0.0.0.0/0").unwrap().spares("1.2.3.4", 443));
-        assert!(!Proxy::new("proxy", "0.0.0.0/33").unwrap().spares("1.2.3.4", 443));
+        assert!(Proxy::new("proxy", "0.0.0.0/0").unwrap().is_bypassed("1.2.3.4", 443));
+        assert!(!Proxy::new("proxy", "0.0.0.0/33").unwrap().is_bypassed("1.2.3.4", 443));
     }
 
     #[test]
-    fn a_login_may_have_any_character_in_it() {
+    fn percent_sequences_are_decoded() {
         for (text, decoded) in [
             ("me:p%40%3a%25", "me:p@:%"),
             ("%zz%4", "%zz%4"),

@@ -1,4 +1,4 @@
-//! The control plane of a self-hosted agent, over HTTP (docs/protocol.md: "The self-hosted API").
+//! An HTTP client of the control plane, for self-hosted agents (docs/protocol.md: "The self-hosted API").
 
 use std::cell::RefCell;
 use std::fmt::Write as _;
@@ -21,52 +21,60 @@ use serde_json::Value;
 use crate::config::Secret;
 use crate::config::start::is_url;
 use crate::decode::{TrackedJson, decode_json, naming_unknown};
-use crate::remote::http_client::{HttpClients, parse_url, words_of_send_error};
+use crate::remote::http_client::{HttpClients, describe_send_error, parse_url};
 
-/// How long the control plane may take to answer one request.
+/// Time limit of one request to the control plane or a log server; the response body gets as much again.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The largest job, and the largest of all other answers, in bytes.
+/// Limit for a job request, in bytes: it is read into memory.
 const LARGEST_JOB: usize = 64 << 20;
-const LARGEST_ANSWER: usize = 1 << 20;
 
-/// How much of a refusal is read, in bytes, for how long, and how much of it is shown, in characters.
+/// Limit for all other responses, in bytes.
+const LARGEST_RESPONSE: usize = 1 << 20;
+
+/// Limit for the body of an error response, in bytes.
 const LARGEST_REFUSAL: usize = 64 << 10;
-const LAST_WORDS: Duration = Duration::from_secs(5);
-const SHOWN: usize = 200;
 
-/// What control planes put in the place of secrets that they have given out (docs/protocol.md: "Fetching a job").
+/// Time limit for reading the body of an error response. The status decides most of the error, so a slow body
+/// must not hold it up.
+const REFUSAL_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How much of an error response is put into the error, in characters.
+const LONGEST_SHOWN_REFUSAL: usize = 200;
+
+/// Control planes overwrite secrets with this text after the first download (docs/protocol.md: "Fetching a
+/// job").
 const SANITIZED: &str = "{SANITIZED}";
 
-/// Why a job is not run whose secrets are gone.
-const LOST_SECRETS: &str = "the job's secrets were in an answer that got lost, or the job is larger than the control \
-                            plane's 4 MiB; it must be rerun";
+/// The problem of a job whose secrets are overwritten.
+const LOST_SECRETS: &str = "the job's secrets were lost with an earlier response, or the job exceeds the control \
+                            plane's limit of 4 MiB; it must be rerun";
 
-/// What the agent calls itself.
+/// The `User-Agent` header of requests to the control plane and to log servers.
 pub const USER_AGENT: &str = concat!("SemaphoreAgent/", env!("CARGO_PKG_VERSION"));
 
-/// What the agent tells about itself once.
+/// The body of the registration request.
 #[derive(Clone, Debug, Serialize)]
 pub struct Registration {
-    /// Its name, or the URL that stands for one.
+    /// The agent's name, or a pre-signed URL in place of one.
     pub name: String,
-    /// Of this program.
+    /// The agent's version.
     pub version: &'static str,
-    /// Its process.
+    /// The agent's process id.
     pub pid: u32,
-    /// For people.
+    /// The operating system's name, only shown to people.
     pub os: String,
-    /// The machine's processor.
+    /// The processor's architecture.
     pub arch: &'static str,
-    /// The machine's name.
+    /// The machine's host name.
     pub hostname: String,
-    /// It is to be shut down after its first job.
+    /// Whether the control plane is to shut the agent down after its first job.
     pub single_job: bool,
-    /// It is to be shut down after so many seconds without a job; 0 for never.
+    /// After how many seconds without a job the control plane is to shut the agent down; 0 for never.
     pub idle_timeout: u64,
-    /// How long its job may go on after an interruption, in seconds.
+    /// How long a running job may go on after the agent was asked to end, in seconds.
     pub interruption_grace_period: u64,
-    /// The only job that it is for; empty for any.
+    /// The id of the only job that the agent takes; empty if it takes any.
     pub job_id: String,
 }
 
@@ -82,7 +90,7 @@ struct Refreshed {
     token: String,
 }
 
-/// A client of the control plane. Clones share its tokens.
+/// A client of the control plane. Clones share the access token.
 #[derive(Clone)]
 pub struct Hub {
     shared: Rc<Shared>,
@@ -93,12 +101,12 @@ struct Shared {
     base: Uri,
     registration_token: Secret,
     registration: Registration,
-    /// What everything but the registration is allowed with.
+    /// Authorizes all requests but the registration, whose response it comes from.
     access_token: RefCell<String>,
 }
 
 impl Hub {
-    /// A client of the control plane at `endpoint`, a host and perhaps a port.
+    /// Returns a client of the control plane at `endpoint` (`HOST` or `HOST:PORT`).
     pub fn new(
         clients: Rc<HttpClients>,
         scheme: &str,
@@ -123,10 +131,12 @@ impl Shared {
     ) -> Result<ClientRequest, HubError> {
         let failed = |why: String| HubError::Failed(why);
         let url = format!("{}{path}", self.base);
-        let client =
-            clients.for_url(&self.base).map_err(|error| failed(format!("no TLS: {error}")))?;
-        let token = header::HeaderValue::try_from(format!("Token {token}"))
-            .map_err(|_| failed("the token can't stand in a header".into()))?;
+        let client = clients
+            .for_url(&self.base)
+            .map_err(|error| failed(format!("TLS setup failed: {error}")))?;
+        let token = header::HeaderValue::try_from(format!("Token {token}")).map_err(|_| {
+            failed("the token contains characters that are invalid in a header".into())
+        })?;
         Ok(client
             .request(method, url)
             .insert_header((header::USER_AGENT, USER_AGENT))
@@ -134,7 +144,7 @@ impl Shared {
             .insert_header((header::AUTHORIZATION, token)))
     }
 
-    async fn ask(
+    async fn send(
         &self,
         method: Method,
         path: &str,
@@ -143,36 +153,36 @@ impl Shared {
     ) -> Result<Bytes, HubError> {
         let token = self.access_token.borrow().clone();
         let is_secret = is_url(&self.registration.name);
-        answer_to(self.request(&self.clients, method, path, &token)?, body, largest, is_secret)
+        response_to(self.request(&self.clients, method, path, &token)?, body, largest, is_secret)
             .await
     }
 }
 
-/// What the control plane answers, its refusals in its own words. `is_secret` tells that these may hold the agent's
-/// name, which is a secret.
-async fn answer_to(
+/// Sends `request` and returns the body of a successful response. Errors quote the beginning of an error
+/// response, unless `is_secret`: it may contain the agent's name, which is then a pre-signed URL.
+async fn response_to(
     request: ClientRequest,
     body: Bytes,
     largest: usize,
     is_secret: bool,
 ) -> Result<Bytes, HubError> {
     let response = request.send_body(body).await;
-    let response = response.map_err(|error| HubError::Failed(words_of_send_error(&error)))?;
+    let response = response.map_err(|error| HubError::Failed(describe_send_error(&error)))?;
     let mut response = response.timeout(PATIENCE);
     let status = response.status();
     if status.is_success() {
         let body = response.body().limit(largest).await;
         return body.map_err(|error| HubError::BrokeOff(error.to_string()));
     }
-    let text = match response.timeout(LAST_WORDS).body().limit(LARGEST_REFUSAL).await {
+    let text = match response.timeout(REFUSAL_PATIENCE).body().limit(LARGEST_REFUSAL).await {
         Ok(text) if !is_secret => {
-            String::from_utf8_lossy(&text).trim().chars().take(SHOWN).collect()
+            String::from_utf8_lossy(&text).trim().chars().take(LONGEST_SHOWN_REFUSAL).collect()
         }
         _ => String::new(),
     };
     let why = match text.as_str() {
-        "" => format!("the answer is {status}"),
-        text => format!("the answer is {status}: {text}"),
+        "" => format!("the server answered {status}"),
+        text => format!("the server answered {status}: {text}"),
     };
     let says = |words: &str| text.to_ascii_lowercase().contains(words);
     Err(match status {
@@ -185,13 +195,13 @@ async fn answer_to(
     })
 }
 
-/// Says what is wrong and where, but no value: it may be a secret.
+/// Decodes a response. Errors name the place and the problem, but no value, which may be a secret.
 fn decode<'de, T: Deserialize<'de>>(body: &'de [u8]) -> Result<T, HubError> {
     decode_or(HubError::Failed, body)
 }
 
-/// The same. What is no JSON at all may be somebody else's answer, such as a proxy's page, and the next
-/// one another; what is JSON, but not what it should be, is `unfit`.
+/// Like [`decode`], but JSON of an unexpected shape is the error `unfit`. A body that is not JSON stays a
+/// transient error: it may come from somebody else, such as a proxy.
 fn decode_or<'de, T: Deserialize<'de>>(
     unfit: fn(String) -> HubError,
     body: &'de [u8],
@@ -199,58 +209,59 @@ fn decode_or<'de, T: Deserialize<'de>>(
     decode_with(unfit, body, |tracked| T::deserialize(tracked))
 }
 
-/// The same, read in this way.
+/// Like [`decode_or`], with a deserializer of the caller's choice.
 fn decode_with<'de, T>(
     unfit: fn(String) -> HubError,
     body: &'de [u8],
     read: impl FnOnce(TrackedJson<'_, '_, '_, 'de>) -> serde_json::Result<T>,
 ) -> Result<T, HubError> {
     decode_json(body, read).map_err(|error| {
-        let why = format!("the answer is not understood: {error}");
+        let why = format!("invalid response: {error}");
         if error.is_data() { unfit(why) } else { HubError::Failed(why) }
     })
 }
 
-/// Why a `200` is not taken for the platform's.
-pub const SOMEBODY_ELSES: &str =
-    "the answer is a page of somebody else, as a portal in between gives it";
+/// The error for a `200` whose body [`may_be_from_control_plane`] rejects.
+pub const FOREIGN_RESPONSE: &str =
+    "the response is neither empty nor JSON; it may come from a proxy or a login page in between";
 
-/// Whether a server of the platform can have said this with its `200`: nothing, or JSON.
-pub fn is_own_answer(body: &[u8]) -> bool {
+/// Returns whether the body of a `200` may come from the control plane or a log server: it is empty or JSON.
+pub fn may_be_from_control_plane(body: &[u8]) -> bool {
     let body = body.trim_ascii();
     body.is_empty() || serde_json::from_slice::<serde::de::IgnoredAny>(body).is_ok()
 }
 
-/// Whether the values of this job were overwritten. What its commands say is no value.
-fn lacks_its_secrets(body: &[u8]) -> bool {
-    fn holds(value: &Value) -> bool {
+/// Returns whether the control plane has overwritten this job's secrets. Command texts don't count: they may
+/// contain the placeholder themselves.
+fn lacks_secrets(body: &[u8]) -> bool {
+    fn is_overwritten(value: &Value) -> bool {
         match value {
             Value::String(text) => text == SANITIZED,
-            Value::Array(list) => list.iter().any(holds),
-            Value::Object(map) => map
-                .iter()
-                .any(|(key, value)| !matches!(key.as_str(), "directive" | "alias") && holds(value)),
+            Value::Array(list) => list.iter().any(is_overwritten),
+            Value::Object(map) => map.iter().any(|(key, value)| {
+                !matches!(key.as_str(), "directive" | "alias") && is_overwritten(value)
+            }),
             _ => false,
         }
     }
-    // Most jobs don't have to be read twice.
+    // The search saves most jobs from being parsed a second time.
     memchr::memmem::find(body, SANITIZED.as_bytes()).is_some()
-        && serde_json::from_slice::<Value>(body).is_ok_and(|body| holds(&body))
+        && serde_json::from_slice::<Value>(body).is_ok_and(|body| is_overwritten(&body))
 }
 
 fn encode(value: &impl Serialize) -> Bytes {
-    // Fails only for maps whose keys are no strings.
+    // Only maps with keys other than strings fail, and no message has such a map.
     serde_json::to_vec(value).unwrap_or_default().into()
 }
 
-/// As one segment of a path.
+/// Encodes `text` as one segment of a URL's path.
 fn percent_encoded(text: &str) -> String {
     let mut encoded = String::new();
     for byte in text.bytes() {
         if byte.is_ascii_alphanumeric() || b"-_~".contains(&byte) {
             encoded.push(char::from(byte));
         } else {
-            // Fails only if writing to a string does.
+            // Writing to a string never fails.
             let _ = write!(encoded, "%{byte:02X}");
         }
     }
@@ -265,23 +276,23 @@ impl HubApi for Hub {
             let request = shared.request(&shared.clients, Method::POST, "/register", token)?;
             let body = encode(&shared.registration);
             let is_secret = is_url(&shared.registration.name);
-            let answer = answer_to(request, body, LARGEST_ANSWER, is_secret).await;
-            let answer = answer.map_err(|error| match error {
-                HubError::NotFound(why) => HubError::Failed(format!(
-                    "{why} (as with an endpoint that is not the organization's host)"
-                )),
+            let response = response_to(request, body, LARGEST_RESPONSE, is_secret).await;
+            let response = response.map_err(|error| match error {
+                HubError::NotFound(why) => {
+                    HubError::Failed(format!("{why} (is the endpoint the organization's host?)"))
+                }
                 HubError::Unauthorized(why) => {
-                    HubError::Failed(format!("{why} (as with a wrong registration token)"))
+                    HubError::Failed(format!("{why} (is the registration token right?)"))
                 }
                 error => error,
             })?;
-            let answer = answer.trim_ascii();
+            let response = response.trim_ascii();
             let registered: Registered =
-                if answer.is_empty() { Registered::default() } else { decode(answer)? };
+                if response.is_empty() { Registered::default() } else { decode(response)? };
             let name = registered.name.filter(|name| !name.is_empty());
-            // The own one may be a pre-signed URL, which is a secret.
-            let name = name.as_deref().filter(|name| !is_url(name)).unwrap_or("as it was given");
-            log::info!(name; "the control plane knows this agent");
+            // A name that is a URL may be pre-signed, which makes it a secret.
+            let name = name.as_deref().filter(|name| !is_url(name)).unwrap_or("as configured");
+            log::info!(name; "registered with the control plane");
             shared.access_token.replace(registered.token.unwrap_or_default());
             Ok(())
         }
@@ -291,7 +302,7 @@ impl HubApi for Hub {
     fn sync(&self, report: &Report) -> LocalBoxFuture<'static, Result<Answer, HubError>> {
         let shared = Rc::clone(&self.shared);
         let body = encode(report);
-        async move { decode(&shared.ask(Method::POST, "/sync", body, LARGEST_ANSWER).await?) }
+        async move { decode(&shared.send(Method::POST, "/sync", body, LARGEST_RESPONSE).await?) }
             .boxed_local()
     }
 
@@ -299,13 +310,13 @@ impl HubApi for Hub {
         let shared = Rc::clone(&self.shared);
         let path = format!("/jobs/{}", percent_encoded(id.as_str()));
         async move {
-            // A connection of its own: an old one may be dead without this agent's knowledge, and a job is given
-            // out once only.
-            let clients = shared.clients.afresh();
+            // On a new connection: an idle one may be dead unnoticed, and the control plane hands out a job's
+            // secrets only once.
+            let clients = shared.clients.with_new_connections();
             let token = shared.access_token.borrow().clone();
             let request = shared.request(&clients, Method::GET, &path, &token)?;
             let is_secret = is_url(&shared.registration.name);
-            let body = answer_to(request, Bytes::new(), LARGEST_JOB, is_secret).await;
+            let body = response_to(request, Bytes::new(), LARGEST_JOB, is_secret).await;
             let body = body.map_err(|error| match error {
                 error @ HubError::BrokeOff(_) => HubError::Unusable(error.to_string()),
                 HubError::NotFound(why) => HubError::Failed(why),
@@ -315,7 +326,7 @@ impl HubApi for Hub {
                 decode_with(HubError::Unusable, &body, |tracked| naming_unknown(tracked))?;
             let mut job =
                 request.0.decode().map_err(|error| HubError::Unusable(error.to_string()))?;
-            if lacks_its_secrets(&body) {
+            if lacks_secrets(&body) {
                 log::error!(job:% = job.id, why = LOST_SECRETS; "the job can't be run");
                 let problem = Problem { path: String::new(), message: LOST_SECRETS.into() };
                 (job.executor, job.ssh_keys) = (Err(vec![problem]), Ok(Vec::new()));
@@ -328,7 +339,8 @@ impl HubApi for Hub {
     fn refresh_log_token(&self) -> LocalBoxFuture<'static, Result<String, HubError>> {
         let shared = Rc::clone(&self.shared);
         async move {
-            let body = shared.ask(Method::POST, "/refresh", Bytes::new(), LARGEST_ANSWER).await?;
+            let body =
+                shared.send(Method::POST, "/refresh", Bytes::new(), LARGEST_RESPONSE).await?;
             decode::<Refreshed>(&body).map(|refreshed| refreshed.token)
         }
         .boxed_local()
@@ -337,12 +349,12 @@ impl HubApi for Hub {
     fn disconnect(&self) -> LocalBoxFuture<'static, Result<(), HubError>> {
         let shared = Rc::clone(&self.shared);
         async move {
-            let answer =
-                shared.ask(Method::POST, "/disconnect", Bytes::new(), LARGEST_ANSWER).await?;
-            if is_own_answer(&answer) {
+            let response =
+                shared.send(Method::POST, "/disconnect", Bytes::new(), LARGEST_RESPONSE).await?;
+            if may_be_from_control_plane(&response) {
                 Ok(())
             } else {
-                Err(HubError::Failed(SOMEBODY_ELSES.into()))
+                Err(HubError::Failed(FOREIGN_RESPONSE.into()))
             }
         }
         .boxed_local()

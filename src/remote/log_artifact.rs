@@ -1,4 +1,4 @@
-//! Keeps a job's whole log as an artifact, with the `artifact` program of this machine
+//! Uploads a job's whole log as an artifact, with the machine's `artifact` program
 //! (docs/protocol.md: "Job logs as an artifact").
 
 use std::ffi::OsString;
@@ -22,28 +22,33 @@ use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 use serde::{Deserialize, Serialize};
 
-/// How long an upload may take.
+/// Time limit of one upload.
 const PATIENCE: Duration = Duration::from_mins(30);
 
-/// From how many bytes on logs are compressed, and what may be chosen instead.
-const COMPRESSION: &str = "SEMAPHORE_AGENT_LOGS_COMPRESSION_SIZE";
+/// Environment variable of the agent that sets the size from which logs are compressed.
+const COMPRESSION_SIZE: &str = "SEMAPHORE_AGENT_LOGS_COMPRESSION_SIZE";
+
+/// Logs of at least this size are compressed by default, in bytes.
 const DEFAULT_COMPRESSION_SIZE: u64 = 100 << 20;
+
+/// Values allowed in [`COMPRESSION_SIZE`], in bytes.
 const COMPRESSION_SIZES: std::ops::RangeInclusive<u64> = 1 << 20..=1 << 30;
 
 /// When a job's log is uploaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum UploadCondition {
-    /// It is not.
+    /// Never.
     #[default]
     Never,
-    /// Whatever the platform has.
+    /// Always, even if the platform has kept all of it.
     Always,
-    /// If the platform has not kept all of it.
+    /// Only if the platform has not kept all of it.
     WhenTrimmed,
 }
 
 impl UploadCondition {
+    /// Reads the condition from the job's environment variables.
     fn of(job: &Job) -> Result<Self, String> {
         match job.variable("SEMAPHORE_AGENT_UPLOAD_JOB_LOGS") {
             None | Some("" | "never") => Ok(Self::Never),
@@ -51,35 +56,35 @@ impl UploadCondition {
             Some("when-trimmed") => Ok(Self::WhenTrimmed),
             Some(_) => {
                 let known = "never, always, when-trimmed";
-                Err(format!("SEMAPHORE_AGENT_UPLOAD_JOB_LOGS is none of: {known}"))
+                Err(format!("SEMAPHORE_AGENT_UPLOAD_JOB_LOGS must be one of {known}"))
             }
         }
     }
 }
 
-/// Uploads logs with a program found in the agent's PATH.
+/// Uploads logs with the `artifact` program from the agent's PATH.
 #[derive(Clone, Debug)]
 pub struct ArtifactUploads {
-    /// What the program gets besides the job's token; without the agent's secrets.
+    /// Environment variables of the program besides those from the job. Free of the agent's secrets.
     pub environment: Vec<(OsString, OsString)>,
-    /// Where the text of a log is put while it is uploaded.
+    /// Holds the text of a log during its upload.
     pub state: StateDir,
-    /// From how many bytes on a log is compressed.
+    /// Logs of at least this many bytes are compressed.
     pub compression_size: u64,
-    /// The same for all jobs; nothing if each job says it.
+    /// The condition for all jobs; with `None` each job's environment variables decide.
     pub condition: Option<UploadCondition>,
 }
 
 impl ArtifactUploads {
-    /// What `SEMAPHORE_AGENT_LOGS_COMPRESSION_SIZE` in the agent's environment says, in bytes.
+    /// Reads `SEMAPHORE_AGENT_LOGS_COMPRESSION_SIZE`, in bytes, or returns its default.
     pub fn compression_size(environment: &Environment) -> Result<u64, String> {
-        let Some(size) = environment.text(COMPRESSION) else {
+        let Some(size) = environment.text(COMPRESSION_SIZE) else {
             return Ok(DEFAULT_COMPRESSION_SIZE);
         };
         let in_range = size.parse().ok().filter(|size| COMPRESSION_SIZES.contains(size));
         in_range.ok_or_else(|| {
             let (least, most) = (COMPRESSION_SIZES.start(), COMPRESSION_SIZES.end());
-            format!("{COMPRESSION}: `{size}` is not a number of bytes from {least} to {most}")
+            format!("{COMPRESSION_SIZE}: `{size}` is not a number of bytes from {least} to {most}")
         })
     }
 
@@ -91,7 +96,7 @@ impl ArtifactUploads {
         let written =
             actix_rt::task::spawn_blocking(move || write_text(&range, &path, compression_size));
         let written = written.await.map_err(|error| error.to_string())?;
-        let file = written.map_err(|error| format!("its text can't be written: {error}"))?;
+        let file = written.map_err(|error| format!("can't write the log's text: {error}"))?;
 
         let mut command = Command::new("artifact");
         let compressed = file.extension().is_some_and(|extension| extension == "gz");
@@ -111,7 +116,7 @@ impl ArtifactUploads {
             Ok(Some(status)) => Err(format!("`artifact push` ended with {status}")),
             Ok(None) => Err(format!("`artifact push` took longer than {} s", PATIENCE.as_secs())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                Err("there is no `artifact` program in the agent's PATH".to_owned())
+                Err("no `artifact` program in the agent's PATH".to_owned())
             }
             Err(error) => Err(format!("`artifact push`: {error}")),
         }
@@ -135,14 +140,15 @@ impl LogUploads for ArtifactUploads {
                 return Ok(());
             }
             self.push(job, log).await?;
-            log::info!(job:% = job.id; "the job's log is an artifact");
+            log::info!(job:% = job.id; "uploaded the job's log as an artifact");
             Ok(())
         }
         .boxed_local()
     }
 }
 
-/// Writes directives and outputs, compressed if the text is as long as that.
+/// Writes the log's directives and outputs to a file in `directory`, compressed if they have at least
+/// `compression_size` bytes. Returns the file's path.
 fn write_text(log: &LogRange, directory: &Path, compression_size: u64) -> io::Result<PathBuf> {
     let plain = directory.join("job_logs.txt");
     let mut text = BufWriter::new(File::create_new(&plain)?);
@@ -150,7 +156,7 @@ fn write_text(log: &LogRange, directory: &Path, compression_size: u64) -> io::Re
         match LogEvent::decode(&line?) {
             Ok(LogEvent::CmdStarted { directive, .. }) => writeln!(text, "{directive}")?,
             Ok(LogEvent::CmdOutput { output, .. }) => text.write_all(output.as_bytes())?,
-            // A job can write to its own log; what is no event is not the agent's.
+            // Lines that are not events are skipped: a shell job can write to its own log file.
             Ok(_) | Err(_) => {}
         }
     }

@@ -14,21 +14,21 @@ use flate2::write::GzEncoder;
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 
-use crate::remote::http_client::{HttpClients, parse_url, words_of_send_error};
-use crate::remote::hub::{PATIENCE, SOMEBODY_ELSES, USER_AGENT, is_own_answer};
+use crate::remote::http_client::{HttpClients, describe_send_error, parse_url};
+use crate::remote::hub::{FOREIGN_RESPONSE, PATIENCE, USER_AGENT, may_be_from_control_plane};
 
-/// What a log server may answer, in bytes; it is not looked at.
-const LARGEST_ANSWER: usize = 1 << 20;
+/// Limit for a log server's response, in bytes: it is read into memory.
+const LARGEST_RESPONSE: usize = 1 << 20;
 
-/// See the module.
+/// Sends logs to the log server that each job names.
 pub struct HttpLogServer {
     clients: Rc<HttpClients>,
-    /// The log server has said that it takes compressed bodies.
+    /// Whether the log server accepts compressed bodies, according to its last response about that.
     compress: Rc<Cell<bool>>,
 }
 
 impl HttpLogServer {
-    /// Sends with `clients`.
+    /// Sends logs with `clients`.
     pub fn new(clients: Rc<HttpClients>) -> Self {
         Self { clients, compress: Rc::default() }
     }
@@ -48,12 +48,14 @@ impl LogServer for HttpLogServer {
         batch: LogBatch,
     ) -> LocalBoxFuture<'static, Result<(), PushError>> {
         let failed = |why: String| PushError::Failed(why);
-        let and = if target.url.contains('?') { '&' } else { '?' };
-        let url = format!("{}{and}start_from={first_line}", target.url);
+        let separator = if target.url.contains('?') { '&' } else { '?' };
+        let url = format!("{}{separator}start_from={first_line}", target.url);
         let request = parse_url(&url).map_err(str::to_owned).and_then(|url| {
-            let client = self.clients.for_url(&url).map_err(|error| format!("no TLS: {error}"))?;
-            let token = header::HeaderValue::try_from(format!("Bearer {}", target.token))
-                .map_err(|_| "the token can't stand in a header".to_owned())?;
+            let client =
+                self.clients.for_url(&url).map_err(|error| format!("TLS setup failed: {error}"))?;
+            let token = header::HeaderValue::try_from(format!("Bearer {}", target.token)).map_err(
+                |_| "the token contains characters that are invalid in a header".to_owned(),
+            )?;
             Ok(client
                 .post(url)
                 .insert_header((header::USER_AGENT, USER_AGENT))
@@ -73,34 +75,40 @@ impl LogServer for HttpLogServer {
             let response = request.send_body(body).await.map_err(|error| match error {
                 SendRequestError::Timeout => PushError::TimedOut,
                 error @ SendRequestError::Connect(_) => {
-                    PushError::Unavailable(words_of_send_error(&error))
+                    PushError::Unavailable(describe_send_error(&error))
                 }
-                error => failed(words_of_send_error(&error)),
+                error => failed(describe_send_error(&error)),
             })?;
             let mut response = response.timeout(PATIENCE);
-            let asked = response.headers().get_all(header::ACCEPT_ENCODING);
-            if asked.filter_map(|value| value.to_str().ok()).any(|value| value.contains("gzip")) {
+            let encodings = response.headers().get_all(header::ACCEPT_ENCODING);
+            if encodings.filter_map(|value| value.to_str().ok()).any(|value| value.contains("gzip"))
+            {
                 compress.set(true);
             }
             let status = response.status();
-            // Read, so that the connection can be used again; an answer that is cut is none.
-            let body = response.body().limit(LARGEST_ANSWER).await;
+            // The body must be read before the connection can be used again. A `200` whose body is cut off
+            // does not count as an acknowledgement.
+            let body = response.body().limit(LARGEST_RESPONSE).await;
             match status {
                 StatusCode::UNAUTHORIZED => Err(PushError::Unauthorized),
                 StatusCode::UNPROCESSABLE_ENTITY => Err(PushError::QuotaUsedUp),
                 StatusCode::PAYLOAD_TOO_LARGE => Err(PushError::TooLarge),
                 StatusCode::UNSUPPORTED_MEDIA_TYPE if compress.get() => {
                     compress.set(false);
-                    Err(failed(format!("the answer is {status}")))
+                    Err(failed(format!("the server answered {status}")))
                 }
                 StatusCode::OK => {
                     let body = body.map_err(|error| failed(error.to_string()))?;
-                    if is_own_answer(&body) { Ok(()) } else { Err(failed(SOMEBODY_ELSES.into())) }
+                    if may_be_from_control_plane(&body) {
+                        Ok(())
+                    } else {
+                        Err(failed(FOREIGN_RESPONSE.into()))
+                    }
                 }
                 status if status.is_server_error() => {
                     Err(PushError::Unavailable(format!("the answer is {status}")))
                 }
-                status => Err(failed(format!("the answer is {status}"))),
+                status => Err(failed(format!("the server answered {status}"))),
             }
         }
         .boxed_local()

@@ -1,4 +1,4 @@
-//! The services that the agent talks to, and how they are reached.
+//! HTTP clients of the platform, the control plane and the log servers.
 
 pub mod callbacks;
 pub mod http_client;

@@ -11,11 +11,11 @@ use actors::ports::{LogBatch, LogFiles};
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 
-/// How many undelivered logs are kept.
+/// How many undelivered logs are kept; the oldest ones beyond that are removed.
 const MOST_KEPT: usize = 100;
 
-/// How much of a log is read at once, in bytes.
-const READ: usize = 64 << 10;
+/// How much of a log file is read at once, in bytes.
+const READ_SIZE: usize = 64 << 10;
 
 /// The logs of this machine's jobs.
 #[derive(Debug)]
@@ -30,7 +30,7 @@ impl StateLogFiles {
     }
 }
 
-/// Removes the oldest files of `directory` that are too many.
+/// Removes the oldest files of `directory` beyond [`MOST_KEPT`].
 fn remove_oldest(directory: &Path) -> io::Result<()> {
     let mut files = Vec::new();
     for entry in fs::read_dir(directory)? {
@@ -47,11 +47,11 @@ fn remove_oldest(directory: &Path) -> io::Result<()> {
 fn read_lines(range: &LogRange, most_lines: u64, most_bytes: u64) -> io::Result<LogBatch> {
     let mut file = range.reader();
     let mut bytes = Vec::new();
-    // What is known to be whole lines, and how many.
+    // `bytes[..end]` holds `lines` whole lines.
     let (mut lines, mut end) = (0, 0);
     loop {
         let old = bytes.len();
-        if (&mut file).take(READ as u64).read_to_end(&mut bytes)? == 0 {
+        if (&mut file).take(READ_SIZE as u64).read_to_end(&mut bytes)? == 0 {
             break;
         }
         for newline in memchr::memchr_iter(b'\n', &bytes[old..]) {

@@ -103,7 +103,7 @@ mod tests {
     /// Creates a self-signed server certificate for localhost; returns the paths of certificate and key.
     fn pair(directory: &Path) -> [PathBuf; 2] {
         std::fs::create_dir(directory).unwrap();
-        drop(Tls::open(PairSource::OwnIn(directory.to_owned())).unwrap());
+        drop(Tls::open(PairSource::SelfSigned(directory.to_owned())).unwrap());
         ["server.crt", "server.key"].map(|name| directory.join(name))
     }
 

@@ -181,7 +181,7 @@ fn two_secrets_are_one_too_many() {
     });
     for message in [by_variables, by_file] {
         assert!(
-            message.contains("is set too; one of these is needed") && !message.contains(SECRET),
+            message.contains("is set too (only one is allowed)") && !message.contains(SECRET),
             "{message}"
         );
     }

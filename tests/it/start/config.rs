@@ -151,8 +151,8 @@ kubernetes-executor: false # default
     assert_eq!(printed, expected);
     assert_eq!(
         told,
-        "warning: unknown variable SEMAPHORE_AGENT_HOOK_TIMOUT; the nearest is \
-         SEMAPHORE_AGENT_HOOK_TIMEOUT\n"
+        "warning: unknown variable SEMAPHORE_AGENT_HOOK_TIMOUT; did you mean \
+         SEMAPHORE_AGENT_HOOK_TIMEOUT?\n"
     );
     // What is printed could be a file, and nothing was begun.
     let _: Map<String, Value> = serde_yaml::from_str(&printed).unwrap();
@@ -177,12 +177,10 @@ fn an_unknown_key_is_named_with_its_line_and_the_nearest_known_one() {
         let message = refusal(&mut with_file(&world, text));
         let file = world.home().with_file_name("config.yaml");
         let file = file.display();
-        let start = format!("error: {file}: unknown key `{unknown}`; `");
+        let start =
+            format!("error: {file}: unknown key `{unknown}` at line {line}; did you mean `");
         assert!(message.starts_with(&start), "{text:?}: {message}");
-        assert!(
-            message.ends_with(&format!("is the nearest known one at line {line}\n")),
-            "{message}"
-        );
+        assert!(message.ends_with("`?\n"), "{message}");
         let is_near = unknown == "print-config" || message.contains(&format!("`{nearest}`"));
         assert!(is_near, "{text:?}: {message}");
     }
@@ -207,8 +205,8 @@ fn a_bad_value_is_named_with_its_place_and_what_would_be_right() {
         ("files", "/a:/b:ro", "`/a:/b:ro` is not HOST:CONTAINER"),
         ("files", ":/b", "`:/b` is not HOST:CONTAINER"),
         ("env-vars", "canary", "entry 1 is not NAME=VALUE"),
-        ("env-vars", "can-ary=canary", "entry 1 has no name of a variable"),
-        ("name", "seven77", "`seven77` has 7 characters; 8 to 80, or a URL, are needed"),
+        ("env-vars", "can-ary=canary", "entry 1 has an invalid variable name"),
+        ("name", "seven77", "`seven77` has 7 characters; a name has 8 to 80, or is a URL"),
         ("name-from-env", "NO_SUCH", "there is no name in the variable `NO_SUCH`"),
         ("name-from-env", "SHORT", "`short` has 5 characters"),
         ("endpoint", "https://hub", "`https://hub` is not HOST or HOST:PORT"),
@@ -216,10 +214,10 @@ fn a_bad_value_is_named_with_its_place_and_what_would_be_right() {
         ("endpoint", "hub:65536", "`hub:65536` is not HOST or HOST:PORT"),
         ("endpoint", "me@hub", "`me@hub` is not HOST or HOST:PORT"),
         ("endpoint", "hub?x", "`hub?x` is not HOST or HOST:PORT"),
-        ("token", "canary\u{1}", "has characters that no token has"),
+        ("token", "canary\u{1}", "contains characters that are invalid in a token"),
         ("token-file", "missing", "`missing`: No such file"),
         ("token-file", "/dev/null", "`/dev/null`: there is no token in it"),
-        ("ca-file", "missing", "`missing` is no readable file of certificates in PEM"),
+        ("ca-file", "missing", "`missing` is not a readable file of certificates in PEM"),
         ("ssh-jump-point-path", "relative", "`relative` is not an absolute path"),
         ("job-id", "5c2e", "needs disconnect-after-job"),
         ("kubernetes-executor", "true", "can't run jobs in Kubernetes yet"),
@@ -303,9 +301,9 @@ fn a_value_of_the_wrong_shape_is_named_but_never_a_secret() {
     let none = refusal(command(&world).args(["--endpoint", "hub"]));
     assert!(none.contains("SEMAPHORE_AGENT_TOKEN") && none.contains("--token-file"), "{none}");
     let none = refusal(command(&world).env("SEMAPHORE_AGENT_TOKEN", TOKEN));
-    assert!(none.contains("endpoint: the host of the control plane is needed"), "{none}");
+    assert!(none.contains("endpoint: the control plane's host is required"), "{none}");
     let bad = refusal(with_file(&world, "").env("HTTPS_PROXY", "https://me:canary@proxy"));
-    assert!(bad.contains("HTTPS_PROXY: only proxies that are reached by http:"), "{bad}");
+    assert!(bad.contains("HTTPS_PROXY: only http: proxies are supported"), "{bad}");
 }
 
 #[test]
@@ -346,7 +344,7 @@ fn variables_for_jobs_come_as_they_were_given() {
         command.arg("--config-file").arg(file).env("SEMAPHORE_AGENT_ENV_VAR", "canary");
     });
     let warning =
-        "unknown variable SEMAPHORE_AGENT_ENV_VAR; the nearest is SEMAPHORE_AGENT_ENV_VARS";
+        "unknown variable SEMAPHORE_AGENT_ENV_VAR; did you mean SEMAPHORE_AGENT_ENV_VARS?";
     agent.wait_for_own_log(warning);
     let script =
         r#"printf '<%s>' "$EQUALS" "${EMPTY-unset}" "$SPACES" "$TWICE" "$LINES" "$ours" "$theirs""#;

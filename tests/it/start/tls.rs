@@ -229,7 +229,7 @@ fn a_file_without_authorities_is_fatal() {
         agent.args(["--endpoint", "hub"]).env("SEMAPHORE_AGENT_TOKEN", TOKEN);
         let message = refusal(agent.arg("--ca-file").arg(&file));
         let expected =
-            format!("--ca-file: `{}` is no readable file of certificates", file.display());
+            format!("--ca-file: `{}` is not a readable file of certificates", file.display());
         assert!(message.contains(&expected), "{message}");
     }
 }
@@ -308,7 +308,7 @@ fn a_proxy_that_refuses_is_named_without_the_login() {
         command.arg("--ca-file").arg(file);
         command.env("https_proxy", format!("me:canary@{}", proxy.address));
     });
-    let why = format!("the proxy {} answers HTTP/1.1 407 Log in first", proxy.address);
+    let why = format!("the proxy {} answered HTTP/1.1 407 Log in first", proxy.address);
     hub.assert_refused(agent, &why);
 }
 
