@@ -23,6 +23,7 @@
 //! tests; the actors perform the effects.
 
 pub mod delivery;
+pub mod errors;
 pub mod intake;
 pub mod job;
 pub mod log;

@@ -14,6 +14,7 @@ use actix_web::http::{Method, StatusCode, header};
 use actix_web::middleware::{Next, from_fn};
 use actix_web::web::{self, Bytes, BytesMut, Data, Payload};
 use actix_web::{App, Error, HttpRequest, HttpResponse, Route};
+use actors::errors::WithCauses;
 use actors::intake::http::{
     GetStatus, ReadJobLog, ReadRefused, RequestStop, Status, Submission, SubmitJob, SubmitRefused,
 };
@@ -253,9 +254,11 @@ async fn submit(request: HttpRequest, payload: Payload, api: Data<Api>) -> HttpR
         Ok(Err(refused)) => {
             let status = match refused {
                 SubmitRefused::Unfit(_) | SubmitRefused::Busy => StatusCode::UNPROCESSABLE_ENTITY,
-                SubmitRefused::Closed | SubmitRefused::Broken(_) => StatusCode::SERVICE_UNAVAILABLE,
+                SubmitRefused::Closed | SubmitRefused::Failed(_) | SubmitRefused::Crashed => {
+                    StatusCode::SERVICE_UNAVAILABLE
+                }
             };
-            message(status, refused)
+            message(status, WithCauses(&refused))
         }
         Err(_) => internal_error(),
     }

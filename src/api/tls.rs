@@ -1,6 +1,6 @@
 //! The HTTPS server's certificate and key: from files, or self-signed by the agent.
 
-use std::fmt;
+use actors::errors::{Cause, ErrorOf};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
@@ -68,7 +68,7 @@ impl PairSource {
                          it is not used; to use it all the same, name it with --tls-cert-path and --tls-key-path",
                         found.uid()
                     );
-                    return Err(TlsError::of(path, why));
+                    return Err(error_of(path, why));
                 }
             }
         }
@@ -89,20 +89,11 @@ impl PairSource {
     }
 }
 
-/// Why a certificate or a key can't be used.
-#[derive(Debug, thiserror::Error)]
-#[error("{path}: {why}")]
-pub struct TlsError {
-    /// The certificate's or the key's file, or their directory.
-    path: String,
-    /// The problem, without the path.
-    why: String,
-}
+/// Why there is no pair. Its object is the file of the certificate or of the key, or their directory.
+pub type TlsError = ErrorOf;
 
-impl TlsError {
-    fn of(path: &Path, why: impl fmt::Display) -> Self {
-        Self { path: path.display().to_string(), why: why.to_string() }
-    }
+fn error_of(path: &Path, cause: impl Into<Cause>) -> TlsError {
+    ErrorOf::new(path.display().to_string(), cause)
 }
 
 /// The server side of TLS. The pair can be replaced while the server runs.
@@ -152,11 +143,11 @@ fn renew_self_signed(source: &PairSource) -> Result<(), TlsError> {
         own.lock()?;
         Ok(own)
     });
-    let _lock = locked.map_err(|why| TlsError::of(directory, why))?;
+    let _lock = locked.map_err(|why| error_of(directory, why))?;
     if is_self_signed_usable(directory) {
         return Ok(());
     }
-    write_self_signed(directory).map_err(|why| TlsError::of(directory, why))
+    write_self_signed(directory).map_err(|why| error_of(directory, why))
 }
 
 /// Returns whether `directory` holds a self-signed pair that stays valid for a while and is no certificate
@@ -182,24 +173,24 @@ fn read(source: &PairSource) -> Result<(SslAcceptor, String), TlsError> {
         PairSource::Files { cert, key } => [cert.clone(), key.clone()],
         PairSource::SelfSigned(directory) => self_signed_files(directory),
     };
-    let read = |path: &Path| fs::read(path).map_err(|error| TlsError::of(path, error));
+    let read = |path: &Path| fs::read(path).map_err(|error| error_of(path, error));
     let chain = X509::stack_from_pem(&read(&cert)?);
-    let chain = chain.map_err(|_| TlsError::of(&cert, "not a certificate in PEM"))?;
+    let chain = chain.map_err(|_| error_of(&cert, "not a certificate in PEM"))?;
     let Some((leaf, authorities)) = chain.split_first() else {
-        return Err(TlsError::of(&cert, "contains no certificate in PEM"));
+        return Err(error_of(&cert, "contains no certificate in PEM"));
     };
     let pem = read(&key)?;
     // Without this callback OpenSSL would ask for a passphrase on the terminal.
     let private = PKey::private_key_from_pem_callback(&pem, |_| Ok(0))
-        .map_err(|_| TlsError::of(&key, "not a private key in PEM, or one with a passphrase"))?;
-    let broken = |error: ErrorStack| TlsError::of(&cert, error);
+        .map_err(|_| error_of(&key, "not a private key in PEM, or one with a passphrase"))?;
+    let broken = |error: ErrorStack| error_of(&cert, error);
     if is_expired(leaf).map_err(broken)? {
         let why = format!("the certificate expired on {}", leaf.not_after());
-        return Err(TlsError::of(&cert, why));
+        return Err(error_of(&cert, why));
     }
     if !leaf.public_key().map_err(broken)?.public_eq(&private) {
         let why = format!("is not the key of the certificate in {}", cert.display());
-        return Err(TlsError::of(&key, why));
+        return Err(error_of(&key, why));
     }
     let acceptor = acceptor(leaf, authorities, &private).map_err(broken)?;
     let fingerprint = leaf.digest(MessageDigest::sha256()).map_err(broken)?;

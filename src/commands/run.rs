@@ -5,6 +5,7 @@ use std::process;
 use std::time::Duration;
 
 use actix::{Actor, Addr};
+use actors::errors::WithCauses;
 use actors::job::{Job, Outcome};
 use actors::log::buffer::Follow;
 use actors::metrics::Metrics;
@@ -38,7 +39,7 @@ const RANGES_AHEAD: usize = 4096;
 pub fn run(args: &RunArgs, environment: &Environment) -> Exit {
     let config = match RunConfig::load(&args.options, environment) {
         Ok(config) => config,
-        Err(error) => return refuse(error),
+        Err(error) => return refuse(WithCauses(&error)),
     };
     let level = env_logger::Env::new().filter_or("SEMAPHORE_AGENT_LOG_LEVEL", "warn");
     // What these have to say in detail may hold variables.
@@ -51,7 +52,7 @@ pub fn run(args: &RunArgs, environment: &Environment) -> Exit {
     let unknown_fields = if args.lenient { UnknownFields::Warned } else { UnknownFields::Refused };
     let file = match job_file::read(&source, unknown_fields) {
         Ok(file) => file,
-        Err(error) => return refuse(&error),
+        Err(error) => return refuse(WithCauses(&error)),
     };
     for warning in &file.warnings {
         tell(&format!("warning: {warning}"));

@@ -10,6 +10,7 @@ use std::time::Duration;
 use actix::{Actor as _, Addr};
 use actors::delivery::Delivery;
 use actors::delivery::pull::PullDelivery;
+use actors::errors::WithCauses;
 use actors::intake::http::{Close, HttpIntake, UntilDrained};
 use actors::metrics::Metrics;
 use actors::ports::{DiscardMetrics, MetricsSink};
@@ -56,14 +57,13 @@ const LAST_MOMENTS: Duration = Duration::from_secs(1);
 
 /// Serves jobs until it is asked to end.
 pub fn serve(flags: &Flags<Serve>, environment: &Environment, hidden: nix::Result<()>) -> Exit {
-    let prepared = ServeConfig::load(flags, environment).map_err(|error| error.to_string());
-    let prepared = prepared.and_then(|config| {
+    let prepared = ServeConfig::load(flags, environment).and_then(|config| {
         let log = AgentLogConfig::from_env(environment)?;
         Ok((config, log, ArtifactUploads::compression_size(environment)?))
     });
     let (config, log, compression_size) = match prepared {
         Ok(prepared) => prepared,
-        Err(error) => return refuse(error),
+        Err(error) => return refuse(WithCauses(&error)),
     };
     if flags.print_config {
         return print_config(&config.warnings, &config.printed);
@@ -74,11 +74,11 @@ pub fn serve(flags: &Flags<Serve>, environment: &Environment, hidden: nix::Resul
     }
     let state = match open_state(&config.state_dir, environment) {
         Ok(state) => state,
-        Err(error) => return refuse(error),
+        Err(error) => return refuse(WithCauses(&error)),
     };
     let (tls, fingerprint) = match Tls::open(config.tls.clone()) {
         Ok(opened) => opened,
-        Err(error) => return refuse(error),
+        Err(error) => return refuse(WithCauses(&error)),
     };
     let Some(auth) = Auth::new(config.secret.reveal().as_bytes()) else {
         return refuse("the secret that tokens are signed with is empty");
@@ -341,7 +341,9 @@ async fn reload_at(mut signals: Signals, tls: Arc<Tls>) {
         match reloaded {
             None => {}
             Some(Ok(fingerprint)) => log::info!(fingerprint; "certificate reloaded"),
-            Some(Err(error)) => log::error!(error:%; "certificate not reloaded; the old one stays"),
+            Some(Err(error)) => {
+                log::error!(error:% = WithCauses(&error); "certificate not reloaded; the old one stays");
+            }
         }
     }
 }

@@ -10,6 +10,7 @@ use actix::{Actor as _, Addr};
 use actors::delivery::Delivery;
 use actors::delivery::departure::Urgency;
 use actors::delivery::push::{PushDelivery, PushPlatform};
+use actors::errors::{ErrorOf, WithCauses};
 use actors::intake::poller::{AwaitLeave, Interrupt, LeaveSoon, Left, SyncPoller};
 use actors::intake::protocol::ShutdownReason;
 use actors::metrics::Metrics;
@@ -55,13 +56,12 @@ const LAST_KILL: Duration = Duration::from_secs(15);
 
 /// Runs jobs until the control plane, or this machine, wants no more.
 pub fn start(flags: &Flags<Start>, environment: &Environment, hidden: nix::Result<()>) -> Exit {
-    let prepared = StartConfig::load(flags, environment).map_err(|error| error.to_string());
-    let prepared = prepared.and_then(|config| {
+    let prepared = StartConfig::load(flags, environment).and_then(|config| {
         Ok((AgentLogConfig::from_env(environment)?, Needs::from_config(config, environment)?))
     });
     let (log, needs) = match prepared {
         Ok(prepared) => prepared,
-        Err(error) => return refuse(error),
+        Err(error) => return refuse(WithCauses(&error)),
     };
     if flags.print_config {
         return print_config(&needs.config.warnings, &needs.config.printed);
@@ -72,7 +72,7 @@ pub fn start(flags: &Flags<Start>, environment: &Environment, hidden: nix::Resul
     }
     let state = match open_state(&needs.config.state_dir, environment) {
         Ok(state) => state,
-        Err(error) => return refuse(error),
+        Err(error) => return refuse(WithCauses(&error)),
     };
     let logging = match log.start() {
         Ok(logging) => logging,
@@ -106,7 +106,7 @@ struct Needs {
 }
 
 impl Needs {
-    fn from_config(config: StartConfig, environment: &Environment) -> Result<Self, String> {
+    fn from_config(config: StartConfig, environment: &Environment) -> Result<Self, ErrorOf> {
         let mut clients = HttpClients::new(PATIENCE);
         clients.ca_file.clone_from(&config.ca_file);
         clients.proxy = config.proxy.clone().map(Rc::new);
@@ -118,7 +118,7 @@ impl Needs {
             config.token.clone(),
             registration(&config),
         )
-        .map_err(|why| format!("endpoint: `{}`: {why}", config.endpoint))?;
+        .map_err(|error| ErrorOf::new(format!("endpoint: `{}`", config.endpoint), error))?;
         let compression_size = ArtifactUploads::compression_size(environment)?;
         Ok(Self { config, clients, hub, compression_size })
     }

@@ -4,6 +4,7 @@ use std::fmt::{Display, Write as _};
 use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
+use actors::errors::Cause;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
 use serde_json::{Map, Value};
@@ -153,7 +154,7 @@ impl Settings {
                 continue;
             };
             let value = value.to_str();
-            let value = value.ok_or_else(|| ConfigError(format!("{name}: is not UTF-8")))?;
+            let value = value.ok_or_else(|| ConfigError::new(name, "is not UTF-8"))?;
             let value = if option.is_list() {
                 value.split_whitespace().collect()
             } else {
@@ -165,12 +166,12 @@ impl Settings {
     }
 
     fn add_file(&mut self, path: &Path) -> Result<(), ConfigError> {
-        let refuse = |why: String| ConfigError(format!("{}: {why}", path.display()));
-        let text = std::fs::read_to_string(path).map_err(|error| refuse(error.to_string()))?;
+        let refuse = |cause: Cause| ConfigError::new(path.display().to_string(), cause);
+        let text = std::fs::read_to_string(path).map_err(|error| refuse(error.into()))?;
         // Some editors begin a file with a byte order mark.
         let text = text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text);
         let OptionsInFile(set) = serde_yaml::from_str(&text)
-            .map_err(|error| refuse(without_value(&error.to_string())))?;
+            .map_err(|error| refuse(without_value(&error.to_string()).into()))?;
         self.file = OptionsFile { path: path.to_owned(), text };
         let mut values = Map::new();
         for (key, AnyValue(value)) in set {
@@ -179,7 +180,7 @@ impl Settings {
                 let known = nearest(&key, known).unwrap_or_default();
                 let place = self.at_line(&[Segment::key(&key)]);
                 let why = format!("unknown key `{key}`{place}; did you mean `{known}`?");
-                return Err(refuse(why));
+                return Err(refuse(why.into()));
             };
             // Configuration templates contain keys without a value.
             let is_unset = match &value {
@@ -195,7 +196,7 @@ impl Settings {
         if values.contains_key(CONFIG_FILE.spec.key) {
             let place = self.at_line(&[Segment::key(CONFIG_FILE.spec.key)]);
             let key = CONFIG_FILE.spec.key;
-            return Err(refuse(format!("{key}: can't be set in the file itself{place}")));
+            return Err(refuse(format!("{key}: can't be set in the file itself{place}").into()));
         }
         self.add(Layer::File, values)
     }
@@ -258,25 +259,26 @@ impl Settings {
         let bad = BadValue { why: why.to_string(), entry: None };
         match self.layer_of(spec.key) {
             Some(layer) => self.refuse_in(layer, spec.key, &bad),
-            None => ConfigError(format!("{}: {}", spec.key, bad.why)),
+            None => ConfigError::new(spec.key, bad.why),
         }
     }
 
     fn refuse_in(&self, layer: Layer, key: &str, bad: &BadValue) -> ConfigError {
-        let why = &bad.why;
-        ConfigError(match layer {
-            Layer::Flags => format!("--{key}: {why}"),
+        let why = bad.why.as_str();
+        match layer {
+            Layer::Flags => ConfigError::new(format!("--{key}"), why),
             Layer::Variables => {
                 let variable = self.spec(key).map(Spec::variable).unwrap_or_default();
-                format!("{variable}: {why}")
+                ConfigError::new(variable, why)
             }
             Layer::File => {
                 let entry = bad.entry.map(Segment::Index);
                 let place: Vec<_> = [Segment::key(key)].into_iter().chain(entry).collect();
                 let line = self.at_line(&place);
-                format!("{}: {key}: {why}{line}", self.file.path.display())
+                let file = self.file.path.display();
+                ConfigError::new(format!("{file}: {key}"), format!("{why}{line}"))
             }
-        })
+        }
     }
 
     /// Returns ` at line N` for a place in the file; an empty text if the line is not known.

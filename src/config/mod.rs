@@ -18,10 +18,8 @@ use clap::ValueEnum;
 pub use self::layers::{Flags, Settings};
 pub use self::secret::Secret;
 
-/// An error in the configuration. The text names the option and the place where it is set.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct ConfigError(pub String);
+/// An error in the configuration. Its object is the flag, the variable, or the file and key with the bad value.
+pub type ConfigError = actors::errors::ErrorOf;
 
 /// Prefix of the environment variables that set options.
 const PREFIX: &str = "SEMAPHORE_AGENT_";

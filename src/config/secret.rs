@@ -119,12 +119,13 @@ impl SecretOptions {
                 (&descriptor.spec, secret)
             }
             (None, None, None) => {
-                return Err(ConfigError(format!(
-                    "no {name}: set {}, name a file with --{}, or an open descriptor with --{}",
+                let how = format!(
+                    "set {}, name a file with --{}, or an open descriptor with --{}",
                     value.spec.variable(),
                     file.spec.key,
                     descriptor.spec.key
-                )));
+                );
+                return Err(ConfigError::new(format!("no {name}"), how));
             }
             (given, path, _) => {
                 let set = [(given.is_some(), &value.spec), (path.is_some(), &file.spec)];

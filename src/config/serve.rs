@@ -210,7 +210,7 @@ impl ServeConfig {
         let state_dir = state_dir(&settings, environment);
         let (cert, key) = (settings.get(&TLS_CERT_PATH), settings.get(&TLS_KEY_PATH));
         let tls = PairSource::choose(cert, key, state_dir.join("tls"));
-        let tls = tls.map_err(|error| ConfigError(error.to_string()))?;
+        let tls = tls?;
         settings.warnings.extend(tls.warning());
         let shown_state_dir = state_dir.to_string_lossy().into();
         Ok(Self {

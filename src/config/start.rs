@@ -140,7 +140,7 @@ impl StartConfig {
             token,
             scheme: if no_https { "http" } else { "https" },
             ca_file,
-            proxy: Proxy::from_env(environment).map_err(ConfigError)?,
+            proxy: Proxy::from_env(environment)?,
             shutdown_hook: settings.get(&SHUTDOWN_HOOK_PATH),
             hooks: hooks(&settings, hook_timeout)?,
             hook_timeout,

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use actors::errors::{Cause, WithCauses};
 use actors::job::containers::RegistryCredentials;
 use actors::ports::StepError;
 use base64::Engine as _;
@@ -95,7 +96,7 @@ impl Login {
             }
             RegistryCredentials::Gcr { hostname, key_file } => {
                 let key = std::str::from_utf8(key_file)
-                    .map_err(|_| StepError("the key file is not UTF-8 text".into()))?;
+                    .map_err(|_| StepError::new("the key file is not UTF-8 text"))?;
                 Ok(Self::new(hostname, "_json_key", key))
             }
             RegistryCredentials::Ecr { region, access_key_id, secret_access_key, account_id } => {
@@ -121,8 +122,8 @@ impl Login {
             password: &self.password,
             serveraddress: self.server_address(),
         };
-        let body = serde_json::to_vec(&request).map_err(|error| StepError(error.to_string()))?;
-        engine.post("/auth", &body).await.map_err(|error| StepError(error.to_string()))
+        let body = serde_json::to_vec(&request).map_err(StepError::new)?;
+        engine.post("/auth", &body).await.map_err(StepError::new)
     }
 
     fn server_address(&self) -> &str {
@@ -171,18 +172,18 @@ impl Aws<'_> {
 
 /// Runs `aws` or a credential helper, and returns its output. An error shows the program's own message.
 async fn run(name: &str, command: Command, input: &[u8]) -> Result<String, StepError> {
-    let failed = |why: String| StepError(format!("`{name}`: {why}"));
+    let failed = |cause: Cause| StepError::of(format!("`{name}`"), cause);
     let output = timeout(PROGRAM_PATIENCE, answer_of(command, input)).await;
     let output = output.map_err(|_| failed("did not end in time".into()))?;
     let output = output.map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => {
             failed("this program is needed on the agent's machine, but not installed".into())
         }
-        _ => failed(error.to_string()),
+        _ => failed(error.into()),
     })?;
     if !output.status.success() {
         let message = &output.stderr[..output.stderr.len().min(SHOWN)];
-        return Err(failed(String::from_utf8_lossy(message).trim().to_owned()));
+        return Err(failed(String::from_utf8_lossy(message).trim().into()));
     }
     let text = String::from_utf8(output.stdout);
     text.map(|text| text.trim().to_owned())
@@ -296,7 +297,7 @@ impl Registries {
             }
             Err(error) => {
                 // Only a debug message: helpers fail if they have no credentials for the registry.
-                log::debug!(registry, error:%; "no credentials");
+                log::debug!(registry, error:% = WithCauses(&error); "no credentials");
                 None
             }
         }
@@ -426,10 +427,11 @@ mod tests {
             assert_eq!(login, Login::new(registry, "AWS", "secret"));
         }
         let refused = Login::from_credentials(&ecr(None, "other"), &environment).await.unwrap_err();
-        assert!(refused.0.starts_with("`aws`: "), "{refused}");
+        assert_eq!(refused.to_string(), "`aws`");
         let none = [("PATH".into(), "/missing".into())];
         let missing = Login::from_credentials(&ecr(None, "key"), &none).await.unwrap_err();
-        assert!(missing.0.contains("`aws`: this program is needed"), "{missing}");
+        let missing = WithCauses(&missing).to_string();
+        assert!(missing.starts_with("`aws`: this program is needed"), "{missing}");
     }
 
     #[tokio::test]
@@ -448,7 +450,8 @@ mod tests {
     #[tokio::test]
     async fn a_missing_program_is_named() {
         let refused = run("aws", Command::new("/missing/aws"), b"").await.unwrap_err();
-        assert!(refused.0.contains("`aws`") && refused.0.contains("not installed"), "{refused}");
+        let refused = WithCauses(&refused).to_string();
+        assert!(refused.contains("`aws`") && refused.contains("not installed"), "{refused}");
     }
 
     #[test]

@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use actors::ports::{Callback, CallbackError, CallbackSender};
-use awc::http::header::{self, HeaderValue};
+use awc::ClientRequest;
+use awc::http::header;
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 use tokio::time::timeout;
 
-use crate::remote::http_client::{HttpClients, describe_send_error, parse_url};
+use crate::remote::http_client::{HttpClients, HttpError, authorization, parse_url};
 
 /// Time limit of one callback, from connecting to the response headers.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -28,37 +29,29 @@ impl Default for HttpCallbacks {
     }
 }
 
+impl HttpCallbacks {
+    fn request(&self, callback: &Callback) -> Result<ClientRequest, HttpError> {
+        let url = parse_url(&callback.url)?;
+        let mut request = self.clients.for_url(&url)?.post(url);
+        request = request.insert_header((header::CONTENT_TYPE, "application/json"));
+        if let Some(token) = &callback.token {
+            request =
+                request.insert_header((header::AUTHORIZATION, authorization("Bearer", token)?));
+        }
+        Ok(request)
+    }
+}
+
 impl CallbackSender for HttpCallbacks {
     fn send(&self, callback: &Callback) -> LocalBoxFuture<'static, Result<(), CallbackError>> {
-        let unusable = |why: &str| {
-            std::future::ready(Err(CallbackError::Unusable(why.to_owned()))).boxed_local()
-        };
-        let url = match parse_url(&callback.url) {
-            Ok(url) => url,
-            Err(why) => return unusable(why),
-        };
-        let client = match self.clients.for_url(&url) {
-            Ok(client) => client,
-            Err(error) => return unusable(&format!("TLS setup failed: {error}")),
-        };
-        let mut request =
-            client.post(url).insert_header((header::CONTENT_TYPE, "application/json"));
-        if let Some(token) = &callback.token {
-            let Ok(bearer) = HeaderValue::try_from(format!("Bearer {token}")) else {
-                return unusable("the token contains characters that are invalid in a header");
-            };
-            request = request.insert_header((header::AUTHORIZATION, bearer));
-        }
-        let request = request.send_body(callback.body.clone());
+        let request =
+            self.request(callback).map(|request| request.send_body(callback.body.clone()));
         async {
-            let mut response = request
-                .await
-                .map_err(|error| CallbackError::Failed(describe_send_error(&error)))?;
+            let request = request.map_err(|error| CallbackError::Permanent(error.into()))?;
+            let transient = |error: HttpError| CallbackError::Transient(error.into());
+            let mut response = request.await.map_err(|error| transient(error.into()))?;
             if !response.status().is_success() {
-                return Err(CallbackError::Failed(format!(
-                    "the server answered {}",
-                    response.status()
-                )));
+                return Err(transient(HttpError::of_status(response.status())));
             }
             // The body is ignored, but must be read before the connection can be used again.
             let _ = timeout(BODY_PATIENCE, response.body().limit(64 * 1024)).await;

@@ -13,7 +13,9 @@ use actix_rt::net::TcpStream;
 use actix_service::Service;
 use actix_tls::connect::{ConnectError, ConnectInfo, Connection, Connector as TcpConnector};
 use awc::error::{ConnectError as ConnectorError, SendRequestError};
-use awc::http::{Uri, Version};
+use awc::http::header::HeaderValue;
+use awc::http::uri::InvalidUri;
+use awc::http::{StatusCode, Uri, Version};
 use awc::{Client, Connector};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
@@ -24,6 +26,7 @@ use openssl::x509::store::X509Lookup;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::service::environment::Environment;
+use actors::errors::ErrorOf;
 
 /// Limit for a proxy's response to CONNECT, in bytes: it is read into memory.
 const LONGEST_PROXY_RESPONSE: usize = 8 << 10;
@@ -57,15 +60,15 @@ impl HttpClients {
 
     /// Returns the client for `url`, an http: or https: URL. Fails if the certificate authorities can't be
     /// read.
-    pub fn for_url(&self, url: &Uri) -> io::Result<&Client> {
+    pub fn for_url(&self, url: &Uri) -> Result<&Client, HttpError> {
         if url.scheme_str() != Some("https") {
             return Ok(self.plain.get_or_init(|| self.client(None)));
         }
-        if self.secure.get().is_none() {
-            let tls = tls_connector(self.ca_file.as_deref())?;
-            return Ok(self.secure.get_or_init(|| self.client(Some(tls))));
+        if let Some(client) = self.secure.get() {
+            return Ok(client);
         }
-        self.secure.get().ok_or_else(|| io::ErrorKind::NotFound.into())
+        let tls = tls_connector(self.ca_file.as_deref()).map_err(HttpError::Tls)?;
+        Ok(self.secure.get_or_init(|| self.client(Some(tls))))
     }
 
     /// Makes a client. HTTP/2 stays off because awc's implementation of it has a known weakness.
@@ -82,28 +85,84 @@ impl HttpClients {
     }
 }
 
-/// Describes why a request could not be sent or got no response.
-pub fn describe_send_error(error: &SendRequestError) -> String {
-    match error {
-        SendRequestError::Timeout | SendRequestError::Connect(ConnectorError::Timeout) => {
-            "there was no answer in time".into()
+/// Why a request could not be made, or has no usable response. No text contains the URL, which may be
+/// pre-signed.
+#[derive(Debug, thiserror::Error)]
+pub enum HttpError {
+    /// The URL is not one.
+    #[error("the URL is invalid")]
+    Url(#[source] InvalidUri),
+    /// The URL is not one of HTTP or HTTPS.
+    #[error("the URL must begin with http: or https: and name a host")]
+    Scheme,
+    /// The certificate authorities can't be read.
+    #[error("TLS setup failed")]
+    Tls(#[source] io::Error),
+    /// The bearer token can't be sent.
+    #[error("the token contains characters that are invalid in a header")]
+    Token,
+    /// No response came in time.
+    #[error("there was no answer in time")]
+    TimedOut,
+    /// The connection was closed before the response.
+    #[error("the connection was closed before an answer came")]
+    Closed,
+    /// There is no connection.
+    #[error("the server can't be reached: {0}")]
+    Unreachable(
+        /// The cause, as text: the library's errors can't be sent between threads.
+        String,
+    ),
+    /// Anything else that the HTTP library reports; as text for the same reason.
+    #[error("{0}")]
+    Other(String),
+    /// The server refused the request.
+    #[error("the server answered {status}{}{text}", if text.is_empty() { "" } else { ": " })]
+    Status {
+        /// The response's status.
+        status: StatusCode,
+        /// The beginning of the response's body, where that may be shown.
+        text: String,
+    },
+    /// The response is not from the server that was asked.
+    #[error(
+        "the response is neither empty nor JSON; it may come from a proxy or a login page in between"
+    )]
+    Foreign,
+}
+
+impl HttpError {
+    /// Creates the error of a response with an unexpected status.
+    pub fn of_status(status: StatusCode) -> Self {
+        Self::Status { status, text: String::new() }
+    }
+}
+
+impl From<SendRequestError> for HttpError {
+    fn from(error: SendRequestError) -> Self {
+        match error {
+            SendRequestError::Timeout | SendRequestError::Connect(ConnectorError::Timeout) => {
+                Self::TimedOut
+            }
+            SendRequestError::Connect(ConnectorError::Disconnected)
+            | SendRequestError::Response(_)
+            | SendRequestError::Send(_) => Self::Closed,
+            SendRequestError::Connect(error) => Self::Unreachable(error.to_string()),
+            error => Self::Other(error.to_string()),
         }
-        SendRequestError::Connect(ConnectorError::Disconnected)
-        | SendRequestError::Response(_)
-        | SendRequestError::Send(_) => "the connection was closed before an answer came".into(),
-        SendRequestError::Connect(error) => format!("the server can't be reached: {error}"),
-        error => error.to_string(),
     }
 }
 
 /// Parses an http: or https: URL.
-pub fn parse_url(text: &str) -> Result<Uri, &'static str> {
-    let url: Uri = text.parse().map_err(|_| "the URL is invalid")?;
-    if matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some() {
-        Ok(url)
-    } else {
-        Err("the URL must begin with http: or https: and name a host")
-    }
+pub fn parse_url(text: &str) -> Result<Uri, HttpError> {
+    let url: Uri = text.parse().map_err(HttpError::Url)?;
+    let is_web = matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some();
+    if is_web { Ok(url) } else { Err(HttpError::Scheme) }
+}
+
+/// Returns the value of an `Authorization` header: `scheme`, a space and `token`.
+pub fn authorization(scheme: &str, token: &str) -> Result<HeaderValue, HttpError> {
+    HeaderValue::try_from(format!("{scheme} {token}")).map_err(|_| HttpError::Token)
 }
 
 /// Returns a connector that trusts the machine's certificate authorities and those in `ca_file`.
@@ -142,14 +201,14 @@ impl fmt::Debug for Proxy {
 impl Proxy {
     /// Reads `HTTPS_PROXY` and `NO_PROXY`, or their lower-case forms. Errors do not contain the values: a
     /// proxy's URL may hold a password.
-    pub fn from_env(environment: &Environment) -> Result<Option<Self>, String> {
+    pub fn from_env(environment: &Environment) -> Result<Option<Self>, ErrorOf> {
         let variable =
             |name: &str| environment.text(name).or_else(|| environment.text(&name.to_lowercase()));
         let direct = variable("NO_PROXY").unwrap_or_default();
         let Some(proxy) = variable("HTTPS_PROXY") else {
             return Ok(None);
         };
-        Self::new(&proxy, &direct).map(Some).map_err(|why| format!("HTTPS_PROXY: {why}"))
+        Self::new(&proxy, &direct).map(Some).map_err(|why| ErrorOf::new("HTTPS_PROXY", why))
     }
 
     fn new(url: &str, direct: &str) -> Result<Self, &'static str> {

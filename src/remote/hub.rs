@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::rc::Rc;
 use std::time::Duration;
 
+use actors::errors::{Cause, ErrorOf, WithCauses};
 use actors::intake::protocol::{Answer, Report};
 use actors::job::{Job, JobId, Problem};
 use actors::ports::{HubApi, HubError};
@@ -21,7 +22,7 @@ use serde_json::Value;
 use crate::config::Secret;
 use crate::config::start::is_url;
 use crate::decode::{TrackedJson, decode_json, naming_unknown};
-use crate::remote::http_client::{HttpClients, describe_send_error, parse_url};
+use crate::remote::http_client::{HttpClients, HttpError, authorization, parse_url};
 
 /// Time limit of one request to the control plane or a log server; the response body gets as much again.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -113,7 +114,7 @@ impl Hub {
         endpoint: &str,
         registration_token: Secret,
         registration: Registration,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, HttpError> {
         let base = parse_url(&format!("{scheme}://{endpoint}/api/v1/self_hosted_agents"))?;
         let access_token = RefCell::default();
         let shared = Shared { clients, base, registration_token, registration, access_token };
@@ -129,19 +130,13 @@ impl Shared {
         path: &str,
         token: &str,
     ) -> Result<ClientRequest, HubError> {
-        let failed = |why: String| HubError::Failed(why);
-        let url = format!("{}{path}", self.base);
-        let client = clients
-            .for_url(&self.base)
-            .map_err(|error| failed(format!("TLS setup failed: {error}")))?;
-        let token = header::HeaderValue::try_from(format!("Token {token}")).map_err(|_| {
-            failed("the token contains characters that are invalid in a header".into())
-        })?;
+        let authorization = authorization("Token", token).map_err(transient)?;
+        let client = clients.for_url(&self.base).map_err(transient)?;
         Ok(client
-            .request(method, url)
+            .request(method, format!("{}{path}", self.base))
             .insert_header((header::USER_AGENT, USER_AGENT))
             .insert_header((header::CONTENT_TYPE, "application/json"))
-            .insert_header((header::AUTHORIZATION, token)))
+            .insert_header((header::AUTHORIZATION, authorization)))
     }
 
     async fn send(
@@ -167,12 +162,12 @@ async fn response_to(
     is_secret: bool,
 ) -> Result<Bytes, HubError> {
     let response = request.send_body(body).await;
-    let response = response.map_err(|error| HubError::Failed(describe_send_error(&error)))?;
+    let response = response.map_err(|error| transient(HttpError::from(error)))?;
     let mut response = response.timeout(PATIENCE);
     let status = response.status();
     if status.is_success() {
         let body = response.body().limit(largest).await;
-        return body.map_err(|error| HubError::BrokeOff(error.to_string()));
+        return body.map_err(|error| HubError::BrokeOff(error.to_string().into()));
     }
     let text = match response.timeout(REFUSAL_PATIENCE).body().limit(LARGEST_REFUSAL).await {
         Ok(text) if !is_secret => {
@@ -180,30 +175,40 @@ async fn response_to(
         }
         _ => String::new(),
     };
-    let why = match text.as_str() {
-        "" => format!("the server answered {status}"),
-        text => format!("the server answered {status}: {text}"),
-    };
-    let says = |words: &str| text.to_ascii_lowercase().contains(words);
+    let lower = text.to_ascii_lowercase();
+    let error = Box::new(HttpError::Status { status, text });
+    // The control plane tells these two by their texts only.
     Err(match status {
-        _ if says("job not available") => HubError::JobGone,
-        _ if says("agent can't be registered") => HubError::NameTaken(why),
-        StatusCode::UNAUTHORIZED => HubError::Unauthorized(why),
-        StatusCode::NOT_FOUND => HubError::NotFound(why),
-        StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY => HubError::Unusable(why),
-        _ => HubError::Failed(why),
+        _ if lower.contains("job not available") => HubError::JobGone,
+        _ if lower.contains("agent can't be registered") => HubError::NameTaken(error),
+        StatusCode::UNAUTHORIZED => HubError::Unauthorized(error),
+        StatusCode::NOT_FOUND => HubError::NotFound(error),
+        StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY => HubError::Permanent(error),
+        _ => HubError::Transient(error),
     })
+}
+
+fn transient(cause: impl Into<Cause>) -> HubError {
+    HubError::Transient(cause.into())
+}
+
+/// An error, with a hint at its probable reason.
+#[derive(Debug, thiserror::Error)]
+#[error("{} ({hint})", WithCauses(&**error))]
+struct WithHint {
+    error: Cause,
+    hint: &'static str,
 }
 
 /// Decodes a response. Errors name the place and the problem, but no value, which may be a secret.
 fn decode<'de, T: Deserialize<'de>>(body: &'de [u8]) -> Result<T, HubError> {
-    decode_or(HubError::Failed, body)
+    decode_or(HubError::Transient, body)
 }
 
 /// Like [`decode`], but JSON of an unexpected shape is the error `unfit`. A body that is not JSON stays a
 /// transient error: it may come from somebody else, such as a proxy.
 fn decode_or<'de, T: Deserialize<'de>>(
-    unfit: fn(String) -> HubError,
+    unfit: fn(Cause) -> HubError,
     body: &'de [u8],
 ) -> Result<T, HubError> {
     decode_with(unfit, body, |tracked| T::deserialize(tracked))
@@ -211,19 +216,15 @@ fn decode_or<'de, T: Deserialize<'de>>(
 
 /// Like [`decode_or`], with a deserializer of the caller's choice.
 fn decode_with<'de, T>(
-    unfit: fn(String) -> HubError,
+    unfit: fn(Cause) -> HubError,
     body: &'de [u8],
     read: impl FnOnce(TrackedJson<'_, '_, '_, 'de>) -> serde_json::Result<T>,
 ) -> Result<T, HubError> {
     decode_json(body, read).map_err(|error| {
-        let why = format!("invalid response: {error}");
-        if error.is_data() { unfit(why) } else { HubError::Failed(why) }
+        let of_kind = if error.is_data() { unfit } else { HubError::Transient };
+        of_kind(ErrorOf::new("invalid response", error).into())
     })
 }
-
-/// The error for a `200` whose body [`may_be_from_control_plane`] rejects.
-pub const FOREIGN_RESPONSE: &str =
-    "the response is neither empty nor JSON; it may come from a proxy or a login page in between";
 
 /// Returns whether the body of a `200` may come from the control plane or a log server: it is empty or JSON.
 pub fn may_be_from_control_plane(body: &[u8]) -> bool {
@@ -278,11 +279,11 @@ impl HubApi for Hub {
             let is_secret = is_url(&shared.registration.name);
             let response = response_to(request, body, LARGEST_RESPONSE, is_secret).await;
             let response = response.map_err(|error| match error {
-                HubError::NotFound(why) => {
-                    HubError::Failed(format!("{why} (is the endpoint the organization's host?)"))
+                HubError::NotFound(error) => {
+                    transient(WithHint { error, hint: "is the endpoint the organization's host?" })
                 }
-                HubError::Unauthorized(why) => {
-                    HubError::Failed(format!("{why} (is the registration token right?)"))
+                HubError::Unauthorized(error) => {
+                    transient(WithHint { error, hint: "is the registration token right?" })
                 }
                 error => error,
             })?;
@@ -318,14 +319,13 @@ impl HubApi for Hub {
             let is_secret = is_url(&shared.registration.name);
             let body = response_to(request, Bytes::new(), LARGEST_JOB, is_secret).await;
             let body = body.map_err(|error| match error {
-                error @ HubError::BrokeOff(_) => HubError::Unusable(error.to_string()),
-                HubError::NotFound(why) => HubError::Failed(why),
+                error @ HubError::BrokeOff(_) => HubError::Permanent(error.into()),
+                HubError::NotFound(error) => HubError::Transient(error),
                 error => error,
             })?;
             let request: OnlyMap<HubRequest> =
-                decode_with(HubError::Unusable, &body, |tracked| naming_unknown(tracked))?;
-            let mut job =
-                request.0.decode().map_err(|error| HubError::Unusable(error.to_string()))?;
+                decode_with(HubError::Permanent, &body, |tracked| naming_unknown(tracked))?;
+            let mut job = request.0.decode().map_err(|error| HubError::Permanent(error.into()))?;
             if lacks_secrets(&body) {
                 log::error!(job:% = job.id, why = LOST_SECRETS; "the job can't be run");
                 let problem = Problem { path: String::new(), message: LOST_SECRETS.into() };
@@ -354,7 +354,7 @@ impl HubApi for Hub {
             if may_be_from_control_plane(&response) {
                 Ok(())
             } else {
-                Err(HubError::Failed(FOREIGN_RESPONSE.into()))
+                Err(transient(HttpError::Foreign))
             }
         }
         .boxed_local()

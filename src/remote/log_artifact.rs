@@ -11,6 +11,7 @@ use std::time::Duration;
 use crate::os::programs::run_for;
 use crate::service::environment::Environment;
 use crate::state::StateDir;
+use actors::errors::{Cause, ErrorOf};
 use actors::job::Job;
 use actors::log::event::LogEvent;
 use actors::ports::LogRange;
@@ -49,14 +50,14 @@ pub enum UploadCondition {
 
 impl UploadCondition {
     /// Reads the condition from the job's environment variables.
-    fn of(job: &Job) -> Result<Self, String> {
+    fn of(job: &Job) -> Result<Self, Cause> {
         match job.variable("SEMAPHORE_AGENT_UPLOAD_JOB_LOGS") {
             None | Some("" | "never") => Ok(Self::Never),
             Some("always") => Ok(Self::Always),
             Some("when-trimmed") => Ok(Self::WhenTrimmed),
             Some(_) => {
                 let known = "never, always, when-trimmed";
-                Err(format!("SEMAPHORE_AGENT_UPLOAD_JOB_LOGS must be one of {known}"))
+                Err(format!("SEMAPHORE_AGENT_UPLOAD_JOB_LOGS must be one of {known}").into())
             }
         }
     }
@@ -77,26 +78,27 @@ pub struct ArtifactUploads {
 
 impl ArtifactUploads {
     /// Reads `SEMAPHORE_AGENT_LOGS_COMPRESSION_SIZE`, in bytes, or returns its default.
-    pub fn compression_size(environment: &Environment) -> Result<u64, String> {
+    pub fn compression_size(environment: &Environment) -> Result<u64, ErrorOf> {
         let Some(size) = environment.text(COMPRESSION_SIZE) else {
             return Ok(DEFAULT_COMPRESSION_SIZE);
         };
         let in_range = size.parse().ok().filter(|size| COMPRESSION_SIZES.contains(size));
         in_range.ok_or_else(|| {
             let (least, most) = (COMPRESSION_SIZES.start(), COMPRESSION_SIZES.end());
-            format!("{COMPRESSION_SIZE}: `{size}` is not a number of bytes from {least} to {most}")
+            let why = format!("`{size}` is not a number of bytes from {least} to {most}");
+            ErrorOf::new(COMPRESSION_SIZE, why)
         })
     }
 
-    async fn push(&self, job: &Job, log: &LogRange) -> Result<(), String> {
+    async fn push(&self, job: &Job, log: &LogRange) -> Result<(), Cause> {
         let range = log.clone();
-        let directory = self.state.make_job_dir(None).map_err(|error| error.to_string())?;
+        let directory = self.state.make_job_dir(None)?;
         let path = directory.scratch();
         let compression_size = self.compression_size;
         let written =
             actix_rt::task::spawn_blocking(move || write_text(&range, &path, compression_size));
-        let written = written.await.map_err(|error| error.to_string())?;
-        let file = written.map_err(|error| format!("can't write the log's text: {error}"))?;
+        let file =
+            written.await?.map_err(|error| ErrorOf::new("can't write the log's text", error))?;
 
         let mut command = Command::new("artifact");
         let compressed = file.extension().is_some_and(|extension| extension == "gz");
@@ -113,12 +115,14 @@ impl ArtifactUploads {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         match run_for(command, PATIENCE).await {
             Ok(Some(status)) if status.success() => Ok(()),
-            Ok(Some(status)) => Err(format!("`artifact push` ended with {status}")),
-            Ok(None) => Err(format!("`artifact push` took longer than {} s", PATIENCE.as_secs())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                Err("no `artifact` program in the agent's PATH".to_owned())
+            Ok(Some(status)) => Err(format!("`artifact push` ended with {status}").into()),
+            Ok(None) => {
+                Err(format!("`artifact push` took longer than {} s", PATIENCE.as_secs()).into())
             }
-            Err(error) => Err(format!("`artifact push`: {error}")),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err("no `artifact` program in the agent's PATH".into())
+            }
+            Err(error) => Err(ErrorOf::new("`artifact push`", error).into()),
         }
     }
 }
@@ -129,7 +133,7 @@ impl LogUploads for ArtifactUploads {
         job: &'a Job,
         log: &'a LogRange,
         trimmed: bool,
-    ) -> LocalBoxFuture<'a, Result<(), String>> {
+    ) -> LocalBoxFuture<'a, Result<(), Cause>> {
         async move {
             let wanted = match self.condition.map_or_else(|| UploadCondition::of(job), Ok)? {
                 UploadCondition::Never => false,

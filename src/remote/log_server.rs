@@ -4,8 +4,10 @@ use std::cell::Cell;
 use std::io::{self, Write as _};
 use std::rc::Rc;
 
+use actors::errors::Cause;
 use actors::job::PushTarget;
 use actors::ports::{LogBatch, LogServer, PushError};
+use awc::ClientRequest;
 use awc::error::SendRequestError;
 use awc::http::{StatusCode, header};
 use bytes::Bytes;
@@ -14,8 +16,8 @@ use flate2::write::GzEncoder;
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 
-use crate::remote::http_client::{HttpClients, describe_send_error, parse_url};
-use crate::remote::hub::{FOREIGN_RESPONSE, PATIENCE, USER_AGENT, may_be_from_control_plane};
+use crate::remote::http_client::{HttpClients, HttpError, authorization, parse_url};
+use crate::remote::hub::{PATIENCE, USER_AGENT, may_be_from_control_plane};
 
 /// Limit for a log server's response, in bytes: it is read into memory.
 const LARGEST_RESPONSE: usize = 1 << 20;
@@ -40,6 +42,28 @@ fn compressed(bytes: &[u8]) -> io::Result<Bytes> {
     Ok(encoder.finish()?.into())
 }
 
+impl HttpLogServer {
+    fn request(&self, target: &PushTarget, first_line: u64) -> Result<ClientRequest, HttpError> {
+        let and = if target.url.contains('?') { '&' } else { '?' };
+        let url = parse_url(&format!("{}{and}start_from={first_line}", target.url))?;
+        Ok(self
+            .clients
+            .for_url(&url)?
+            .post(url)
+            .insert_header((header::USER_AGENT, USER_AGENT))
+            .insert_header((header::CONTENT_TYPE, "text/plain"))
+            .insert_header((header::AUTHORIZATION, authorization("Bearer", &target.token)?)))
+    }
+}
+
+fn failed(cause: impl Into<Cause>) -> PushError {
+    PushError::Failed(cause.into())
+}
+
+fn unavailable(cause: impl Into<Cause>) -> PushError {
+    PushError::Unavailable(cause.into())
+}
+
 impl LogServer for HttpLogServer {
     fn push(
         &self,
@@ -47,37 +71,20 @@ impl LogServer for HttpLogServer {
         first_line: u64,
         batch: LogBatch,
     ) -> LocalBoxFuture<'static, Result<(), PushError>> {
-        let failed = |why: String| PushError::Failed(why);
-        let separator = if target.url.contains('?') { '&' } else { '?' };
-        let url = format!("{}{separator}start_from={first_line}", target.url);
-        let request = parse_url(&url).map_err(str::to_owned).and_then(|url| {
-            let client =
-                self.clients.for_url(&url).map_err(|error| format!("TLS setup failed: {error}"))?;
-            let token = header::HeaderValue::try_from(format!("Bearer {}", target.token)).map_err(
-                |_| "the token contains characters that are invalid in a header".to_owned(),
-            )?;
-            Ok(client
-                .post(url)
-                .insert_header((header::USER_AGENT, USER_AGENT))
-                .insert_header((header::CONTENT_TYPE, "text/plain"))
-                .insert_header((header::AUTHORIZATION, token)))
-        });
+        let request = self.request(target, first_line);
         let compress = Rc::clone(&self.compress);
         async move {
             let mut request = request.map_err(failed)?;
             let mut body = batch.bytes;
             if compress.get() {
                 let packed = actix_rt::task::spawn_blocking(move || compressed(&body)).await;
-                let packed = packed.map_err(|error| failed(error.to_string()))?;
-                body = packed.map_err(|error| failed(error.to_string()))?;
+                body = packed.map_err(failed)?.map_err(failed)?;
                 request = request.insert_header((header::CONTENT_ENCODING, "gzip"));
             }
             let response = request.send_body(body).await.map_err(|error| match error {
                 SendRequestError::Timeout => PushError::TimedOut,
-                error @ SendRequestError::Connect(_) => {
-                    PushError::Unavailable(describe_send_error(&error))
-                }
-                error => failed(describe_send_error(&error)),
+                error @ SendRequestError::Connect(_) => unavailable(HttpError::from(error)),
+                error => failed(HttpError::from(error)),
             })?;
             let mut response = response.timeout(PATIENCE);
             let encodings = response.headers().get_all(header::ACCEPT_ENCODING);
@@ -86,29 +93,30 @@ impl LogServer for HttpLogServer {
                 compress.set(true);
             }
             let status = response.status();
-            // The body must be read before the connection can be used again. A `200` whose body is cut off
-            // does not count as an acknowledgement.
+            // Read in any case, so that the connection can be used again.
             let body = response.body().limit(LARGEST_RESPONSE).await;
             match status {
                 StatusCode::UNAUTHORIZED => Err(PushError::Unauthorized),
                 StatusCode::UNPROCESSABLE_ENTITY => Err(PushError::QuotaUsedUp),
                 StatusCode::PAYLOAD_TOO_LARGE => Err(PushError::TooLarge),
-                StatusCode::UNSUPPORTED_MEDIA_TYPE if compress.get() => {
-                    compress.set(false);
-                    Err(failed(format!("the server answered {status}")))
-                }
                 StatusCode::OK => {
+                    // A response that was cut is no acknowledgment.
                     let body = body.map_err(|error| failed(error.to_string()))?;
                     if may_be_from_control_plane(&body) {
                         Ok(())
                     } else {
-                        Err(failed(FOREIGN_RESPONSE.into()))
+                        Err(failed(HttpError::Foreign))
                     }
                 }
                 status if status.is_server_error() => {
-                    Err(PushError::Unavailable(format!("the answer is {status}")))
+                    Err(unavailable(HttpError::of_status(status)))
                 }
-                status => Err(failed(format!("the server answered {status}"))),
+                status => {
+                    if status == StatusCode::UNSUPPORTED_MEDIA_TYPE {
+                        compress.set(false);
+                    }
+                    Err(failed(HttpError::of_status(status)))
+                }
             }
         }
         .boxed_local()

@@ -3,6 +3,7 @@
 //! One line an entry: time, level, constant words, then key-values. Values are escaped, so that none
 //! can pass for another line. Never a secret, a token, or a variable's value.
 
+use actors::errors::ErrorOf;
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -44,16 +45,17 @@ pub struct AgentLogConfig {
 impl AgentLogConfig {
     /// What the environment says; otherwise `agent_log` in the directory for temporary files, and
     /// everything from information on.
-    pub fn from_env(environment: &Environment) -> Result<Self, String> {
+    pub fn from_env(environment: &Environment) -> Result<Self, ErrorOf> {
         let level = environment.get(LEVEL).map_or(Ok(LevelFilter::Info), |level| {
             let level = level.to_string_lossy().into_owned();
             let known = "error, warn, info, debug, trace, off";
-            level.parse().map_err(|_| format!("{LEVEL}: `{level}` is none of: {known}"))
+            level.parse().map_err(|_| ErrorOf::new(LEVEL, format!("`{level}` is none of: {known}")))
         })?;
         let max_size = environment.get(MAX_SIZE).map_or(Ok(DEFAULT_MAX_SIZE), |size| {
             let size = size.to_string_lossy().into_owned();
             let parsed = size.parse().ok().filter(|size| *size > 0);
-            parsed.ok_or_else(|| format!("{MAX_SIZE}: `{size}` is not a number of bytes"))
+            parsed
+                .ok_or_else(|| ErrorOf::new(MAX_SIZE, format!("`{size}` is not a number of bytes")))
         })?;
         let path = environment.get(PATH).map(PathBuf::from);
         let path = path.unwrap_or_else(|| environment.temporary_directory().join("agent_log"));

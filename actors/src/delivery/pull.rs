@@ -1,7 +1,7 @@
 //! The end of a job whose log is pulled (docs/protocol.md: "Teardown of a pull job"): sends the
 //! callbacks, and waits until an archivator has fetched the whole log.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::delivery::JobDelivery;
+use crate::errors::WithCauses;
 use crate::job::{Job, Outcome};
 use crate::log::job_log::JobLog;
 use crate::ports::{Callback, CallbackError, CallbackSender, LogUploads};
@@ -164,11 +165,11 @@ impl PullJob {
             // An upload that is not wanted ends at once.
             biased;
             uploaded = self.delivery.uploads.upload(&self.job, &log, trimmed) => uploaded,
-            () = self.time_is_up(at_most, WaitsFor::Upload) => Err("it took too long".to_owned()),
+            () = self.time_is_up(at_most, WaitsFor::Upload) => Err("it took too long".into()),
         };
         self.waits_for.set(None);
-        if let Err(why) = uploaded {
-            log::error!(job:%, why:%; "the job's log was not uploaded");
+        if let Err(error) = uploaded {
+            log::error!(job:%, error:% = WithCauses(&*error); "the job's log was not uploaded");
         }
     }
 
@@ -217,15 +218,16 @@ impl PullJob {
         };
         let callback = Callback { url, token: self.job.callbacks.token.clone(), body };
         self.waits_for.set(Some(WaitsFor::Callback));
-        let mut last_failure = None;
+        let last_failure = RefCell::default();
         let at_most = Instant::now() + CALLBACK_PATIENCE;
         let accepted = tokio::select! {
-            accepted = self.send_until_accepted(what, &callback, &mut last_failure) => accepted,
-            () = self.time_is_up(at_most, WaitsFor::Callback) => Err("there was no answer in time".to_owned()),
+            accepted = self.send_until_accepted(what, &callback, &last_failure) => accepted,
+            () = self.time_is_up(at_most, WaitsFor::Callback) => Err(None),
         };
         self.waits_for.set(None);
-        if let Err(why) = accepted {
-            let why = last_failure.unwrap_or(why);
+        if let Err(error) = accepted {
+            let error = error.map(|error| WithCauses(&error).to_string());
+            let why = error.or(last_failure.take()).unwrap_or("there was no answer in time".into());
             log::error!(job:% = self.job.id, callback = what, why:%; "callback given up");
         }
     }
@@ -237,21 +239,19 @@ impl PullJob {
         &self,
         what: &str,
         callback: &Callback,
-        last_failure: &mut Option<String>,
-    ) -> Result<(), String> {
+        last_failure: &RefCell<Option<String>>,
+    ) -> Result<(), Option<CallbackError>> {
         let job = &self.job.id;
         let failed = |error: &CallbackError, tries| {
             // Warn on the first failure only.
             let level = if tries == 1 { log::Level::Warn } else { log::Level::Debug };
-            log::log!(level, job:%, callback = what, why:% = error; "callback not taken, trying again");
-            *last_failure = Some(error.to_string());
+            let error = WithCauses(error);
+            log::log!(level, job:%, callback = what, error:%; "callback not taken, trying again");
+            last_failure.replace(Some(error.to_string()));
         };
         let send = async || self.delivery.callbacks.send(callback).await;
         let retry = Retry::every(CALLBACK_PAUSE, self.delivery.attempts);
-        retry
-            .run(CallbackError::is_transient, send, failed)
-            .await
-            .map_err(|error| error.to_string())?;
+        retry.run(CallbackError::is_transient, send, failed).await?;
         log::info!(job:%, callback = what; "callback sent");
         Ok(())
     }

@@ -17,6 +17,7 @@ use crate::delivery::JobDelivery;
 use crate::delivery::departure::Urgency;
 pub use crate::delivery::shipper::PushPlatform;
 use crate::delivery::shipper::{Acknowledged, AwaitShipped, LogShipper, Shipped};
+use crate::errors::WithCauses;
 use crate::job::{Job, LogMethod, PushTarget};
 use crate::log::job_log::JobLog;
 use crate::log::writer::OutputShape;
@@ -155,10 +156,10 @@ impl PushDelivery {
             // An upload that is not asked for succeeds at once, even if time is up.
             biased;
             uploaded = self.uploads.upload(job, &whole, trimmed) => uploaded,
-            () = self.time_is_up(job_ended) => Err("it took too long".to_owned()),
+            () = self.time_is_up(job_ended) => Err("it took too long".into()),
         };
-        if let Err(why) = uploaded {
-            log::error!(job:% = job.id, why:%; "the job's log was not uploaded");
+        if let Err(error) = uploaded {
+            log::error!(job:% = job.id, error:% = WithCauses(&*error); "the job's log was not uploaded");
         }
     }
 

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
+use crate::errors::WithCauses;
 use crate::job::PushTarget;
 use crate::log::job_log::JobLog;
 use crate::ports::{HubApi, LogFiles, LogServer, PushError};
@@ -179,9 +180,9 @@ impl LogShipper {
                         let pushed = server.push(&target, line, batch).await;
                         pushed.map(|()| (range, lines)).map_err(|error| (error, lines))
                     }
-                    Err(error) => Err((PushError::Failed(error.to_string()), 0)),
+                    Err(error) => Err((PushError::Failed(error.into()), 0)),
                 },
-                Err(error) => Err((PushError::Failed(error.to_string()), 0)),
+                Err(error) => Err((PushError::Failed(error.into()), 0)),
             };
             let (error, lines) = match sent {
                 Ok((range, lines)) => {
@@ -204,7 +205,7 @@ impl LogShipper {
             };
             // Warn on the first failure only.
             let level = if back_off.failures == 0 { log::Level::Warn } else { log::Level::Debug };
-            log::log!(level, error:%, line; "log not taken, trying again");
+            log::log!(level, error:% = WithCauses(&error), line; "log not taken, trying again");
             match error {
                 PushError::QuotaUsedUp => return Shipped::Trimmed,
                 PushError::Unauthorized if !fresh_token => match hub.refresh_log_token().await {
@@ -212,7 +213,7 @@ impl LogShipper {
                         (target.token, fresh_token) = (token, true);
                         continue;
                     }
-                    Err(error) => log::warn!(error:%; "no new token for logs"),
+                    Err(error) => log::warn!(error:% = WithCauses(&error); "no new token for logs"),
                 },
                 PushError::TooLarge if lines > 1 => {
                     limits = limits.halved(lines);

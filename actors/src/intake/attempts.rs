@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
+use crate::errors::WithCauses;
 use crate::ports::{HubApi, HubError};
 use crate::retry::Retry;
 
@@ -66,7 +67,7 @@ pub(super) async fn retried<T>(
     ask: impl AsyncFnMut() -> Result<T, HubError>,
 ) -> Result<T, HubError> {
     let failed = |error: &HubError, tries| {
-        log::warn!(what, error:%, tries; "not done, trying again");
+        log::warn!(what, error:% = WithCauses(error), tries; "not done, trying again");
     };
     retry.run(HubError::is_transient, ask, failed).await
 }
@@ -87,7 +88,7 @@ pub(super) async fn register(hub: &dyn HubApi) -> Result<(), HubError> {
         if taken_since.get_or_insert_with(Instant::now).elapsed() >= NAME_TAKEN {
             return Err(error);
         }
-        log::warn!(error:%; "the agent's name is still taken, as after a crash; trying again");
+        log::warn!(error:% = WithCauses(&error); "the agent's name is still taken, as after a crash; trying again");
         sleep(pause).await;
         pause = (pause * 2).min(LONGEST_NAME_PAUSE);
     }

@@ -6,7 +6,7 @@ use crate::ports::HubError;
 
 /// Returns the job with the operator's variables added; fails if the job can't be run here.
 pub(super) fn fitted(mut job: Job, id: &JobId, variables: &[EnvVar]) -> Result<Job, HubError> {
-    let unusable = |why: &str| Err(HubError::Unusable(why.to_owned()));
+    let unusable = |why: &str| Err(HubError::Permanent(why.into()));
     if job.id != *id {
         return unusable("the control plane sent another job than the one requested");
     }

@@ -17,12 +17,12 @@ use tokio::time::sleep;
 
 use crate::delivery::pull::WaitsFor;
 use crate::job::lifecycle::StartRefused;
-use crate::job::{Job, JobId, LogMethod};
+use crate::job::{Job, JobId, LogMethod, Problem, Problems};
 use crate::log::buffer::{LogError, ReadFrom};
 use crate::ports::LogRange;
 use crate::supervisor::{
-    GetActiveJob, GetLog, GetWaitsFor, JobFinished, JobSupervisor, ReportTransfer, StartJob,
-    StopJob, StopManner,
+    GetActiveJob, GetLog, GetWaitsFor, JobFinished, JobSupervisor, ReportTransfer, StartError,
+    StartJob, StopJob, StopManner,
 };
 
 /// How often a log is requested again after a crash of its buffer.
@@ -48,20 +48,27 @@ pub enum Submission {
 }
 
 /// Why a submitted job is not run.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum SubmitRefused {
     /// The request's `logger` is not valid, or asks for a log that is pushed.
-    #[error("{0}")]
-    Unfit(String),
+    #[error("{}", listed(.0))]
+    Unfit(Problems),
     /// Another job holds the slot. Clients match the text (docs/protocol.md: "The hosted API").
     #[error("another job is already running")]
     Busy,
     /// The agent is about to end.
     #[error("the agent is shutting down and takes no more jobs")]
     Closed,
-    /// The job's parts could not be made, or the supervisor has crashed.
-    #[error("the agent can't start the job: {0}")]
-    Broken(String),
+    /// The job's parts could not be made.
+    #[error("the agent can't start the job")]
+    Failed(#[source] StartError),
+    /// The agent can run no job any more.
+    #[error("the agent can't start the job: the job supervisor has crashed")]
+    Crashed,
+}
+
+fn listed(problems: &Problems) -> String {
+    problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
 /// Returns the range of a job's log from a line on.
@@ -169,14 +176,11 @@ impl HttpIntake {
 
     fn admit(&mut self, job: &Job) -> Result<(), SubmitRefused> {
         match &job.logger {
-            Err(problems) => {
-                let told: Vec<_> = problems.iter().map(ToString::to_string).collect();
-                return Err(SubmitRefused::Unfit(told.join("; ")));
-            }
+            Err(problems) => return Err(SubmitRefused::Unfit(problems.clone())),
             Ok(logger) if matches!(logger.method, LogMethod::Push(_)) => {
-                let why =
-                    "logger.method: `push` can't be served here; this agent's logs are pulled";
-                return Err(SubmitRefused::Unfit(why.to_owned()));
+                let message = "`push` can't be served here; this agent's logs are pulled".into();
+                let problem = Problem { path: "logger.method".into(), message };
+                return Err(SubmitRefused::Unfit(vec![problem]));
             }
             Ok(_) => {}
         }
@@ -225,13 +229,15 @@ impl Handler<SubmitJob> for HttpIntake {
                     intake.last = Some(id);
                     return Ok(Submission::Started);
                 }
-                Ok(Err(StartRefused::SameJob { .. })) => Ok(Submission::AlreadyRunning),
-                Ok(Err(StartRefused::Busy { .. })) => Err(SubmitRefused::Busy),
-                Ok(Err(StartRefused::NoParts { why })) => {
-                    intake.only = None;
-                    Err(SubmitRefused::Broken(why))
+                Ok(Err(StartError::Refused(StartRefused::SameJob { .. }))) => {
+                    Ok(Submission::AlreadyRunning)
                 }
-                Err(_) => Err(SubmitRefused::Broken("the job supervisor has crashed".into())),
+                Ok(Err(StartError::Refused(StartRefused::Busy { .. }))) => Err(SubmitRefused::Busy),
+                Ok(Err(error @ StartError::NoParts(_))) => {
+                    intake.only = None;
+                    Err(SubmitRefused::Failed(error))
+                }
+                Err(_) => Err(SubmitRefused::Crashed),
             };
             intake.one_less(false);
             answer

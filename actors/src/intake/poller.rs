@@ -7,6 +7,7 @@
 //! [`SyncProtocol`] decides what to report and to do; this actor adds clocks, retries and time
 //! limits. At most one report is under way: a change meanwhile is reported right after its answer.
 
+use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
 use crate::delivery::departure::{CUT_SHORT, FOR_DISCONNECTING, FOR_THE_REST, LEAVING, Urgency};
+use crate::errors::WithCauses;
 use crate::intake::attempts::{
     AFTER_FAILURE, DISCONNECT, FETCH, LONGEST_PAUSE, NotFoundStreak, SHORTEST_PAUSE, USUAL_PAUSE,
     register, retried,
@@ -122,7 +124,7 @@ pub struct SyncPoller {
 /// Why a report has no answer.
 enum NotTaken {
     /// The report was not sent, because a job could not be started now, for this reason.
-    NotReady(String),
+    NotReady(io::Error),
     /// Sending the report failed.
     Failed(HubError),
 }
@@ -174,7 +176,7 @@ impl SyncPoller {
                 this.report(ctx);
             }
             Err(error) if this.registration == Registration::Pending => {
-                this.left.send_replace(Some(Left::NotRegistered(error.to_string())));
+                this.left.send_replace(Some(Left::NotRegistered(WithCauses(&error).to_string())));
             }
             // The agent has left meanwhile.
             Ok(()) | Err(_) => {}
@@ -204,9 +206,9 @@ impl SyncPoller {
         let told = report.clone();
         let answer = async move {
             if let Some(readiness) = readiness
-                && let Ok(Err(why)) = readiness.await
+                && let Ok(Err(error)) = readiness.await
             {
-                return Err(NotTaken::NotReady(why));
+                return Err(NotTaken::NotReady(error));
             }
             hub.sync(&told).await.map_err(NotTaken::Failed)
         };
@@ -238,9 +240,9 @@ impl SyncPoller {
         self.reporting = None;
         let unready_since = self.unready_since.take();
         let (decision, pause) = match answer {
-            Err(NotTaken::NotReady(why)) => {
+            Err(NotTaken::NotReady(error)) => {
                 if unready_since.is_none() {
-                    log::error!(why:%; "no job can be started here now; not asking for one");
+                    log::error!(error:% = WithCauses(&error); "no job can be started here now; not asking for one");
                 }
                 self.unready_since = unready_since.or_else(|| Some(Instant::now()));
                 self.last_taken = Instant::now();
@@ -257,7 +259,7 @@ impl SyncPoller {
                 (self.protocol.answered(sent, &answer), pause)
             }
             Err(NotTaken::Failed(error)) => {
-                log::warn!(error:%, state:? = sent.state; "report not taken");
+                log::warn!(error:% = WithCauses(&error), state:? = sent.state; "report not taken");
                 if self.not_found.note(&error) && self.protocol.leaving().is_none() {
                     return self.forgotten(ctx);
                 }
@@ -347,7 +349,7 @@ impl SyncPoller {
                     }
                     this.act(decision, ctx);
                 }
-                Err(why) => this.give_up(&id, &why.to_string(), ctx),
+                Err(error) => this.give_up(&id, &WithCauses(&error).to_string(), ctx),
             }
         });
         self.fetching = Some(ctx.spawn(fetched));
@@ -362,7 +364,7 @@ impl SyncPoller {
                 let decision = this.protocol.job_started(&id);
                 this.act(decision, ctx);
             }
-            Ok(Err(refused)) => this.give_up(&id, &refused.to_string(), ctx),
+            Ok(Err(error)) => this.give_up(&id, &WithCauses(&error).to_string(), ctx),
             Err(_) => this.give_up(&id, "the job supervisor has crashed", ctx),
         }));
     }

@@ -27,12 +27,6 @@ pub enum StartRefused {
         /// The job that holds the slot.
         running: JobId,
     },
-    /// The job's log file, directory or another part could not be made.
-    #[error("the job's parts could not be made: {why}")]
-    NoParts {
-        /// The cause, for logs.
-        why: String,
-    },
 }
 
 /// The effect of a stop request.

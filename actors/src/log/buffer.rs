@@ -77,14 +77,14 @@ pub enum LogError {
     #[error("an event could not be encoded")]
     Encode(#[from] serde_json::Error),
     /// The spool could not be written. The line is not in the log.
-    #[error("the job's log could not be written: {0}")]
+    #[error("the job's log could not be written")]
     Spool(#[from] io::Error),
     /// The spool could not be read.
-    #[error("the job's log could not be read: {0}")]
+    #[error("the job's log could not be read")]
     Unreadable(#[source] io::Error),
     /// Another process changed the log. Returned once for each change; the line that gets the
     /// error is not in the log, later ones are.
-    #[error("the job's log was changed by somebody else: {0}")]
+    #[error("the job's log was changed by somebody else")]
     Changed(#[from] ForeignChange),
     /// The log buffer has crashed.
     #[error("the log buffer has crashed")]

@@ -12,6 +12,7 @@ use std::time::Duration;
 use actix::prelude::*;
 use tokio::time::Instant;
 
+use crate::errors::WithCauses;
 use crate::job::Outcome;
 use crate::log::buffer::{Append, AppendLastWords, Check, LogBuffer, LogError};
 use crate::log::event::{LogEvent, MAX_OUTPUT_LINE, MAX_PUSHED_OUTPUT_LINE, unix_time};
@@ -49,6 +50,24 @@ impl OutputShape {
         shares_lines: true,
         max_line: MAX_PUSHED_OUTPUT_LINE,
     };
+}
+
+/// A part of the agent has crashed, so that the job can't go on.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Crash {
+    #[error("the job supervisor has crashed")]
+    Supervisor,
+    #[error("the job's task has crashed")]
+    Task,
+    #[error("the job's steps have crashed")]
+    Steps,
+    #[error("the executor has crashed")]
+    Executor,
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// A script went on although its output could not be logged.
+    #[error("{0}; the script did not end then")]
+    UnloggedScript(String),
 }
 
 /// A step of the log whose `cmd_started` is written. Must be ended by [`LogWriter::end_step`].
@@ -204,7 +223,7 @@ impl LogWriter {
     async fn append(&self, event: LogEvent) -> Result<(), LogError> {
         match self.try_append(event.clone()).await {
             Err(error) if error.is_lost_line() => {
-                self.note_problem(&error.to_string()).await;
+                self.note_problem(&error).await;
                 match self.try_append(event).await {
                     Err(error) if error.is_lost_line() => Ok(()),
                     appended => appended,
@@ -228,10 +247,11 @@ impl LogWriter {
     }
 
     /// Puts into the log, once, why lines are missing.
-    pub(crate) async fn note_problem(&self, why: &str) {
+    pub(crate) async fn note_problem(&self, why: &LogError) {
+        let why = WithCauses(why).to_string();
         if self.problem.borrow().is_none() {
-            log::error!(why; "a job's log is not whole");
-            self.problem.replace(Some(why.to_owned()));
+            log::error!(why:%; "a job's log is not whole");
+            self.problem.replace(Some(why.clone()));
         }
         if self.is_problem_written.get() {
             return;
@@ -245,16 +265,17 @@ impl LogWriter {
     /// Notes a problem if another process has changed the log.
     pub(crate) async fn check(&self) {
         if let Ok(Err(error @ LogError::Changed(_))) = self.log.buffer().send(Check).await {
-            self.note_problem(&error.to_string()).await;
+            self.note_problem(&error).await;
         }
     }
 
     /// Puts into the log, once, that a part of the agent crashed.
-    pub(crate) async fn note_crash(&self, what: &str) {
+    pub(crate) async fn note_crash(&self, what: &Crash) {
         if self.is_crash_written.replace(true) {
             return;
         }
-        log::error!(what; "a part of the agent crashed");
+        let what = WithCauses(what);
+        log::error!(what:%; "a part of the agent crashed");
         let line = format!("The agent had an internal error: {what}. The job can't go on.\n");
         // The first attempt may only find that the buffer has crashed, and replace it.
         for _ in 0..2 {
@@ -267,7 +288,7 @@ impl LogWriter {
     /// Writes `job_finished`, and seals the log even if that fails.
     pub(crate) async fn end_job(&self, outcome: Outcome) {
         if let Err(error) = self.append(LogEvent::job_finished(outcome)).await {
-            log::error!(error:%; "the end of a job could not be logged");
+            log::error!(error:% = WithCauses(&error); "the end of a job could not be logged");
             // A crashed buffer has been replaced.
             let _ = self.append(LogEvent::job_finished(outcome)).await;
         }

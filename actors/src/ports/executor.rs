@@ -8,6 +8,7 @@ use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 
 use super::LogSpool;
+use crate::errors::{Cause, ErrorOf};
 use crate::job::{EnvVar, InjectedFile, Job};
 
 /// The parts that belong to one job, made afresh for each.
@@ -50,13 +51,25 @@ pub trait JobPartsFactory {
     fn make_spare_place(&self, job: &Job) -> io::Result<Place>;
 }
 
-/// Why a step failed, in words for the job's log.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct StepError(pub String);
+/// Why a step failed. The job's log shows it with its causes.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub struct StepError(Cause);
+
+impl StepError {
+    /// Creates an error from a cause, or from a text.
+    pub fn new(cause: impl Into<Cause>) -> Self {
+        Self(cause.into())
+    }
+
+    /// Creates the error of one object, such as a file or a container, from its cause or from a text.
+    pub fn of(object: impl Into<String>, cause: impl Into<Cause>) -> Self {
+        Self::new(ErrorOf::new(object, cause))
+    }
+}
 
 /// Why the place for a job's commands could not be prepared.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum PreparationError {
     /// The reason is put into the job's log.
     #[error(transparent)]

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 
 use super::LogRange;
+use crate::errors::Cause;
 use crate::intake::protocol::{Answer, Report};
 use crate::job::{Job, JobId, PushTarget};
 
@@ -31,27 +32,27 @@ impl fmt::Debug for Callback {
 }
 
 /// Why a callback was not accepted.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum CallbackError {
-    /// Permanent: the URL or the token is not valid.
-    #[error("{0}")]
-    Unusable(String),
-    /// Transient: no connection, no answer in time, or a status other than 2xx.
-    #[error("{0}")]
-    Failed(String),
+    /// The URL or the token is not valid.
+    #[error(transparent)]
+    Permanent(Cause),
+    /// No connection, no answer in time, or a status other than 2xx.
+    #[error(transparent)]
+    Transient(Cause),
 }
 
 impl CallbackError {
     /// Whether another attempt may succeed.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Failed(_))
+        matches!(self, Self::Transient(_))
     }
 }
 
 /// Sends callbacks.
 pub trait CallbackSender {
     /// Makes one attempt, which ends within a bounded time. The caller repeats it after
-    /// [`CallbackError::Failed`].
+    /// [`CallbackError::Transient`].
     ///
     /// After an error or a dropped future the platform may have the callback all the same: delivery
     /// is at least once.
@@ -70,7 +71,7 @@ pub trait LogUploads {
         job: &'a Job,
         log: &'a LogRange,
         trimmed: bool,
-    ) -> LocalBoxFuture<'a, Result<(), String>>;
+    ) -> LocalBoxFuture<'a, Result<(), Cause>>;
 }
 
 /// Consecutive whole lines of a log.
@@ -83,7 +84,7 @@ pub struct LogBatch {
 }
 
 /// Why a log server did not accept a batch. Every batch can be sent again.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum PushError {
     /// The token has expired or is wrong (401): refresh it.
     #[error("the token is refused")]
@@ -99,11 +100,11 @@ pub enum PushError {
     TimedOut,
     /// The log server can't be reached, or answers with a 5xx: it may have lost what it had
     /// acknowledged.
-    #[error("{0}")]
-    Unavailable(String),
+    #[error(transparent)]
+    Unavailable(Cause),
     /// Any other failure, taken for a transient one.
-    #[error("{0}")]
-    Failed(String),
+    #[error(transparent)]
+    Failed(Cause),
 }
 
 /// Reads logs that are to be pushed, and keeps those that were not delivered.
@@ -147,27 +148,27 @@ pub trait LogServer {
     ) -> LocalBoxFuture<'static, Result<(), PushError>>;
 }
 
-/// Why a request to the control plane failed. The texts are fit for the agent's log.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+/// Why a request to the control plane failed. The texts, with their causes, are fit for the agent's log.
+#[derive(Debug, thiserror::Error)]
 pub enum HubError {
-    /// Transient: no connection, no answer in time, or an answer that may be another one next time.
-    #[error("{0}")]
-    Failed(String),
-    /// Permanent: the request is refused for good, or its answer is not valid.
-    #[error("{0}")]
-    Unusable(String),
+    /// No connection, no answer in time, or an answer that may be another one next time.
+    #[error(transparent)]
+    Transient(Cause),
+    /// The request is refused for good, or its answer is not valid.
+    #[error(transparent)]
+    Permanent(Cause),
     /// The answer began, but did not arrive whole.
-    #[error("the answer broke off: {0}")]
-    BrokeOff(String),
+    #[error("the answer broke off")]
+    BrokeOff(#[source] Cause),
     /// The control plane does not accept the agent's token (401).
-    #[error("{0}")]
-    Unauthorized(String),
+    #[error(transparent)]
+    Unauthorized(Cause),
     /// The control plane does not know the agent (404).
-    #[error("{0}")]
-    NotFound(String),
+    #[error(transparent)]
+    NotFound(Cause),
     /// An agent with this name is registered: the same one, within minutes of a crash, or another.
-    #[error("{0}")]
-    NameTaken(String),
+    #[error(transparent)]
+    NameTaken(Cause),
     /// The job can't be fetched any more, for example because it was stopped.
     #[error("the job is not available any more")]
     JobGone,
@@ -176,7 +177,7 @@ pub enum HubError {
 impl HubError {
     /// Whether another attempt may succeed.
     pub fn is_transient(&self) -> bool {
-        !matches!(self, Self::Unusable(_) | Self::JobGone)
+        !matches!(self, Self::Permanent(_) | Self::JobGone)
     }
 }
 
@@ -201,7 +202,7 @@ pub trait HubApi {
     fn sync(&self, report: &Report) -> LocalBoxFuture<'static, Result<Answer, HubError>>;
 
     /// Fetches a job. The control plane gives a job out whole only once, so an answer that has
-    /// begun but does not arrive must be [`HubError::Unusable`], which is not repeated.
+    /// begun but does not arrive must be [`HubError::Permanent`], which is not repeated.
     ///
     /// Fails with [`HubError::JobGone`] if the job was stopped meanwhile. Dropped when the job is
     /// to be stopped before it is here.

@@ -7,6 +7,7 @@
 //! appended. After the shell's end, every message that needs it fails at once.
 
 use std::future::Future;
+use std::io;
 use std::rc::Rc;
 
 use actix::prelude::*;
@@ -83,7 +84,7 @@ pub struct RunCommand {
 pub struct Abort;
 
 /// From now on, drops output that can't be appended instead of failing. Sent after
-/// [`ExecutorError::LogProblem`]; the reply comes when the script that still runs, if any, has
+/// a line was lost ([`ExecutorError::Log`]); the reply comes when the script that still runs, if any, has
 /// ended.
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "Result<(), ExecutorError>")]
@@ -95,7 +96,7 @@ pub struct GoOnWithoutLog;
 pub struct Discard;
 
 /// Why a message to the executor failed.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum ExecutorError {
     /// The step failed, with a reason for the job's log.
     #[error(transparent)]
@@ -113,12 +114,16 @@ pub enum ExecutorError {
     /// [`Abort`] was received.
     #[error("aborted")]
     Aborted,
-    /// The log buffer has crashed, or the log is sealed.
-    #[error("{0}")]
-    LogCrashed(String),
-    /// Output could not be appended to the log. The script still runs.
-    #[error("{0}")]
-    LogProblem(String),
+    /// Output could not be written. If only [a line is lost](LogError::is_lost_line), the script
+    /// still runs; else there is no log any more.
+    #[error(transparent)]
+    Log(#[from] LogError),
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the script can't be handed to the shell")]
+struct ScriptNotStarted {
+    source: io::Error,
 }
 
 impl From<PreparationError> for ExecutorError {
@@ -166,11 +171,8 @@ impl Output {
 
     fn written(&self, written: Result<(), LogError>) -> Result<(), ExecutorError> {
         match written {
-            Err(error) if !error.is_lost_line() => {
-                Err(ExecutorError::LogCrashed(error.to_string()))
-            }
-            Err(error) if !self.may_be_lost => Err(ExecutorError::LogProblem(error.to_string())),
-            Ok(()) | Err(_) => Ok(()),
+            Err(error) if error.is_lost_line() && self.may_be_lost => Ok(()),
+            written => Ok(written?),
         }
     }
 }
@@ -178,8 +180,8 @@ impl Output {
 impl StepLog for Output {
     fn print<'a>(&'a self, text: &'a str) -> LocalBoxFuture<'a, Result<(), StepError>> {
         async move {
-            let printed = self.log.print(text).await.map_err(|error| error.to_string());
-            printed.and_then(|()| self.log.problem().map_or(Ok(()), Err)).map_err(StepError)
+            self.log.print(text).await.map_err(StepError::new)?;
+            self.log.problem().map_or(Ok(()), |problem| Err(StepError::new(problem)))
         }
         .boxed_local()
     }
@@ -229,9 +231,10 @@ impl Work {
         let Some(session) = &mut self.session else {
             return Err(ExecutorError::NoShell);
         };
-        session.start(script).await.map_err(|error| {
-            StepError(format!("the script can't be handed to the shell: {error}"))
-        })?;
+        session
+            .start(script)
+            .await
+            .map_err(|error| StepError::new(ScriptNotStarted { source: error }))?;
         self.script_runs = true;
         self.follow_to_the_end(aborted).await
     }

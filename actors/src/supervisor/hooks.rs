@@ -6,6 +6,7 @@ use tokio::time::timeout;
 
 use super::executor::{Export, Preparation, RunCommand};
 use super::steps::{Interrupted, JobSteps, StepEnd, failed};
+use crate::errors::WithCauses;
 use crate::job::hooks::{HookPlace, HookRun};
 use crate::ports::{End, Script};
 
@@ -21,7 +22,7 @@ impl JobSteps {
                 Ok(Ok(Preparation::Next)) => {}
                 Ok(Ok(Preparation::Done)) => break,
                 Ok(Err(error)) => {
-                    return log::error!(job:% = self.job.id, error:%; "no shell for the post-job hook");
+                    return log::error!(job:% = self.job.id, error:% = WithCauses(&error); "no shell for the post-job hook");
                 }
                 Err(_interrupted) => return,
             }

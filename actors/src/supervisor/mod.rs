@@ -22,6 +22,7 @@ mod steps;
 mod task;
 
 use std::cell::RefCell;
+use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -32,6 +33,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::delivery::pull::{Archive, Transfer, WaitsFor};
 use crate::delivery::push::output_shape;
 use crate::delivery::{Delivery, JobDelivery};
+use crate::errors::Cause;
 pub use crate::job::hooks::{HookFailure, JobHooks, PostJobHook, PreJobHook};
 use crate::job::lifecycle::{JobLifecycle, StartRefused, StopDecision};
 use crate::job::{Job, JobId, Outcome};
@@ -46,12 +48,23 @@ use crate::supervisor::task::{Access, AfterStop, JobEnd, JobTask, close};
 
 /// Starts a job. The reply is the admission decision; the outcome comes as [`JobFinished`].
 #[derive(Debug, Message)]
-#[rtype(result = "Result<(), StartRefused>")]
+#[rtype(result = "Result<(), StartError>")]
 pub struct StartJob {
     /// The job to run.
     pub job: Job,
     /// Receives [`JobFinished`] once, unless the job is refused.
     pub finished: Recipient<JobFinished>,
+}
+
+/// Why a job was not started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The job slot is taken, or the job was started before.
+    #[error(transparent)]
+    Refused(#[from] StartRefused),
+    /// The job's log file, directory or another part could not be made.
+    #[error("the job's parts could not be made")]
+    NoParts(#[source] Cause),
 }
 
 /// Stops a job. A stop of any job but the running one is stale and ignored. The reply comes when
@@ -88,7 +101,7 @@ pub struct GetWaitsFor;
 
 /// Checks whether a job could be started now. The error is for logs.
 #[derive(Clone, Copy, Debug, Message)]
-#[rtype(result = "Result<(), String>")]
+#[rtype(result = "io::Result<()>")]
 pub struct CheckReadiness;
 
 /// Returns the log of the running job, else that of the last one; `None` before the first job, or
@@ -185,18 +198,14 @@ impl JobSupervisor {
         Self { factory, metrics, config, lifecycle: JobLifecycle::default(), current: None }
     }
 
-    fn start_job(
-        &mut self,
-        message: StartJob,
-        ctx: &mut Context<Self>,
-    ) -> Result<(), StartRefused> {
+    fn start_job(&mut self, message: StartJob, ctx: &mut Context<Self>) -> Result<(), StartError> {
         let StartJob { job, finished } = message;
         self.lifecycle.start(&job.id)?;
         let task = match self.make_task(job, finished) {
             Ok(task) => task,
-            Err(why) => {
+            Err(cause) => {
                 self.lifecycle.start_failed();
-                return Err(StartRefused::NoParts { why });
+                return Err(StartError::NoParts(cause));
             }
         };
         let this = ctx.address();
@@ -212,15 +221,14 @@ impl JobSupervisor {
         Ok(())
     }
 
-    fn make_task(&mut self, job: Job, finished: Recipient<JobFinished>) -> Result<JobTask, String> {
+    fn make_task(&mut self, job: Job, finished: Recipient<JobFinished>) -> Result<JobTask, Cause> {
         let parts = self.factory.make(&job).or_else(|_| {
             // The last job's log may fill the disk. It has been delivered.
             self.current = None;
             self.factory.make(&job)
         });
-        let JobParts { backend, containment, spool, jump_point } =
-            parts.map_err(|error| error.to_string())?;
-        let log = Rc::new(JobLog::start(spool).map_err(|error| error.to_string())?);
+        let JobParts { backend, containment, spool, jump_point } = parts?;
+        let log = Rc::new(JobLog::start(spool)?);
         let writer = Rc::new(LogWriter::new(Rc::clone(&log), output_shape(&job)));
         let containment: Rc<dyn Containment> = Rc::from(containment);
         let executor = Executor::new(backend, Rc::clone(&writer)).start();
@@ -281,7 +289,7 @@ impl Actor for JobSupervisor {
 }
 
 impl Handler<StartJob> for JobSupervisor {
-    type Result = Result<(), StartRefused>;
+    type Result = Result<(), StartError>;
 
     fn handle(&mut self, message: StartJob, ctx: &mut Self::Context) -> Self::Result {
         self.start_job(message, ctx)
@@ -355,18 +363,17 @@ impl Handler<GetWaitsFor> for JobSupervisor {
 }
 
 impl Handler<CheckReadiness> for JobSupervisor {
-    type Result = Result<(), String>;
+    type Result = io::Result<()>;
 
     fn handle(&mut self, _: CheckReadiness, _: &mut Self::Context) -> Self::Result {
-        let ready = self.factory.check().or_else(|error| {
+        self.factory.check().or_else(|error| {
             if self.lifecycle.active().is_some() {
                 return Err(error);
             }
             // The last job's log may fill the disk. It has been delivered.
             self.current = None;
             self.factory.check()
-        });
-        ready.map_err(|error| error.to_string())
+        })
     }
 }
 

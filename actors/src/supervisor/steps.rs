@@ -4,6 +4,7 @@
 //! the work. Every wait for the executor races the stop request.
 
 use std::cell::{Cell, RefCell};
+use std::error::Error;
 use std::future::Future;
 use std::rc::Rc;
 use std::time::Duration;
@@ -13,10 +14,11 @@ use bytes::Bytes;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use crate::errors::WithCauses;
 use crate::job::hooks::{HookFailure, JobHooks};
 use crate::job::{Command, EnvVar, Job, Outcome, Problem, VariableName};
 use crate::log::buffer::LogError;
-use crate::log::writer::LogWriter;
+use crate::log::writer::{Crash, LogWriter};
 use crate::ports::{Containment, PreparationStep, Script, ScriptEnd};
 use crate::ssh_access::{JumpPoint, OpenAccess};
 use crate::supervisor::executor::{
@@ -46,16 +48,15 @@ pub(crate) struct Interrupts {
 }
 
 /// Why the steps can't go on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Interrupted {
     Stopped,
-    /// A part of the agent crashed; the text says which.
-    Crashed(String),
+    Crashed(Crash),
 }
 
 impl From<LogError> for Interrupted {
     fn from(error: LogError) -> Self {
-        Self::Crashed(error.to_string())
+        Self::Crashed(error.into())
     }
 }
 
@@ -136,7 +137,7 @@ impl JobSteps {
         loop {
             let step = match self.ask(GetNextStep).await? {
                 Ok(step) => step,
-                Err(error) => return self.preparation_failed(format!("{error}\n")).await,
+                Err(error) => return self.preparation_failed(line_of(&error)).await,
             };
             let preparation = match step {
                 PreparationStep::Hidden => self.prepare_hidden().await?,
@@ -145,8 +146,8 @@ impl JobSteps {
             match preparation {
                 Ok(Preparation::Next) => {}
                 Ok(Preparation::Done) => break,
-                Err(ExecutorError::NotShown | ExecutorError::LogProblem(_)) => return Ok(false),
-                Err(error) => return self.preparation_failed(format!("{error}\n")).await,
+                Err(ExecutorError::NotShown | ExecutorError::Log(_)) => return Ok(false),
+                Err(error) => return self.preparation_failed(line_of(&error)).await,
             }
         }
         self.hook_is_due.set(true);
@@ -164,7 +165,7 @@ impl JobSteps {
         };
         let prepared = match prepared {
             Ok(Err(ExecutorError::Step(error))) => {
-                self.log.print(&format!("{error}\n")).await?;
+                self.log.print(&line_of(&error)).await?;
                 Ok(Err(ExecutorError::NotShown))
             }
             prepared => prepared,
@@ -186,7 +187,7 @@ impl JobSteps {
                     prepared.set(Ok(preparation));
                     Ok(ScriptEnd::default())
                 }
-                Err(error) => self.failed_because(format!("{error}\n")).await,
+                Err(error) => self.failed_because(line_of(&error)).await,
             }
         })
         .await?;
@@ -208,6 +209,7 @@ impl JobSteps {
         match jump_point.send(OpenAccess { keys }).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
+                let error = WithCauses(&error);
                 log::warn!(error:%; "not everything for SSH access to this job is there");
                 if is_expected {
                     let line = format!("SSH access to this job is not available: {error}\n");
@@ -279,12 +281,12 @@ impl JobSteps {
             for file in files {
                 let path = match self.ask(ShownPath { file: file.clone() }).await? {
                     Ok(path) => path,
-                    Err(error) => return self.failed_because(format!("{error}\n")).await,
+                    Err(error) => return self.failed_because(line_of(&error)).await,
                 };
                 let line = format!("Injecting {path} with file mode {}\n", file.mode);
                 self.log.print(&line).await?;
                 if let Err(error) = self.ask(Inject { file: file.clone() }).await? {
-                    return self.failed_because(format!("{error}\n")).await;
+                    return self.failed_because(line_of(&error)).await;
                 }
             }
             Ok(ScriptEnd::default())
@@ -362,8 +364,8 @@ impl JobSteps {
             Ok(end) => Ok(end),
             Err(ExecutorError::ShellEnded(how)) => self.failed_because(shell_ended(&how)).await,
             // `note_problem` has put this into the log.
-            Err(ExecutorError::LogProblem(_)) => Ok(failed()),
-            Err(error) => self.failed_because(format!("{error}\n")).await,
+            Err(ExecutorError::Log(_)) => Ok(failed()),
+            Err(error) => self.failed_because(line_of(&error)).await,
         }
     }
 
@@ -390,20 +392,20 @@ impl JobSteps {
             answer = &mut reply => answer,
         };
         match answer {
-            Ok(Err(ExecutorError::LogCrashed(why))) => Err(Interrupted::Crashed(why)),
-            Ok(Err(ExecutorError::LogProblem(why))) => {
-                self.go_on_without_log(&why).await?;
-                Ok(Err(ExecutorError::LogProblem(why)))
+            Ok(Err(ExecutorError::Log(error))) if error.is_lost_line() => {
+                self.go_on_without_log(&error).await?;
+                Ok(Err(error.into()))
             }
+            Ok(Err(ExecutorError::Log(error))) => Err(error.into()),
             Ok(Err(ExecutorError::Aborted)) => Err(Interrupted::Stopped),
             Ok(answer) => Ok(answer),
-            Err(_) => Err(Interrupted::Crashed("the executor has crashed".into())),
+            Err(_) => Err(Interrupted::Crashed(Crash::Executor)),
         }
     }
 
     /// Ends the script that runs while its output can't be logged, so that later steps (epilogues,
     /// hooks) can run.
-    async fn go_on_without_log(&self, why: &str) -> Result<(), Interrupted> {
+    async fn go_on_without_log(&self, why: &LogError) -> Result<(), Interrupted> {
         self.log.note_problem(why).await;
         self.containment.kill_foreground();
         let rest = timeout(UNLOGGED_PATIENCE, self.executor.send(GoOnWithoutLog));
@@ -415,10 +417,11 @@ impl JobSteps {
             }
             ended = rest => match ended {
                 Ok(Ok(_)) => Ok(()),
-                Ok(Err(_)) => Err(Interrupted::Crashed("the executor has crashed".into())),
+                Ok(Err(_)) => Err(Interrupted::Crashed(Crash::Executor)),
                 Err(_) => {
                     self.abort();
-                    Err(Interrupted::Crashed(format!("{why}; the script did not end then")))
+                    let why = WithCauses(why).to_string();
+                    Err(Interrupted::Crashed(Crash::UnloggedScript(why)))
                 }
             },
         }
@@ -450,6 +453,11 @@ impl JobSteps {
     }
 }
 
+/// The line of the job's log for an error.
+fn line_of(error: &dyn Error) -> String {
+    format!("{}\n", WithCauses(error))
+}
+
 /// The line of the job's log for a step whose shell has ended.
 fn shell_ended(how: &str) -> String {
     let how = if how.is_empty() { String::new() } else { format!(" ({how})") };
@@ -457,7 +465,7 @@ fn shell_ended(how: &str) -> String {
 }
 
 fn orphaned() -> Interrupted {
-    Interrupted::Crashed("the job supervisor has crashed".into())
+    Interrupted::Crashed(Crash::Supervisor)
 }
 
 pub(super) fn failed() -> ScriptEnd {

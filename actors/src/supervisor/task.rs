@@ -15,7 +15,7 @@ use super::{JobFinished, JobSupervisor, JobTornDown};
 use crate::delivery::JobDelivery;
 use crate::job::hooks::JobHooks;
 use crate::job::{Job, Outcome};
-use crate::log::writer::LogWriter;
+use crate::log::writer::{Crash, LogWriter};
 use crate::metrics::{Metrics, Time};
 use crate::ports::{Containment, End, JobPartsFactory, JumpPointFiles, LeftBehind, Place};
 use crate::ssh_access::{CloseAccess, JumpPoint};
@@ -90,7 +90,7 @@ impl JobTask {
             Ok(outcome) => (outcome, true),
             Err(_) => {
                 containment.kill_shell();
-                log.note_crash("the job's steps have crashed").await;
+                log.note_crash(&Crash::Steps).await;
                 (Outcome::Failed, false)
             }
         };
@@ -197,7 +197,7 @@ impl JobEnd {
     /// Brings a job whose task has crashed to its end, as failed.
     pub(super) async fn after_crash(&self, supervisor: &Addr<JobSupervisor>) {
         self.containment.kill_shell();
-        self.log.note_crash("the job's task has crashed").await;
+        self.log.note_crash(&Crash::Task).await;
         let (containment, grace) = (Rc::clone(&self.containment), self.grace);
         // In a task of its own: the clean-up may be what crashed.
         let cleaning = actix::spawn(async move { containment.end(End::Everything, grace).await });

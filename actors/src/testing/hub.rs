@@ -86,7 +86,7 @@ impl ScriptedHub {
         let answer = match self.0.refusals.borrow_mut().get_mut(kind) {
             Some(left) if *left > 0 => {
                 *left -= 1;
-                Err(HubError::Failed("503".to_owned()))
+                Err(HubError::Transient("503".into()))
             }
             _ => answer(),
         };
@@ -144,7 +144,7 @@ impl HubApi for ScriptedHub {
             0 => Ok(self.answer_to(report)),
             left => {
                 self.0.denials.set(left - 1);
-                Err(HubError::NotFound("404".to_owned()))
+                Err(HubError::NotFound("404".into()))
             }
         })
     }
@@ -155,7 +155,7 @@ impl HubApi for ScriptedHub {
             let wanted = jobs.iter().find(|(queued, _)| queued == id.as_str());
             match wanted {
                 Some((_, job)) => Ok(job.clone()),
-                None => Err(HubError::Failed("404".to_owned())),
+                None => Err(HubError::Transient("404".into())),
             }
         })
     }

@@ -12,6 +12,7 @@ use futures_util::future::LocalBoxFuture;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep, sleep_until};
 
+use crate::errors::Cause;
 use crate::job::{EnvVar, InjectedFile, Job};
 use crate::ports::LogRange;
 use crate::ports::{
@@ -231,7 +232,7 @@ impl CallbackSender for ScriptedJob {
             0 => Ok(()),
             left => {
                 self.0.refused_callbacks.set(left - 1);
-                Err(CallbackError::Failed("500".to_owned()))
+                Err(CallbackError::Transient("500".into()))
             }
         };
         let latency = self.0.callback_latency.get();
@@ -251,7 +252,7 @@ impl LogUploads for ScriptedJob {
         _: &'a Job,
         _: &'a LogRange,
         trimmed: bool,
-    ) -> LocalBoxFuture<'a, Result<(), String>> {
+    ) -> LocalBoxFuture<'a, Result<(), Cause>> {
         self.call(if trimmed { "upload trimmed" } else { "upload" });
         if self.0.hang_in_upload.get() {
             return std::future::pending().boxed_local();
@@ -275,7 +276,7 @@ impl ExecutorBackend for ScriptedJob {
                 std::future::pending::<()>().await;
             }
             if self.0.fail_prepare.get() {
-                return Err(StepError("there is no shell".into()).into());
+                return Err(StepError::new("there is no shell").into());
             }
             let session = ScriptedSession { job: self.clone(), events: VecDeque::new() };
             Ok(Prepared::Ready(Box::new(session)))
@@ -303,7 +304,7 @@ impl ExecutorBackend for ScriptedJob {
         self.call(format!("inject {}", file.path));
         async move {
             match file.path.as_str() {
-                "/refused" => Err(StepError("/refused: permission denied".into())),
+                "/refused" => Err(StepError::new("/refused: permission denied")),
                 _ => Ok(()),
             }
         }

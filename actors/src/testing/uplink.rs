@@ -17,7 +17,7 @@ use crate::ports::LogRange;
 use crate::ports::{LogBatch, LogFiles, LogServer, PushError};
 
 /// How a log server handles a [`Push`].
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub enum Reply {
     /// The batch is stored and acknowledged.
     Taken,
@@ -219,14 +219,14 @@ impl LogServer for ScriptedUplink {
                 sleep(on_its_way.min(CUT_OFF)).await;
             }
             if on_its_way > CUT_OFF {
-                return Err(PushError::Failed("connection reset".to_owned()));
+                return Err(PushError::Failed("connection reset".into()));
             }
             if !matches!(reply, Reply::Refused(_)) {
                 this.store(first_line, &batch.bytes);
             }
             match reply {
                 Reply::Taken => Ok(()),
-                Reply::Lost => Err(PushError::Failed("connection reset".to_owned())),
+                Reply::Lost => Err(PushError::Failed("connection reset".into())),
                 Reply::Refused(error) => Err(error),
             }
         }

@@ -22,8 +22,8 @@ use actors::ports::DiscardMetrics;
 use actors::request::FileRequest;
 use actors::supervisor::finished_once::FinishedOnce;
 use actors::supervisor::{
-    Config, GetActiveJob, GetLog, JobFinished, JobSupervisor, ReportTransfer, StartJob, StopJob,
-    StopManner,
+    Config, GetActiveJob, GetLog, JobFinished, JobSupervisor, ReportTransfer, StartError, StartJob,
+    StopJob, StopManner,
 };
 use actors::testing::{PanicNow, Reaction, RecordingMetrics, ScriptedJob};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -310,11 +310,12 @@ async fn stale_stops_and_second_starts_change_nothing() {
     let (nobody, _probe) = FinishedOnce::ask();
     let again = |json| supervisor.send(StartJob { job: job(json), finished: nobody.clone() });
     let id = JobId::new("1").unwrap();
-    assert_eq!(again(FULL_JOB).await.unwrap(), Err(StartRefused::SameJob { id: id.clone() }));
-    assert_eq!(
-        again(r#"{"job_id":"2"}"#).await.unwrap(),
-        Err(StartRefused::Busy { running: id.clone() })
-    );
+    let refused = async |json| match again(json).await.unwrap() {
+        Err(StartError::Refused(refused)) => refused,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(refused(FULL_JOB).await, StartRefused::SameJob { id: id.clone() });
+    assert_eq!(refused(r#"{"job_id":"2"}"#).await, StartRefused::Busy { running: id.clone() });
     assert_eq!(supervisor.send(GetActiveJob).await.unwrap(), Some(id));
     supervisor.send(StopJob { id: None, manner: StopManner::Grace }).await.unwrap();
     assert_eq!(finished.await.unwrap().outcome, Outcome::Stopped);

@@ -12,7 +12,7 @@ use crate::support::{Agent, job, minutes, seconds, unless};
 #[actix::test]
 async fn a_crash_of_the_log_shipper_loses_nothing() {
     let agent = Agent::with_job(vec![Reaction::EndAfter(seconds(10), "so far\n", 0); 5]);
-    agent.uplink.reply(unless(PushError::Unauthorized, |push| push.token == "fresh"));
+    agent.uplink.reply(unless(|| PushError::Unauthorized, |push| push.token == "fresh"));
     for _ in 0..3 {
         agent.wait(seconds(10)).await;
         agent.uplink.crash_shipper();

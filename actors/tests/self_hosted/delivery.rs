@@ -62,11 +62,11 @@ async fn a_log_server_that_was_away_gets_everything_when_it_is_back() {
 
 #[test]
 fn pushes_that_fail_or_whose_answers_are_lost_are_sent_again() {
-    for failure in [Reply::Lost, away(), Reply::Refused(PushError::TimedOut)] {
+    for failure in [|| Reply::Lost, away, || Reply::Refused(PushError::TimedOut)] {
         case(async {
             let agent = Agent::with_job(vec![Reaction::EndAfter(seconds(1), "so far\n", 0); 60]);
             agent.uplink.reply(move |push| match push.number % 3 {
-                0 => failure.clone(),
+                0 => failure(),
                 _ => Reply::Taken,
             });
             agent.until_delivered("passed").await;
@@ -78,7 +78,7 @@ fn pushes_that_fail_or_whose_answers_are_lost_are_sent_again() {
 #[actix::test]
 async fn a_refused_token_is_replaced() {
     let agent = Agent::with_job_of(seconds(30));
-    agent.uplink.reply(unless(PushError::Unauthorized, |push| push.token == "fresh"));
+    agent.uplink.reply(unless(|| PushError::Unauthorized, |push| push.token == "fresh"));
     agent.until_delivered("passed").await;
     assert_eq!(agent.count("refresh"), 1);
     let pushes = agent.uplink.pushes();
@@ -90,7 +90,7 @@ async fn a_refused_token_is_replaced() {
 async fn a_token_that_can_not_be_had_is_asked_for_again() {
     let agent = Agent::with_job_of(seconds(60));
     agent.hub.refuse("refresh", 3);
-    agent.uplink.reply(unless(PushError::Unauthorized, |push| push.token == "fresh"));
+    agent.uplink.reply(unless(|| PushError::Unauthorized, |push| push.token == "fresh"));
     agent.until_delivered("passed").await;
     assert_eq!(agent.count("refresh"), 4);
 }
@@ -101,7 +101,7 @@ async fn a_fresh_token_that_is_refused_too_is_not_replaced_in_a_rush() {
     let began = agent.began;
     agent
         .uplink
-        .reply(unless(PushError::Unauthorized, move |push| (push.at - began).as_secs() >= 40));
+        .reply(unless(|| PushError::Unauthorized, move |push| (push.at - began).as_secs() >= 40));
     agent.until_delivered("passed").await;
     let refreshes = agent.count("refresh");
     assert!((3..=20).contains(&refreshes), "{refreshes}");
@@ -110,7 +110,7 @@ async fn a_fresh_token_that_is_refused_too_is_not_replaced_in_a_rush() {
 #[actix::test]
 async fn batches_with_too_many_lines_are_halved_until_they_fit() {
     let agent = Agent::with_job(chatter(500));
-    agent.uplink.reply(unless(PushError::TooLarge, |push| push.lines <= 400));
+    agent.uplink.reply(unless(|| PushError::TooLarge, |push| push.lines <= 400));
     agent.until_delivered("passed").await;
     let lines = lines_of(&agent.uplink.pushes());
     let largest = *lines.iter().max().unwrap();
@@ -126,7 +126,7 @@ async fn who_has_no_space_left_gets_nothing_more_and_the_outcome_stands() {
         Reaction::EndAfter(seconds(30), "so far\n", 0),
         Reaction::EndAfter(seconds(30), "", 7),
     ]);
-    agent.uplink.reply(unless(PushError::QuotaUsedUp, |push| push.number < 3));
+    agent.uplink.reply(unless(|| PushError::QuotaUsedUp, |push| push.number < 3));
     agent.until("report finished-job 1 failed").await;
     assert_eq!(agent.uplink.pushes().len(), 3);
     assert_eq!(agent.uplink.kept(), None);
@@ -147,10 +147,13 @@ async fn what_has_all_been_delivered_is_not_trimmed() {
 async fn batches_that_time_out_shrink_and_grow_again() {
     let agent = Agent::with_job(vec![Reaction::End(text(8 << 20), 0)]);
     let mut large = 0;
-    agent.uplink.reply(unless(PushError::TimedOut, move |push| {
-        large += u32::from(push.bytes > 200_000);
-        push.bytes <= 200_000 || large > 3
-    }));
+    agent.uplink.reply(unless(
+        || PushError::TimedOut,
+        move |push| {
+            large += u32::from(push.bytes > 200_000);
+            push.bytes <= 200_000 || large > 3
+        },
+    ));
     agent.until_delivered("passed").await;
     let bytes: Vec<_> = agent.uplink.pushes().iter().map(|push| push.bytes).collect();
     let largest = bytes.iter().position(|bytes| *bytes > 900_000).unwrap();

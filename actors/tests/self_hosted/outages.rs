@@ -16,10 +16,10 @@ const JOB: Duration = minutes(5);
 
 /// From so long after the agent's beginning on the log server replies like this, until it is back
 /// without all that it had.
-async fn lose_store(agent: &Agent, from: Duration, reply: Reply, until: Duration) {
+async fn lose_store(agent: &Agent, from: Duration, reply: fn() -> Reply, until: Duration) {
     agent.wait(from).await;
     assert!(!agent.uplink.pushes().is_empty());
-    agent.uplink.reply(move |_| reply.clone());
+    agent.uplink.reply(move |_| reply());
     agent.wait(until - from).await;
     agent.uplink.forget();
     agent.uplink.reply(|_| Reply::Taken);
@@ -33,7 +33,7 @@ fn pushes_after(agent: &Agent, time: Duration) -> Vec<Push> {
 
 #[test]
 fn after_an_outage_the_log_is_sent_from_its_beginning_once() {
-    for outage in [away(), Reply::Refused(PushError::TimedOut)] {
+    for outage in [away, || Reply::Refused(PushError::TimedOut)] {
         case(async {
             let agent = Agent::with_job(slow_chatter());
             lose_store(&agent, minutes(1), outage, minutes(2)).await;
@@ -48,8 +48,8 @@ fn after_an_outage_the_log_is_sent_from_its_beginning_once() {
 #[actix::test]
 async fn each_outage_has_the_log_sent_from_its_beginning() {
     let agent = Agent::with_job(slow_chatter());
-    lose_store(&agent, minutes(1), away(), minutes(2)).await;
-    lose_store(&agent, minutes(1), away(), minutes(2)).await;
+    lose_store(&agent, minutes(1), away, minutes(2)).await;
+    lose_store(&agent, minutes(1), away, minutes(2)).await;
     agent.until_delivered("passed").await;
 }
 
@@ -57,7 +57,7 @@ async fn each_outage_has_the_log_sent_from_its_beginning() {
 async fn an_outage_at_the_end_of_the_job_has_the_log_sent_from_its_beginning() {
     let agent = Agent::with_job(slow_chatter());
     let (from, until) = (JOB - seconds(20), JOB + minutes(1));
-    lose_store(&agent, from, away(), until).await;
+    lose_store(&agent, from, away, until).await;
     agent.until_delivered("passed").await;
 }
 
@@ -101,7 +101,7 @@ async fn a_slow_line_is_used_for_what_fits_nearly_all_the_time() {
 #[actix::test]
 async fn a_very_slow_line_gets_the_log_in_very_small_batches() {
     let agent = Agent::with_job(chatter(500));
-    let cut_off = PushError::Failed("connection reset".to_owned());
+    let cut_off = || PushError::Failed("connection reset".into());
     agent.uplink.reply(unless(cut_off, |push| push.bytes <= 8 << 10));
     agent.until_delivered("passed").await;
 }

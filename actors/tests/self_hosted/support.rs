@@ -201,15 +201,15 @@ pub(crate) fn shutdown(reason: &str) -> Answer {
 
 /// The log server is away.
 pub(crate) fn away() -> Reply {
-    Reply::Refused(PushError::Unavailable("connection refused".to_owned()))
+    Reply::Refused(PushError::Unavailable("connection refused".into()))
 }
 
 /// The log server takes what `fits`, and refuses the rest for this reason.
 pub(crate) fn unless(
-    error: PushError,
+    error: impl Fn() -> PushError,
     mut fits: impl FnMut(&Push) -> bool,
 ) -> impl FnMut(&Push) -> Reply {
-    move |push| if fits(push) { Reply::Taken } else { Reply::Refused(error.clone()) }
+    move |push| if fits(push) { Reply::Taken } else { Reply::Refused(error()) }
 }
 
 /// So many commands that print a little and succeed.

@@ -22,9 +22,9 @@ use tokio::time::timeout;
 use crate::executors::docker::DockerConfig;
 use crate::executors::docker::bodies::{Common, SOCKET};
 use crate::executors::docker::engine::Engine;
+use crate::executors::docker::errors::{ContainerError, MainContainerError};
 use crate::executors::docker::hijack::ContainerTerminal;
 use crate::executors::docker::place::Place;
-use crate::executors::docker::pull::message_of;
 use crate::executors::docker::shell::{
     AgentCommands, DockerSession, SharedSession, export_lines, no_shell, show_to_logins,
 };
@@ -169,7 +169,7 @@ impl DockerBackend {
         let mut commands = AgentCommands { session: Rc::clone(&session) };
         let go_home = "__agent_home=$HOME; builtin cd ~ 2>/dev/null; builtin true";
         let went_home = timeout(SHELL_PATIENCE, commands.run(go_home, None)).await;
-        went_home.map_err(|_| StepError("the shell does not respond".into()))??;
+        went_home.map_err(|_| StepError::new("the shell does not respond"))??;
         for file in self.compose.main.files.clone() {
             commands.inject(&file).await?;
         }
@@ -183,14 +183,15 @@ impl DockerBackend {
         container: &Container,
     ) -> Result<SideContainer, StepError> {
         let name = container.name.as_str().to_owned();
-        let failed = |why: String| StepError(format!("{name}: {why}"));
+        let failed = |error: ContainerError| StepError::of(&name, error);
         let body = self.common.side_container(container);
         let id = self.create(engine, &name, body).await.map_err(&failed)?;
         if !container.files.is_empty() {
             let user = self.user_of(engine, &id, container).await;
             for file in &container.files {
-                let with_owner =
-                    |error| StepError(format!("{error} (a file of the container `{name}`)"));
+                let with_owner = |error: StepError| {
+                    StepError::of(format!("a file of the container `{name}`"), error)
+                };
                 user.upload(engine, &id, file).await.map_err(with_owner)?;
             }
         }
@@ -215,23 +216,21 @@ impl DockerBackend {
         engine: &Engine,
         name: &str,
         body: bollard::models::ContainerCreateBody,
-    ) -> Result<String, String> {
+    ) -> Result<String, ContainerError> {
         let name = Some(self.common.container_name(name));
         let options = CreateContainerOptions { name, ..Default::default() };
         let api = engine.api.clone();
         let created =
             self.place.make(async move { api.create_container(Some(options), body).await }).await;
-        let created = created.map_err(|closed| closed.to_string())?;
-        created.map(|created| created.id).map_err(|error| message_of(&error))
+        Ok(created??.id)
     }
 
-    async fn start(&self, engine: &Engine, id: &str) -> Result<(), String> {
+    async fn start(&self, engine: &Engine, id: &str) -> Result<(), ContainerError> {
         let (api, id) = (engine.api.clone(), id.to_owned());
         let start = async move {
             api.start_container(&id, None::<bollard::query_parameters::StartContainerOptions>).await
         };
-        let started = self.place.make(start).await.map_err(|closed| closed.to_string())?;
-        started.map_err(|error| message_of(&error))
+        Ok(self.place.make(start).await??)
     }
 
     async fn start_main_container(
@@ -243,25 +242,27 @@ impl DockerBackend {
         let created = self.create(engine, main.name.as_str(), body).await;
         let created = match created {
             // The engine's socket is not at the usual path of its machine. The job runs without it.
-            Err(why) if engine.socket.is_none() && why.contains(SOCKET) => {
+            Err(ContainerError::Request(error))
+                if engine.socket.is_none() && error.is_about(SOCKET) =>
+            {
                 let without = Common { socket: None, ..self.common.clone() };
                 self.create(engine, main.name.as_str(), without.main_container(main)).await
             }
             created => created,
         };
-        let id = created.map_err(StepError)?;
+        let id = created.map_err(StepError::new)?;
         self.place.set_main_container(&id);
-        let terminal = engine.attach(&id).await.map_err(|error| StepError(error.to_string()))?;
+        let terminal = engine.attach(&id).await.map_err(StepError::new)?;
         // No job-init announces the shell's end with this mark: in a container the stream just ends.
-        let gone = Mark::random().map_err(|error| StepError(error.to_string()))?;
-        let failed = |error: std::io::Error| StepError(format!("the terminal failed: {error}"));
+        let gone = Mark::random().map_err(|error| StepError::new(error.to_string()))?;
+        let failed = |error: std::io::Error| StepError::of("the terminal failed", error);
         let mut session = Session::new(terminal, gone).map_err(failed)?;
         session.type_bootstrap(&self.script).map_err(failed)?;
         let mut printed = Vec::new();
         let began = async {
             self.start(engine, &id)
                 .await
-                .map_err(|why| StepError(start_problem(&why, &main.image)))?;
+                .map_err(|error| StepError::new(MainContainerError::new(error, &main.image)))?;
             let size = ResizeContainerTTYOptions { h: ROWS, w: COLUMNS };
             // An error is ignored: the terminal then has no size, which programs can deal with.
             let _ = engine.api.resize_container_tty(&id, size).await;
@@ -285,7 +286,7 @@ impl DockerBackend {
         let lines = printed.lines().filter(|line| !line.contains("__agent_"));
         let printed = lines.collect::<Vec<_>>().join("\n");
         let from = printed.ceil_char_boundary(printed.len().saturating_sub(SHOWN));
-        Err(StepError(format!("{problem}; it printed: {}", printed[from..].trim())))
+        Err(StepError::new(format!("{problem}; it printed: {}", printed[from..].trim())))
     }
 
     /// Explains why the main container has ended before its shell was ready.
@@ -315,16 +316,6 @@ impl DockerBackend {
     }
 }
 
-/// Returns the engine's message about a main container that does not start, and which program is the cause.
-fn start_problem(message: &str, image: &str) -> String {
-    let program = message.split_once("exec: \"").and_then(|(_, rest)| rest.split_once('"'));
-    match program {
-        Some(("bash", _)) => format!("the image {image} has no `bash`: {message}"),
-        Some((entrypoint, _)) => format!("the entrypoint `{entrypoint}` can't be run: {message}"),
-        None => message.to_owned(),
-    }
-}
-
 /// Drops all output of steps.
 struct NoLog;
 
@@ -336,7 +327,7 @@ impl StepLog for NoLog {
 
 pub(super) fn listed(problems: &[Problem]) -> StepError {
     let lines: Vec<_> = problems.iter().map(ToString::to_string).collect();
-    StepError(lines.join("\n"))
+    StepError::new(lines.join("\n"))
 }
 
 /// How a shell's bootstrap ended.
@@ -413,7 +404,7 @@ impl ExecutorBackend for DockerBackend {
                 .run(&receive, Some(export_lines(variables).as_bytes()))
                 .await?;
             if exit_code != 0 {
-                return Err(StepError(format!("{path}: {printed}")));
+                return Err(StepError::of(path, printed));
             }
             Ok(Script { text: format!("builtin . '{path}'"), untraced: true })
         }

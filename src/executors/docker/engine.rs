@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use actors::errors::Cause;
 use bollard::{API_DEFAULT_VERSION, Docker};
 
 use super::hijack::{self, ContainerTerminal, HijackError};
@@ -54,20 +55,20 @@ pub enum EngineError {
         given: String,
     },
     /// The certificates can't be used, or the relay can't be set up.
-    #[error("TLS for the Docker Engine at {at}: {why}")]
+    #[error("TLS for the Docker Engine at {at}")]
     Tls {
         /// The engine's address.
         at: String,
-        /// The error.
-        why: std::io::Error,
+        /// The cause.
+        source: std::io::Error,
     },
     /// The connection failed, or no engine responded.
-    #[error("no Docker Engine at {at}: {why}")]
+    #[error("no Docker Engine at {at}")]
     Absent {
         /// The address that was tried.
         at: String,
-        /// The text of the error.
-        why: String,
+        /// The cause.
+        source: Cause,
     },
     /// The engine is older than 20.10.
     #[error(
@@ -150,12 +151,12 @@ impl Engine {
     ) -> Result<Self, EngineError> {
         let host = DockerHost::from_environment(environment)?;
         let at = host.shown();
-        let absent = |why: String| EngineError::Absent { at: at.clone(), why };
+        let absent = |source: Cause| EngineError::Absent { at: at.clone(), source };
         let (address, relay) = match host {
             DockerHost::Plain(address) => (address, None),
             DockerHost::Tls { address, certificates } => {
                 let relay = TlsRelay::start(&address, &certificates, scratch);
-                let relay = relay.map_err(|why| EngineError::Tls { at: at.clone(), why })?;
+                let relay = relay.map_err(|source| EngineError::Tls { at: at.clone(), source })?;
                 (EngineAddress::Unix(relay.socket.clone()), Some(Arc::new(relay)))
             }
         };
@@ -165,13 +166,13 @@ impl Engine {
         };
         if let EngineAddress::Unix(path) = &address {
             // Checked here, as the library's error names neither the path nor the reason.
-            probe(path).map_err(|error| absent(error.to_string()))?;
+            probe(path).map_err(|error| absent(error.into()))?;
         }
-        let api = client(&address, String::new()).map_err(|error| absent(error.to_string()))?;
+        let api = client(&address, String::new()).map_err(|error| absent(error.into()))?;
         let version = tokio::time::timeout(VERSION_PATIENCE, api.version())
             .await
             .map_err(|_| absent("the engine did not respond in time".into()))?
-            .map_err(|error| absent(error.to_string()))?;
+            .map_err(|error| absent(error.into()))?;
         let spoken = version.api_version.unwrap_or_default();
         let Some(newest) = parse_version(&spoken).filter(|newest| *newest >= OLDEST_API) else {
             let version = version.version.unwrap_or_default();
@@ -179,7 +180,7 @@ impl Engine {
         };
         let (major, minor) = newest.min(NEWEST_API);
         let prefix = format!("/v{major}.{minor}");
-        let api = client(&address, prefix.clone()).map_err(|error| absent(error.to_string()))?;
+        let api = client(&address, prefix.clone()).map_err(|error| absent(error.into()))?;
         let architecture = version.arch.unwrap_or_default();
         Ok(Self { api, address, socket, architecture, prefix, _relay: relay })
     }

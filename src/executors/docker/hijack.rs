@@ -37,7 +37,7 @@ pub struct ContainerTerminal {
 #[derive(Debug, thiserror::Error)]
 pub enum HijackError {
     /// The connection failed.
-    #[error("the connection to the engine failed: {0}")]
+    #[error("the connection to the engine failed")]
     Io(#[from] io::Error),
     /// The engine refused the request, with this message.
     #[error("{0}")]

@@ -6,6 +6,7 @@
 pub mod backend;
 pub(crate) mod bodies;
 pub mod engine;
+pub mod errors;
 pub mod hijack;
 pub(crate) mod mode;
 pub mod place;

@@ -13,7 +13,8 @@ use tokio::time::Instant;
 use super::backend::{DockerBackend, Host, SHOWN, listed};
 use super::bodies::{KVM, SOCKET};
 use super::engine::Engine;
-use super::pull::{ensure_image, message_of};
+use super::errors::RequestError;
+use super::pull::ensure_image;
 use crate::config::DockerSocket;
 use crate::executors::registries::{Login, Registries};
 use crate::os::programs::output_of;
@@ -31,7 +32,7 @@ impl DockerBackend {
             }
         }
         let engine = Engine::connect(&self.config.environment, &self.place.scratch()).await;
-        let engine = engine.map_err(|error| StepError(error.to_string()))?;
+        let engine = engine.map_err(StepError::new)?;
         self.place.set_engine(&engine);
         // On another machine the engine's socket is most likely at the usual path. Whether that machine has a
         // KVM device can't be found out.
@@ -63,13 +64,14 @@ impl DockerBackend {
     }
 
     async fn run_on_host(&self, directive: &str) -> Result<(), StepError> {
-        let failed = |why: &str| StepError(format!("the host setup command `{directive}` {why}"));
         let mut command = Command::new("bash");
         command.args(["-c", directive]).env_clear().envs(self.config.environment.iter().cloned());
         command.current_dir(&self.config.home);
         let ended = output_of(command, |group| self.place.set_host_group(group)).await;
         self.place.set_host_group(None);
-        let (status, printed) = ended.map_err(|error| failed(&format!("can't be run: {error}")))?;
+        let (status, printed) = ended.map_err(|error| {
+            StepError::of(format!("the host setup command `{directive}` can't be run"), error)
+        })?;
         let printed = String::from_utf8_lossy(&printed);
         // Only the end of the output: all of it could push everything else out of the log.
         let count = printed.lines().count();
@@ -83,7 +85,10 @@ impl DockerBackend {
         if status.success() {
             return Ok(());
         }
-        Err(failed(&format!("failed: {status}; its output is in the agent's own log")))
+        Err(StepError::of(
+            format!("the host setup command `{directive}` failed"),
+            format!("{status}; its output is in the agent's own log"),
+        ))
     }
 
     pub(super) async fn add_credentials(
@@ -133,7 +138,7 @@ impl DockerBackend {
                     "compose_ci.docker_pull.failure.rate"
                 };
                 metrics.do_send(Count { name, tag: tag() });
-                pulled.map_err(|error| StepError(format!("{image}: {}", message_of(&error))))
+                pulled.map_err(|error| StepError::of(image, error))
             }
         }));
         // Creating the network takes a while and needs no image, so it runs along with the pulls.
@@ -142,8 +147,8 @@ impl DockerBackend {
         let work = async {
             let (pulled, networked) = tokio::join!(pulls, networked);
             pulled?;
-            let created = networked.map_err(|closed| StepError(closed.to_string()))?;
-            created.map(drop).map_err(|error| StepError(message_of(&error)))
+            let created = networked.map_err(StepError::new)?;
+            created.map(drop).map_err(|error| StepError::new(RequestError::from(error)))
         };
         tokio::pin!(work);
         drop(sender);

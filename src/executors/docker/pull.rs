@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use actors::retry::Retry;
-use bollard::errors::Error;
 use bollard::models::CreateImageInfo;
 use bollard::query_parameters::CreateImageOptions;
 use futures_util::StreamExt as _;
@@ -12,6 +11,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::time::Instant;
 
 use super::engine::Engine;
+use super::errors::RequestError;
 use crate::executors::registries::Registries;
 
 /// The pause between two progress lines of a pull.
@@ -20,35 +20,21 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 /// The attempts to pull an image; only transient errors are retried.
 const PULLS: Retry = Retry::doubling(Duration::from_secs(1), Duration::from_secs(8), 5);
 
-/// Parts of error messages that mean a transient failure. The engine reports a failed pull as text only.
-const TRANSIENT: [&str; 10] = [
-    "timeout",
-    "timed out",
-    "connection refused",
-    "connection reset",
-    "no such host",
-    "temporary failure",
-    "unexpected eof",
-    ": eof",
-    "service unavailable",
-    "bad gateway",
-];
-
 /// Pulls `image` unless the engine has it. Progress lines for the job's log go to `lines`.
 pub async fn ensure_image(
     engine: &Engine,
     registries: &Registries,
     image: &str,
     lines: &UnboundedSender<String>,
-) -> Result<(), Error> {
+) -> Result<(), RequestError> {
     // Fails if the job was stopped: the receiver is gone then.
     let report = |line: String| drop(lines.send(format!("{image}: {line}\n")));
-    match engine.api.inspect_image(image).await {
+    match engine.api.inspect_image(image).await.map_err(RequestError::from) {
         Ok(_) => {
             report("already present".into());
             return Ok(());
         }
-        Err(Error::DockerResponseServerError { status_code: 404, .. }) => {}
+        Err(error) if error.is_not_found() => {}
         Err(error) => return Err(error),
     }
     let begun = Instant::now();
@@ -56,8 +42,8 @@ pub async fn ensure_image(
         report("pulling".into());
         pull(engine, registries, image, &report).await
     };
-    let failed = |error: &Error, _| report(format!("{}; trying again", message_of(error)));
-    let layers = PULLS.run(is_transient, attempt, failed).await?;
+    let failed = |error: &RequestError, _| report(format!("{error}; trying again"));
+    let layers = PULLS.run(RequestError::is_transient, attempt, failed).await?;
     let seconds = begun.elapsed().as_secs();
     report(format!("pulled, {} in {seconds} s", layers.summary()));
     Ok(())
@@ -68,7 +54,7 @@ async fn pull(
     registries: &Registries,
     image: &str,
     report: &impl Fn(String),
-) -> Result<Layers, Error> {
+) -> Result<Layers, RequestError> {
     let options = CreateImageOptions { from_image: Some(with_tag(image)), ..Default::default() };
     let credentials = registries.credentials_for(image).await;
     let mut progress = Box::pin(engine.api.create_image(Some(options), None, credentials));
@@ -89,20 +75,6 @@ async fn pull(
 fn with_tag(image: &str) -> String {
     let name = image.rsplit('/').next().unwrap_or(image);
     if name.contains([':', '@']) { image.to_owned() } else { format!("{image}:latest") }
-}
-
-fn is_transient(error: &Error) -> bool {
-    let words = message_of(error).to_ascii_lowercase();
-    TRANSIENT.iter().any(|transient| words.contains(transient))
-}
-
-/// Returns the engine's message, without the library's words around it.
-pub fn message_of(error: &Error) -> String {
-    match error {
-        Error::DockerResponseServerError { message, .. } => message.trim().to_owned(),
-        Error::DockerStreamError { error } => error.trim().to_owned(),
-        other => other.to_string(),
-    }
 }
 
 /// The progress of a pull. Pure.
@@ -184,25 +156,6 @@ mod tests {
         assert_eq!(with_tag("localhost:5000/ruby"), "localhost:5000/ruby:latest");
         for tagged in ["ruby:3", "localhost:5000/ruby:3", "ruby@sha256:0"] {
             assert_eq!(with_tag(tagged), tagged);
-        }
-    }
-
-    #[test]
-    fn failed_connections_are_transient_and_refusals_are_not() {
-        let error = |message: &str| Error::DockerResponseServerError {
-            status_code: 500,
-            message: message.to_owned(),
-        };
-        assert!(is_transient(&error(
-            "Get \"https://r/v2/\": dial tcp: connect: connection refused"
-        )));
-        assert!(is_transient(&error("Get \"https://r/v2/\": EOF")));
-        for refusal in [
-            "unauthorized: authentication required",
-            "manifest for x:latest not found: manifest unknown",
-            "pull access denied for x, repository does not exist",
-        ] {
-            assert!(!is_transient(&error(refusal)), "{refusal}");
         }
     }
 }

@@ -13,8 +13,8 @@ use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::engine::Engine;
+use super::errors::RequestError;
 use super::hijack::ContainerTerminal;
-use super::pull::message_of;
 use super::side_containers::PortProbe;
 use crate::executors::session::Session;
 use crate::os::shell_words::quoted;
@@ -57,7 +57,7 @@ impl AgentCommands {
         }
         let script = Script { text: text.to_owned(), untraced: true };
         let typed = session.type_script(&script, received);
-        typed.map_err(|error| StepError(format!("the terminal failed: {error}")))?;
+        typed.map_err(|error| StepError::of("the terminal failed", error))?;
         let mut printed = Vec::new();
         loop {
             match session.next_event().await {
@@ -88,13 +88,13 @@ impl AgentCommands {
         );
         let (exit_code, printed) = self.run(&text, Some(&file.content)).await?;
         if exit_code != 0 {
-            return Err(StepError(format!("{}: {printed}", file.path)));
+            return Err(StepError::of(&file.path, printed));
         }
         let mode = quoted(&file.mode);
         let text = format!("__agent_program chmod -- {mode} \"$__agent_path\"");
         if self.run(&text, None).await?.0 != 0 {
             // Existing clients expect exactly this text, without chmod's message.
-            return Err(StepError(format!("Failed to set file mode to {}", file.mode)));
+            return Err(StepError::new(format!("Failed to set file mode to {}", file.mode)));
         }
         self.run("builtin unset __agent_path", None).await.map(drop)
     }
@@ -132,7 +132,7 @@ pub(crate) fn export_lines(variables: &[EnvVar]) -> String {
 }
 
 pub(crate) fn no_shell() -> StepError {
-    StepError("the job's shell has ended, so this can't run".into())
+    StepError::new("the job's shell has ended, so this can't run")
 }
 
 /// Returns shell code, to be appended to a command, that makes login shells of the container's user source
@@ -175,7 +175,9 @@ impl DockerSession {
                 Err(Error::DockerResponseServerError { status_code: 404, .. }) => {
                     return "its container was removed".into();
                 }
-                Err(error) => return format!("the Docker Engine is gone: {}", message_of(&error)),
+                Err(error) => {
+                    return format!("the Docker Engine is gone: {}", RequestError::from(error));
+                }
             };
             let code = state.exit_code.unwrap_or_default();
             if state.oom_killed == Some(true) {

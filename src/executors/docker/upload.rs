@@ -2,6 +2,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
+use actors::errors::Cause;
 use actors::job::InjectedFile;
 use actors::ports::StepError;
 use bollard::errors::Error;
@@ -12,8 +13,8 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 
 use super::engine::Engine;
+use super::errors::RequestError;
 use super::mode::after_chmod;
-use super::pull::message_of;
 
 /// The largest `/etc/passwd` and `/etc/group` of an image that are read, in bytes.
 const LARGEST_PASSWD: usize = 4 << 20;
@@ -89,14 +90,14 @@ impl ContainerUser {
         file: &InjectedFile,
     ) -> Result<(), StepError> {
         let path = self.absolute(&file.path);
-        let failed = |why: String| StepError(format!("{}: {why}", path.display()));
+        let failed = |cause: Cause| StepError::of(path.display().to_string(), cause);
         let mode = after_chmod(&file.mode, FIRST_MODE).ok_or_else(|| {
             let (mode, path) = (&file.mode, path.display());
-            StepError(format!("Failed to set file mode to {mode}\n{path}: invalid mode"))
+            StepError::new(format!("Failed to set file mode to {mode}\n{path}: invalid mode"))
         })?;
         let missing = missing_directories(engine, container, &path).await;
         let archive = self.archive(&missing, &path, &file.content, mode);
-        let archive = archive.map_err(|error| failed(error.to_string()))?;
+        let archive = archive.map_err(|error| failed(error.into()))?;
         let options = UploadToContainerOptions {
             path: "/".to_owned(),
             no_overwrite_dir_non_dir: Some("true".to_owned()),
@@ -104,7 +105,7 @@ impl ContainerUser {
         };
         let body = bollard::body_full(archive);
         let uploaded = engine.api.upload_to_container(container, Some(options), body).await;
-        uploaded.map_err(|error| failed(message_of(&error)))
+        uploaded.map_err(|error| failed(RequestError::from(error).into()))
     }
 
     fn archive(

@@ -292,7 +292,7 @@ impl ExecutorBackend for ShellBackend {
         async move {
             let session = self.open_session(log).await;
             let session = session
-                .map_err(|error| StepError(format!("the job's shell can't be started: {error}")))?;
+                .map_err(|error| StepError::of("the job's shell can't be started", error))?;
             Ok(Prepared::Ready(Box::new(session)))
         }
         .boxed_local()
@@ -317,7 +317,7 @@ impl ExecutorBackend for ShellBackend {
         let written = write_to_scratch(&path, &export_lines(variables));
         let script = written
             .map(|()| Script { text: format!("builtin . {}", quoted(&path)), untraced: true })
-            .map_err(|error| StepError(format!("{}: {error}", path.display())));
+            .map_err(|error| StepError::of(path.display().to_string(), error));
         std::future::ready(script).boxed_local()
     }
 
@@ -332,10 +332,11 @@ impl ExecutorBackend for ShellBackend {
         let path = self.absolute(&file.path);
         let injected = match parse_octal_mode(&file.mode) {
             Some(mode) => inject(&path, &file.content, mode)
-                .map_err(|error| StepError(format!("{}: {error}", path.display()))),
-            None => {
-                Err(StepError(format!("{}: bad file permission '{}'", path.display(), file.mode)))
-            }
+                .map_err(|error| StepError::of(path.display().to_string(), error)),
+            None => Err(StepError::of(
+                path.display().to_string(),
+                format!("bad file permission '{}'", file.mode),
+            )),
         };
         std::future::ready(injected).boxed_local()
     }

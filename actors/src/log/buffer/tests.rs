@@ -1,4 +1,5 @@
 use super::*;
+use crate::errors::WithCauses;
 use crate::testing::MemorySpool;
 
 fn output(text: &str) -> Append {
@@ -157,5 +158,6 @@ async fn a_line_that_can_not_be_found_any_more_could_not_be_read() {
     }
     let failed = log.send(ReadFrom { line: 2 }).await.unwrap().unwrap_err();
     assert!(matches!(failed, LogError::Unreadable(_)), "{failed:?}");
-    assert!(failed.to_string().starts_with("the job's log could not be read: "), "{failed}");
+    let shown = WithCauses(&failed).to_string();
+    assert!(shown.starts_with("the job's log could not be read: "), "{shown}");
 }
