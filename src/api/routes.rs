@@ -14,7 +14,7 @@ use actix_web::http::{Method, StatusCode, header};
 use actix_web::middleware::{Next, from_fn};
 use actix_web::web::{self, Bytes, BytesMut, Data, Payload};
 use actix_web::{App, Error, HttpRequest, HttpResponse, Route};
-use actors::errors::WithCauses;
+use actors::errors::{Cause, WithCauses};
 use actors::intake::http::{
     GetStatus, ReadJobLog, ReadRefused, RequestStop, Status, Submission, SubmitJob, SubmitRefused,
 };
@@ -245,7 +245,7 @@ async fn submit(request: HttpRequest, payload: Payload, api: Data<Api>) -> HttpR
     };
     let job = match parse(&body) {
         Ok(job) => job,
-        Err(why) => return message(StatusCode::UNPROCESSABLE_ENTITY, why),
+        Err(error) => return message(StatusCode::UNPROCESSABLE_ENTITY, WithCauses(&*error)),
     };
     drop(body);
     match api.intake.send(SubmitJob { job }).await {
@@ -335,10 +335,10 @@ async fn read_whole_body(
 }
 
 /// Parses a job request. Errors name the place and the problem, but no value, which may be a secret.
-fn parse(body: &[u8]) -> Result<Job, String> {
+fn parse(body: &[u8]) -> Result<Job, Cause> {
     let OnlyMap(request): OnlyMap<WireRequest> =
-        decode_json(body, |tracked| naming_unknown(tracked)).map_err(|error| error.to_string())?;
-    request.decode().map_err(|error| error.to_string())
+        decode_json(body, |tracked| naming_unknown(tracked))?;
+    Ok(request.decode()?)
 }
 
 async fn log(id: Option<web::Path<String>>, request: HttpRequest, api: Data<Api>) -> HttpResponse {
@@ -356,7 +356,7 @@ async fn log(id: Option<web::Path<String>>, request: HttpRequest, api: Data<Api>
                 ReadRefused::OtherJob => StatusCode::FORBIDDEN,
                 ReadRefused::Broken(_) => StatusCode::INTERNAL_SERVER_ERROR,
             };
-            return message(status, refused);
+            return message(status, WithCauses(&refused));
         }
         Err(_) => return internal_error(),
     };

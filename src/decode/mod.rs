@@ -14,16 +14,17 @@ pub(crate) type TrackedJson<'a, 'b, 'json, 'de> =
 
 /// Why input could not be decoded, with the path to the problem if it is known.
 #[derive(Debug, thiserror::Error)]
-#[error("{}{}", place.as_ref().map(|place| format!("{place}: ")).unwrap_or_default(), without_value(&source.to_string()))]
+#[error("{}{}", place.as_ref().map(|place| format!("{place}: ")).unwrap_or_default(), without_value(&cause.to_string()))]
 pub(crate) struct DecodeError<E: std::error::Error + 'static> {
     place: Option<String>,
-    source: E,
+    /// Not the error's `source`, whose text would be shown: it may contain a value.
+    cause: E,
 }
 
 impl DecodeError<serde_json::Error> {
     /// Returns whether the input is valid JSON of the wrong shape.
     pub(crate) fn is_data(&self) -> bool {
-        self.source.is_data()
+        self.cause.is_data()
     }
 }
 
@@ -37,9 +38,9 @@ where
     D::Error: std::error::Error + 'static,
 {
     let mut track = serde_path_to_error::Track::new();
-    read(Tracked::new(input, &mut track)).map_err(|source| {
+    read(Tracked::new(input, &mut track)).map_err(|cause| {
         let place = Some(track.path().to_string()).filter(|place| place != ".");
-        DecodeError { place, source }
+        DecodeError { place, cause }
     })
 }
 
@@ -50,7 +51,7 @@ pub(crate) fn decode_json<'de, T>(
 ) -> Result<T, DecodeError<serde_json::Error>> {
     let mut input = serde_json::Deserializer::from_slice(json);
     let decoded = decode(&mut input, read)?;
-    input.end().map_err(|source| DecodeError { place: None, source })?;
+    input.end().map_err(|cause| DecodeError { place: None, cause })?;
     Ok(decoded)
 }
 
@@ -109,4 +110,21 @@ pub(crate) fn without_value(message: &str) -> String {
         Some(format!("{before}{start}{kind}, expected {expected}"))
     });
     redacted.unwrap_or_else(|| message.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use actors::errors::WithCauses;
+    use serde::Deserialize as _;
+
+    use super::*;
+
+    #[test]
+    fn an_error_shown_with_its_causes_has_no_value() {
+        let error =
+            decode_json(br#"["hunter2"]"#, |input| Vec::<u32>::deserialize(input)).unwrap_err();
+        let shown = WithCauses(&error).to_string();
+        assert!(shown.starts_with("[0]: invalid type: string, expected u32"), "{shown}");
+        assert!(!shown.contains("hunter2"));
+    }
 }

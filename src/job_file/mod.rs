@@ -58,12 +58,12 @@ pub struct JobFile {
 #[derive(Debug, thiserror::Error)]
 pub enum JobFileError {
     /// The file can't be read.
-    #[error("{from}: can't be read: {cause}")]
+    #[error("{from}: can't be read")]
     Unreadable {
         /// The file.
         from: Source,
         /// The system's reason.
-        cause: io::Error,
+        source: io::Error,
     },
     /// The path is a directory.
     #[error("{from}: is a directory, not a job file in YAML or JSON")]
@@ -198,7 +198,7 @@ fn first_of(all: usize, lines: impl Iterator<Item = String>, from: &Source) -> V
 }
 
 fn read_text(from: &Source) -> Result<String, JobFileError> {
-    let unreadable = |cause| JobFileError::Unreadable { from: from.clone(), cause };
+    let unreadable = |source| JobFileError::Unreadable { from: from.clone(), source };
     let mut bytes = Vec::new();
     let limited = match from {
         Source::Stdin => io::stdin().take(MAX_SIZE + 1).read_to_end(&mut bytes),

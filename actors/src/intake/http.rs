@@ -91,7 +91,7 @@ pub enum ReadRefused {
     #[error("job ID is not running")]
     OtherJob,
     /// The log buffer has crashed, or the log's file can't be read.
-    #[error("the log can't be read: {0}")]
+    #[error("the log can't be read")]
     Broken(#[from] LogError),
 }
 

@@ -96,6 +96,8 @@ mod tests {
     use openssl::x509::{X509, X509Name};
     use tokio::net::TcpListener;
 
+    use actors::errors::WithCauses;
+
     use super::*;
     use crate::api::tls::{PairSource, Tls};
     use crate::executors::docker::engine::Engine;
@@ -170,7 +172,7 @@ mod tests {
         let scratch = directory.path().join("scratch");
         let connect = || async {
             let engine = Engine::connect(&environment, &scratch).await;
-            engine.map_err(|error| error.to_string())
+            engine.map_err(|error| WithCauses(&error).to_string())
         };
 
         let refused = connect().await.unwrap_err();
