@@ -1,4 +1,4 @@
-//! A CI job agent: wires the actors of the `actors` crate to this machine.
+//! A CI job agent: connects the actors of the `actors` crate to this machine.
 
 pub mod api;
 pub mod commands;

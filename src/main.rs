@@ -1,4 +1,4 @@
-//! The `agent` program: parse, dispatch, exit code.
+//! The `agent` program: parses the command line, runs the command, and returns its exit code.
 
 use std::io::{self, Write as _};
 use std::process::ExitCode;
@@ -17,14 +17,14 @@ use semaphore_agent::service::signals;
 fn main() -> ExitCode {
     let environment = Environment::of_process();
     let cli = Cli::parse();
-    // It works without, too.
+    // Both are best effort: the agent works without them.
     let _ = signals::survive_file_size_limits();
-    // What the agent's parent left open is nothing to a job.
+    // Jobs must not inherit descriptors that the agent's parent left open.
     let _ = open_files::keep_inherited_from_children();
-    // Jobs run as the same user: none is to look into this process, or to take it over. A shell makes itself
-    // accessible again by being started.
+    // Jobs run as the same user, and must not be able to read or trace this process. Executing another
+    // program resets the flag.
     let hidden = match cli.command {
-        // These have something to do before.
+        // The guards set the flag themselves, after their own preparations.
         Command::JobInit { .. } | Command::DockerWatch { .. } => Ok(()),
         _ => prctl::set_dumpable(false),
     };
@@ -33,18 +33,18 @@ fn main() -> ExitCode {
         Command::Serve(options) => commands::serve::serve(&options, &environment, hidden),
         Command::Start(options) => commands::start::start(&options, &environment, hidden),
         Command::Version => commands::version::version(),
-        Command::JobInit { .. } => beside_the_agent(job_init::run()),
-        Command::DockerWatch { .. } => beside_the_agent(watch::run()),
+        Command::JobInit { .. } => guard_exit(job_init::run()),
+        Command::DockerWatch { .. } => guard_exit(watch::run()),
     };
     exit.into()
 }
 
-/// How a process ended that the agent starts for itself.
-fn beside_the_agent(ended: io::Result<()>) -> Exit {
+/// Reports the error of a guard process, if any.
+fn guard_exit(ended: io::Result<()>) -> Exit {
     match ended {
         Ok(()) => Exit::Success,
         Err(error) => {
-            let _ = writeln!(io::stderr(), "error: a job's helper process failed: {error}");
+            let _ = writeln!(io::stderr(), "error: a job's guard process failed: {error}");
             Exit::Failure
         }
     }

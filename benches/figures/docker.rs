@@ -1,4 +1,4 @@
-//! Jobs in containers, beside what the engine's own client does with the same image.
+//! Jobs in containers, compared with the engine's own client and the same image.
 
 use std::io::Read as _;
 use std::process::{Command, Stdio};
@@ -13,18 +13,18 @@ use crate::serve::Platform;
 use crate::table::{Figure, Target};
 use crate::{LINES, OUTPUT, Result, ms};
 
-/// Has bash, and little else.
+/// A small image with bash.
 const IMAGE: &str = "agent-test/bash";
 
 const RUNS: usize = 11;
 
-/// How many commands there are where they are counted.
+/// Number of commands in a job of many short commands.
 const SHORT_COMMANDS: usize = 100;
 
-/// How long anything may take.
+/// Time limit for everything.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// A job in so many containers.
+/// Returns a job with this number of containers.
 fn request(containers: usize, commands: &[&str]) -> Value {
     let sleep =
         |number| json!({"name": format!("side{number}"), "image": IMAGE, "command": "sleep 1000"});
@@ -39,7 +39,7 @@ fn request(containers: usize, commands: &[&str]) -> Value {
     })
 }
 
-/// Runs `true` in so many containers at once, by the engine's own client.
+/// Runs `true` in this number of containers at once, with the engine's own client.
 fn bare_runs(containers: usize) -> Result<Duration> {
     let begun = Instant::now();
     let start = || Command::new("docker").args(["run", "--rm", IMAGE, "true"]).spawn();
@@ -52,7 +52,7 @@ fn bare_runs(containers: usize) -> Result<Duration> {
     Ok(begun.elapsed())
 }
 
-/// From the job's arrival to its first command.
+/// Measures the time from the job's arrival to its first command.
 pub(crate) async fn first_command(
     place: &Place,
     containers: usize,
@@ -79,7 +79,7 @@ pub(crate) async fn short_commands(place: &Place) -> Result<Figure> {
     Ok(Figure::without_floor(runs, 0.08))
 }
 
-/// From the log's last event to the moment when nothing of the job is left.
+/// Measures the time from the log's last event until all containers of the job are removed.
 pub(crate) async fn clean_up(place: &Place) -> Result<Figure> {
     make_images();
     let mut runs = Vec::new();
@@ -90,7 +90,7 @@ pub(crate) async fn clean_up(place: &Place) -> Result<Figure> {
     Ok(Figure::without_floor(runs, 0.5))
 }
 
-/// From the request to stop to the callback that says that the job has finished, in ms; or to the moment when
+/// Measures the time from the stop request to the `finished` callback, in ms; or, with `until_gone`, until
 /// the engine has no container of the job any more, in s.
 pub(crate) fn stop(place: &Place, until_gone: bool) -> Result<Figure> {
     make_images();
@@ -119,8 +119,8 @@ fn containers_are_there() -> Result<bool> {
     Ok(!Command::new("docker").args(ours).output()?.stdout.is_empty())
 }
 
-/// The large output by `cat` in a container, in MB/s: from its first byte on by the engine's client, and
-/// from the start of the command to its end in a job.
+/// Measures the output of a large file by `cat` in a container, in MB/s: with the engine's client from the
+/// first byte on, in a job from the start of the command to its end.
 pub(crate) async fn large_output(place: &Place) -> Result<Figure> {
     make_images();
     let megabytes = f64::from(OUTPUT) / 1e6;

@@ -1,10 +1,10 @@
-//! The figures that this agent promises, measured on this machine: `cargo bench [-- PART OF A NAME]`.
+//! The performance figures that this agent promises, measured on this machine: `cargo bench [-- PART OF A
+//! NAME]`.
 //!
-//! Each figure is the median of several runs. One with a floor, which is what the machine gives at
-//! best, is measured in turn with it, so that a noisy moment hits both.
+//! Each figure is the median of several runs. Some have a floor, the best that the machine can do; figure and
+//! floor are measured alternately, so that load on the machine affects both.
 //!
-//! Jobs run in this process where the moments of their log events matter, else in the agent's
-//! binary.
+//! Jobs run in this process where the times of their log events matter, else in the agent's binary.
 
 mod docker;
 mod place;
@@ -39,38 +39,38 @@ use crate::table::{Figure, Target};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// A line with its newline, in bytes.
+/// Length of a line with its newline, in bytes.
 const LINE: u32 = 80;
-/// How many of them are in the large output: 50 MB.
+/// Number of lines in the large output: 50 MB.
 const LINES: u32 = 625_000;
 const OUTPUT: u32 = LINE * LINES;
 
-/// How many short commands a job has.
+/// Number of short commands in a job.
 const COMMANDS: u32 = 200;
 
-/// How many lines are printed slowly.
+/// Number of lines that are printed slowly.
 const SLOW_LINES: usize = 50;
 
-/// How many events a long log has, and how many of them a reader wants.
+/// Number of events in a long log, and how many of them a reader reads.
 const EVENTS: u64 = 500_000;
 const LAST: u64 = 10;
 
 fn main() -> Result<()> {
     let argument = std::env::args().skip(1).find(|given| given != "--bench");
-    // A job's first process is the program that runs the job: in here, this one.
+    // The agent starts its guards by executing its own program, which is this one in a benchmark.
     match argument.as_deref() {
         Some("job-init") => return Ok(job_init::run()?),
         Some("docker-watch") => return Ok(watch::run()?),
         _ => {}
     }
-    // Made here, as it needs a runtime of its own for a moment.
+    // Made outside of the runtime, as it briefly needs one of its own.
     let place = Place::make()?;
     System::new().block_on(measure_all(&place, &argument.unwrap_or_default()))
 }
 
-/// Measures every figure that has `part` in its name.
+/// Measures all figures whose names contain `part`.
 async fn measure_all(place: &Place, part: &str) -> Result<()> {
-    // Nothing is measured before it is waited for.
+    // A measurement only runs when its future is awaited.
     let figures: [(&str, LocalBoxFuture<'_, Result<Figure>>); 31] = [
         ("50 MB of 80-byte lines by cat, MB/s", Box::pin(large_output(place))),
         ("200 x `echo hi`, ms per command", Box::pin(short_commands(place, "echo hi", 1.0))),
@@ -149,7 +149,7 @@ async fn large_output(place: &Place) -> Result<Figure> {
     Ok(Figure { floor, runs, target: Target::OfFloor(0.8) })
 }
 
-/// Lets `cat` print on a terminal where it is read and discarded.
+/// Measures `cat` to a terminal whose output is read and discarded.
 fn bare_cat(file: &Path) -> Result<Duration> {
     let pair = openpty(None, None)?;
     let mut modes = tcgetattr(&pair.slave)?;
@@ -159,14 +159,14 @@ fn bare_cat(file: &Path) -> Result<Duration> {
     let mut buffer = vec![0; 64 * 1024];
 
     let begun = Instant::now();
-    // The command holds the terminal's other end until it is dropped.
+    // The command holds the terminal's slave end until it is dropped.
     let mut cat = Command::new("cat").arg(file).stdout(pair.slave).stdin(Stdio::null()).spawn()?;
     let mut received = 0;
     loop {
         match terminal.read(&mut buffer) {
             Ok(0) => break,
             Ok(read) => received += read,
-            // The other end is closed.
+            // The slave end is closed.
             Err(error) if error.raw_os_error() == Some(libc::EIO) => break,
             Err(error) => return Err(error.into()),
         }
@@ -245,7 +245,7 @@ async fn last_events(place: &Place) -> Result<Figure> {
     let buffer = LogBuffer::start_in_arbiter(&arbiter.handle(), |_| buffer);
     for number in 0..EVENTS {
         let event = LogEvent::cmd_output(format!("line {number}\n"));
-        // Waiting for every one would only take longer.
+        // Waiting for all of them would only take longer.
         if (number + 1) % 1000 == 0 {
             buffer.send(Append { event }).await??;
         } else {
@@ -280,7 +280,7 @@ async fn peak_memory(place: &Place) -> Result<Figure> {
         let mut agent = place.world.agent();
         agent.args(["run", "--output", "json"]).arg(&job);
         let mut agent = agent.stdout(Stdio::null()).spawn()?;
-        // The peak only ever rises, so the last look misses no more than the last moment's.
+        // The peak only rises, so at most the last moments are missed.
         let mut peak = 0.0;
         let ended = loop {
             peak = memory_in_mb(agent.id(), "VmHWM:")?.unwrap_or(peak);
@@ -297,7 +297,7 @@ async fn peak_memory(place: &Place) -> Result<Figure> {
     Ok(Figure::without_floor(runs, 24.0))
 }
 
-/// A process's resident memory in MB, as this field of its status has it; nothing if it is over.
+/// Returns a process's memory in MB, from this field of its status; `None` if the process has ended.
 fn memory_in_mb(process: impl Display, field: &str) -> Result<Option<f64>> {
     let status = fs::read_to_string(format!("/proc/{process}/status"))?;
     let found = status.lines().find_map(|line| line.strip_prefix(field));
@@ -307,7 +307,7 @@ fn memory_in_mb(process: impl Display, field: &str) -> Result<Option<f64>> {
 }
 
 fn start_up(place: &Place) -> Result<Figure> {
-    let nothing = compile_nothing(place.world.directory())?;
+    let nothing = compile_empty_program(place.world.directory())?;
     let (mut floor, mut runs) = (Vec::new(), Vec::new());
     for _ in 0..200 {
         floor.push(ms(wall(&mut Command::new(&nothing))?));
@@ -316,8 +316,8 @@ fn start_up(place: &Place) -> Result<Figure> {
     Ok(Figure { floor, runs, target: Target::AtMost(3.0) })
 }
 
-/// The least program there can be: static if this machine has what that takes.
-fn compile_nothing(directory: &Path) -> Result<PathBuf> {
+/// Compiles the smallest possible program, linked statically if this machine can do that.
+fn compile_empty_program(directory: &Path) -> Result<PathBuf> {
     let (source, program) = (directory.join("nothing.c"), directory.join("nothing"));
     fs::write(&source, "int main(void) { return 0; }\n")?;
     let compile = |kind: &[&str]| {

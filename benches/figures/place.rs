@@ -1,4 +1,4 @@
-//! Runs jobs in this process and tells when each event of their logs was readable.
+//! Runs jobs in this process and records when each event of their logs became readable.
 
 use std::fs::File;
 use std::io::{BufWriter, Read as _, Write as _};
@@ -28,15 +28,15 @@ use tokio::time::Instant;
 
 use crate::{LINES, Result};
 
-/// How long an agent may run that is measured.
+/// Time limit for a measured agent.
 const TIME_LIMIT: Duration = Duration::from_mins(30);
 
-/// The files of everything that is measured. They are gone with this value.
+/// The files of all measurements, deleted on drop.
 pub(crate) struct Place {
     pub(crate) world: World,
     /// The file with the large output.
     pub(crate) lines: PathBuf,
-    /// The jobs' surroundings.
+    /// The environment of jobs.
     pub(crate) shell: ShellConfig,
 }
 
@@ -59,7 +59,7 @@ impl Place {
         Ok(Self { world, lines, shell })
     }
 
-    /// A job's shell alone.
+    /// Returns a command that runs the shell of a job without the agent.
     pub(crate) fn bare_login(&self, command: &str) -> Command {
         let mut shell = Command::new("bash");
         shell.args(["--login", "-c", command]).env_clear();
@@ -71,14 +71,14 @@ impl Place {
         format!("cat {}", self.lines.display())
     }
 
-    /// Runs a job in this process. Its log is read when it is over, so as not to slow the job.
+    /// Runs a job in this process. Its log is read after its end, so that reading does not slow down the job.
     pub(crate) async fn run_job(&self, commands: &[&str]) -> Result<JobLog> {
         let commands: Vec<_> =
             commands.iter().map(|directive| json!({"directive": directive})).collect();
         self.run_request(json!({"job_id": "1", "commands": commands})).await
     }
 
-    /// The same with everything that a request can have. The large output is `/lines` in containers.
+    /// Runs a job with all fields of a request. In containers, the large output is `/lines`.
     pub(crate) async fn run_request(&self, request: Value) -> Result<JobLog> {
         let job = serde_json::from_value::<FileRequest>(request)?.decode()?;
         let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
@@ -129,7 +129,7 @@ impl Place {
     }
 }
 
-/// When something was seen, by both clocks.
+/// A moment, on both clocks.
 #[derive(Clone, Copy)]
 pub(crate) struct Moment {
     pub(crate) steady: Instant,
@@ -144,18 +144,18 @@ impl Moment {
 
 /// The log of a job.
 pub(crate) struct JobLog {
-    /// In bytes.
+    /// Size of the log, in bytes.
     pub(crate) size: u32,
-    /// Each with the moment when it was readable.
+    /// The events, each with the time when it became readable.
     pub(crate) events: Vec<(LogEvent, Moment)>,
     /// When the job was handed over.
     pub(crate) arrived: Instant,
-    /// When nothing of it was left.
+    /// When all of the job's resources were removed.
     pub(crate) gone: Instant,
 }
 
 impl JobLog {
-    /// When `command` first started.
+    /// Returns when `command` first started.
     pub(crate) fn start_of(&self, command: &str) -> Result<Instant> {
         let started = self.events.iter().find_map(|(event, readable)| match event {
             LogEvent::CmdStarted { directive, .. } if directive == command => Some(readable.steady),
@@ -164,12 +164,12 @@ impl JobLog {
         started.ok_or_else(|| format!("`{command}` is not in the log").into())
     }
 
-    /// When the log said that the job had finished.
+    /// Returns when the log's last event became readable.
     pub(crate) fn finish(&self) -> Result<Instant> {
         self.events.last().map(|(_, readable)| readable.steady).ok_or_else(|| "no log".into())
     }
 
-    /// From the first start of `command` to its last end.
+    /// Returns the time from the first start of `command` to its last end.
     pub(crate) fn span_of(&self, command: &str) -> Result<Duration> {
         let (mut first, mut last) = (None, None);
         for (event, readable) in &self.events {

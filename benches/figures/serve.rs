@@ -1,4 +1,4 @@
-//! `agent serve`, and a client as platforms have it.
+//! `agent serve`, and a client that acts as the platform.
 
 use std::fs;
 use std::io::{self, BufRead as _, BufReader, Write as _};
@@ -19,21 +19,21 @@ use crate::place::Place;
 use crate::table::{Figure, Target};
 use crate::{LAST, Result, memory_in_mb, ms, wall};
 
-/// The log that is read as a whole, in bytes at least.
+/// Minimum size of the log that is read completely, in bytes.
 const LONG_LOG: u64 = 79_000_000;
 
-/// In the last event of a log.
+/// A text in the last event of a log.
 const JOB_FINISHED: &str = r#""event":"job_finished""#;
 
-/// How long anything may take.
+/// Time limit for everything.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// How often a reader reads.
+/// Number of reads by one reader.
 const READS: usize = 50;
 
-/// From the start of the program to its first answer.
+/// Measures the time from the start of the program to its first response.
 pub(crate) fn start_up(place: &Place) -> Result<Figure> {
-    // Makes the key.
+    // The first start makes the key.
     drop(Platform::start(place)?);
     let mut runs = Vec::new();
     for _ in 0..30 {
@@ -45,7 +45,7 @@ pub(crate) fn start_up(place: &Place) -> Result<Figure> {
     Ok(Figure::without_floor(runs, 10.0))
 }
 
-/// From the request to the callback that says that the job has finished.
+/// Measures the time from the request to the `finished` callback.
 pub(crate) fn short_job(place: &Place, command: &str, target: f64) -> Result<Figure> {
     let mut platform = Platform::start(place)?;
     let (mut floor, mut runs) = (Vec::new(), Vec::new());
@@ -56,7 +56,7 @@ pub(crate) fn short_job(place: &Place, command: &str, target: f64) -> Result<Fig
     Ok(Figure { floor, runs, target: Target::AtMost(target) })
 }
 
-/// From the archivator's last byte to the callback that says that everything is gone.
+/// Measures the time from the archivator's last byte to the `teardown_finished` callback.
 pub(crate) fn teardown(place: &Place) -> Result<Figure> {
     let mut platform = Platform::start(place)?;
     let mut runs = Vec::new();
@@ -66,7 +66,7 @@ pub(crate) fn teardown(place: &Place) -> Result<Figure> {
     Ok(Figure::without_floor(runs, 5.0))
 }
 
-/// From the request to stop to the callback that says that the job has finished.
+/// Measures the time from the stop request to the `finished` callback.
 pub(crate) fn stop(place: &Place) -> Result<Figure> {
     let mut platform = Platform::start(place)?;
     let mut runs = Vec::new();
@@ -82,10 +82,10 @@ pub(crate) fn stop(place: &Place) -> Result<Figure> {
     Ok(Figure::without_floor(runs, 10.0))
 }
 
-/// How many commands make the long log, as many as a request may have; each is three events with its alias.
+/// Number of commands for the long log, the maximum of a request; each has an alias and makes three events.
 const COMMANDS: u64 = 10_000;
 
-/// One reader near the end of a log of 30,000 events, or the 99th percentile of several at once.
+/// Measures one reader near the end of a log of 30,000 events, or the 99th percentile of several at once.
 pub(crate) fn last_events(place: &Place, readers: usize, target: f64) -> Result<Figure> {
     let mut platform = Platform::start(place)?;
     let command = json!({"directive": "true", "alias": "a command"});
@@ -126,7 +126,7 @@ fn read_often(agent: &ServeAgent, path: &str) -> Result<Vec<f64>> {
     Ok(times)
 }
 
-/// A long log for `curl`, from the agent and from a server of plain files, in MB/s.
+/// Measures `curl` with a long log, from the agent and from a server of plain files, in MB/s.
 pub(crate) fn whole_log(place: &Place) -> Result<Figure> {
     let mut platform = Platform::start(place)?;
     let print = format!("cat {0} {0} | head -c {LONG_LOG}", place.lines.display());
@@ -150,7 +150,7 @@ pub(crate) fn whole_log(place: &Place) -> Result<Figure> {
     Ok(Figure { floor, runs, target: Target::OfFloor(0.5) })
 }
 
-/// Answers MB/s.
+/// Returns the speed in MB/s.
 fn curl(url: &str, to: &Path) -> Result<f64> {
     let mut curl = Command::new("curl");
     curl.args(["--silent", "--fail", "--insecure", "--write-out", "%{speed_download}"]);
@@ -162,7 +162,7 @@ fn curl(url: &str, to: &Path) -> Result<f64> {
     Ok(String::from_utf8(output.stdout)?.parse::<f64>()? / 1e6)
 }
 
-/// `openssl s_server`, which serves files.
+/// An `openssl s_server`, which serves files.
 struct FileServer {
     process: Child,
     port: u16,
@@ -171,7 +171,7 @@ struct FileServer {
 impl FileServer {
     fn start(place: &Place) -> Result<Self> {
         let tls = place.world.state().join("tls");
-        // Free again at the end of this line.
+        // The listener is dropped at once, so the port is free again.
         let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let mut process = Command::new("openssl")
             .args(["s_server", "-WWW", "-accept", &format!("127.0.0.1:{port}")])
@@ -187,7 +187,7 @@ impl FileServer {
         let mut lines = BufReader::new(process.stdout.take().ok_or("no output")?).lines();
         let listening = lines.any(|line| line.is_ok_and(|line| line == "ACCEPT"));
         let server = Self { process, port };
-        // It must be able to go on printing.
+        // The server must not block on a full pipe.
         std::thread::spawn(move || lines.for_each(drop));
         if listening { Ok(server) } else { Err("openssl s_server does not listen".into()) }
     }
@@ -204,7 +204,7 @@ impl Drop for FileServer {
     }
 }
 
-/// Resident memory of the agent after so many jobs, in MB.
+/// Measures the resident memory of the agent after this number of jobs, in MB.
 pub(crate) fn memory(place: &Place, jobs: usize, target: f64) -> Result<Figure> {
     let mut runs = Vec::new();
     for _ in 0..3 {
@@ -217,7 +217,7 @@ pub(crate) fn memory(place: &Place, jobs: usize, target: f64) -> Result<Figure> 
     Ok(Figure::without_floor(runs, target))
 }
 
-/// How long a job took.
+/// The durations of a job.
 struct Times {
     /// From the request to the `finished` callback.
     to_finished: Duration,
@@ -225,7 +225,7 @@ struct Times {
     to_teardown: Duration,
 }
 
-/// A running `agent serve`, and a platform that gives it jobs. The agent is killed with this value.
+/// A running `agent serve`, and a platform that gives it jobs. The agent is killed on drop.
 pub(crate) struct Platform {
     agent: ServeAgent,
     client: Client,
@@ -234,7 +234,7 @@ pub(crate) struct Platform {
 }
 
 impl Platform {
-    /// Returns as soon as the agent answers that it is alive.
+    /// Starts the agent, and returns as soon as it responds to `/is_alive`.
     pub(crate) fn start(place: &Place) -> Result<Self> {
         let callbacks = Callbacks::serve()?;
         let agent = ServeAgent::start(&place.world);
@@ -251,7 +251,7 @@ impl Platform {
         self.client.answer("POST", path, "", body.to_string().as_bytes()).map(drop)
     }
 
-    /// `job` without its identity and callbacks.
+    /// Posts a job; adds its ID and its callbacks.
     pub(crate) fn post_job(&mut self, mut job: Value) -> Result<()> {
         self.jobs += 1;
         job["job_id"] = self.jobs.to_string().into();
@@ -272,7 +272,7 @@ impl Platform {
         Ok(Times { to_finished, to_teardown })
     }
 
-    /// Archives the log as soon as it is complete.
+    /// Archives the log as soon as it is complete, and waits for the teardown.
     pub(crate) fn tear_down(&mut self) -> Result<Duration> {
         self.wait_for_log(JOB_FINISHED)?;
         let path = self.log_path();
@@ -303,7 +303,7 @@ impl Platform {
     }
 }
 
-/// A client of the agent with a connection that stays.
+/// A client of the agent with a persistent connection.
 struct Client {
     stream: BufReader<SslStream<TcpStream>>,
 }
@@ -333,7 +333,7 @@ impl Client {
     }
 }
 
-/// Where the agent tells how its jobs go.
+/// The server for the agent's callbacks.
 struct Callbacks {
     port: u16,
     received: Receiver<String>,
@@ -347,11 +347,11 @@ impl Callbacks {
         thread::spawn(move || {
             for stream in listener.incoming().map_while(io::Result::ok) {
                 let mut stream = BufReader::new(stream);
-                // Until the agent ends the connection.
+                // Serve requests until the agent closes the connection.
                 while let Ok(request) = Request::read_from(&mut stream) {
                     let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
-                    let told = sender.send(request.path).is_ok();
-                    if !told || stream.get_mut().write_all(answer).is_err() {
+                    let sent = sender.send(request.path).is_ok();
+                    if !sent || stream.get_mut().write_all(answer).is_err() {
                         break;
                     }
                 }

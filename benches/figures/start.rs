@@ -1,4 +1,4 @@
-//! `agent start`, and the control plane that the example has, too.
+//! `agent start`, with the control plane of the example.
 
 use std::fs;
 use std::time::{Duration, SystemTime};
@@ -12,22 +12,22 @@ use crate::place::Place;
 use crate::table::Figure;
 use crate::{OUTPUT, Result, memory_in_mb, ms};
 
-/// How often agents are to report, in milliseconds: where it is of no importance, and where a wait for it
-/// would show.
+/// Report intervals, in milliseconds: one for measurements that do not depend on it, and a long one that
+/// would be visible in the result.
 const SHORT_INTERVAL: u64 = 200;
 const LONG_INTERVAL: u64 = 5000;
 
-/// How long anything may take.
+/// Time limit for everything.
 const PATIENCE: Duration = Duration::from_mins(2);
 
-/// How often each short job runs.
+/// Number of runs of each short job.
 const RUNS: usize = 15;
 const SLOW_RUNS: usize = 7;
 
 /// Prints the time, in seconds.
 const TELL_TIME: &str = "echo $EPOCHREALTIME";
 
-/// From the answer that hands out a job to its first command.
+/// Measures the time from the response that hands out a job to the job's first command.
 pub(crate) fn first_command(place: &Place) -> Result<Figure> {
     let setup = Setup::start(place, SHORT_INTERVAL);
     let mut runs = Vec::new();
@@ -38,7 +38,8 @@ pub(crate) fn first_command(place: &Place) -> Result<Figure> {
     Ok(Figure::without_floor(runs, 10.0))
 }
 
-/// From the end of the last command to the report of the result, the whole log being delivered.
+/// Measures the time from the end of the last command to the report of the result, after the delivery of the
+/// log.
 pub(crate) fn result_known(place: &Place) -> Result<Figure> {
     let setup = Setup::start(place, SHORT_INTERVAL);
     let mut runs = Vec::new();
@@ -49,7 +50,7 @@ pub(crate) fn result_known(place: &Place) -> Result<Figure> {
     Ok(Figure::without_floor(runs, 30.0))
 }
 
-/// From the end of a job's last command to the first command of the job that waits.
+/// Measures the time from the end of a job's last command to the first command of the next queued job.
 pub(crate) fn next_job(place: &Place) -> Result<Figure> {
     let setup = Setup::start(place, LONG_INTERVAL);
     let mut runs = Vec::new();
@@ -61,7 +62,7 @@ pub(crate) fn next_job(place: &Place) -> Result<Figure> {
     Ok(Figure::without_floor(runs, 50.0))
 }
 
-/// From the start of the command that prints 50 MB to the moment when the control plane has all of them,
+/// Measures the time from the start of a command that prints 50 MB until the control plane has the whole log,
 /// in seconds.
 pub(crate) fn large_log(place: &Place) -> Result<Figure> {
     let setup = Setup::start(place, SHORT_INTERVAL);
@@ -72,7 +73,7 @@ pub(crate) fn large_log(place: &Place) -> Result<Figure> {
     Ok(Figure::without_floor(runs, 40.0))
 }
 
-/// Resident memory of the agent in MB, idle or after a large job.
+/// Measures the resident memory of the agent in MB, idle or after a large job.
 pub(crate) fn memory(place: &Place, after_large_job: bool, target: f64) -> Result<Figure> {
     let mut runs = Vec::new();
     for _ in 0..3 {
@@ -80,7 +81,7 @@ pub(crate) fn memory(place: &Place, after_large_job: bool, target: f64) -> Resul
         if after_large_job {
             setup.run_large_job(place)?;
         } else {
-            // Registered, and has reported once.
+            // The agent has registered and sent its first report.
             setup.wait_for("a report", |known| (!known.reports.is_empty()).then_some(()))?;
         }
         runs.push(memory_in_mb(setup.agent.pid(), "VmRSS:")?.ok_or("the agent has ended")?);
@@ -88,7 +89,7 @@ pub(crate) fn memory(place: &Place, after_large_job: bool, target: f64) -> Resul
     Ok(Figure::without_floor(runs, target))
 }
 
-/// When things happened in a job that told the time.
+/// The times in a job whose commands print the time.
 struct Times {
     handed_out: SystemTime,
     first_command: SystemTime,
@@ -96,7 +97,7 @@ struct Times {
     result_known: SystemTime,
 }
 
-/// An agent and its control plane. They end with this value, the agent first.
+/// An agent and its control plane. On drop, both are ended, the agent first.
 struct Setup {
     agent: StartAgent,
     hub: Hub,
@@ -118,7 +119,7 @@ impl Setup {
         self.hub.queue(job("job", commands))
     }
 
-    /// A job that is handed out as the answer to the agent's very next report.
+    /// Runs a job that is handed out in response to the agent's next report.
     fn run_job(&self, commands: &[&str]) -> Result<Times> {
         let id = self.queue(commands);
         self.times_of(&id)
@@ -136,15 +137,15 @@ impl Setup {
             if job.result.as_deref() != Some("passed") {
                 return Err(format!("a job ended as {:?}", job.result).into());
             }
-            // The report before the first of the job is the one whose answer handed it out.
+            // The response to the report before the job's first report handed out the job.
             let first = known.reports.iter().position(of_job).ok_or("no report")?;
-            let told = job.output();
-            let times: Vec<f64> = told.lines().filter_map(|line| line.parse().ok()).collect();
+            let output = job.output();
+            let times: Vec<f64> = output.lines().filter_map(|line| line.parse().ok()).collect();
             let time = |seconds: f64| SystemTime::UNIX_EPOCH + Duration::from_secs_f64(seconds);
             Ok(Times {
                 handed_out: known.answered[first - 1],
-                first_command: time(*times.first().ok_or("the job told no time")?),
-                last_command: time(*times.last().ok_or("the job told no time")?),
+                first_command: time(*times.first().ok_or("the job output no time")?),
+                last_command: time(*times.last().ok_or("the job output no time")?),
                 result_known,
             })
         })

@@ -1,10 +1,10 @@
-//! What was measured, and how it is shown.
+//! The results, and their presentation.
 
 use std::fmt;
 
-/// What was measured.
+/// The result of a measurement.
 pub(crate) struct Figure {
-    /// Empty if there is no floor.
+    /// The measurements of the floor; empty if there is none.
     pub(crate) floor: Vec<f64>,
     pub(crate) runs: Vec<f64>,
     pub(crate) target: Target,
@@ -13,11 +13,11 @@ pub(crate) struct Figure {
 #[derive(Clone, Copy)]
 pub(crate) enum Target {
     AtMost(f64),
-    /// At least so much of the floor.
+    /// Minimum, relative to the floor.
     OfFloor(f64),
-    /// At most so many times the floor.
+    /// Maximum, relative to the floor.
     TimesFloor(f64),
-    /// At most so much above the floor.
+    /// Maximum, above the floor.
     AboveFloor(f64),
 }
 
@@ -45,7 +45,7 @@ impl fmt::Display for Figure {
     }
 }
 
-/// The median, and how it is shown.
+/// Returns the median, and its text with the range.
 fn summary(runs: &[f64]) -> (f64, String) {
     let mut sorted = runs.to_vec();
     sorted.sort_by(f64::total_cmp);

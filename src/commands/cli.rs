@@ -17,37 +17,37 @@ Exit codes:
   130  the job was stopped";
 
 const SERVE_HELP: &str = "\
-Each option can also be given as environment variable SEMAPHORE_AGENT_ and its name, and as a key in
-the configuration file; a flag wins over the environment, and that over the file. Several values are
-separated by commas in a flag, by white space in a variable, and are a list in the file.
+Each option can also be set by an environment variable (SEMAPHORE_AGENT_ and the option's name) or by a
+key in the configuration file. Flags take precedence over the environment, and the environment over the
+file. Lists are separated by commas in a flag, by white space in a variable, and are lists in the file.
 
 SEMAPHORE_AGENT_LOG_LEVEL, SEMAPHORE_AGENT_LOG_FILE_PATH and SEMAPHORE_AGENT_LOG_MAX_SIZE (in bytes)
-are for the agent's own log: by default info, agent_log in the directory for temporary files, 10 MiB.
+configure the agent's own log. Defaults: info, agent_log in the directory for temporary files, 10 MiB.
 
 Exit codes:
-  0    ended as it was asked to
-  1    could not begin, or a second signal ended it at once
+  0    ended as requested
+  1    could not start, or was ended at once by a second signal
   2    bad usage or configuration";
 
 const START_HELP: &str = "\
-Each option can also be given as environment variable SEMAPHORE_AGENT_ and its name, and as a key in
-the configuration file; a flag wins over the environment, and that over the file. Several values are
-separated by commas in a flag, by white space in a variable, and are a list in the file.
+Each option can also be set by an environment variable (SEMAPHORE_AGENT_ and the option's name) or by a
+key in the configuration file. Flags take precedence over the environment, and the environment over the
+file. Lists are separated by commas in a flag, by white space in a variable, and are lists in the file.
 
 SEMAPHORE_AGENT_LOG_LEVEL, SEMAPHORE_AGENT_LOG_FILE_PATH and SEMAPHORE_AGENT_LOG_MAX_SIZE (in bytes)
-are for the agent's own log: by default info, agent_log in the directory for temporary files, 10 MiB.
-HTTPS_PROXY and NO_PROXY are heeded.
+configure the agent's own log. Defaults: info, agent_log in the directory for temporary files, 10 MiB.
+The variables HTTPS_PROXY and NO_PROXY are respected.
 
 Exit codes:
-  0    ended as it was asked to
-  1    could not begin, could not reach the control plane for 10 minutes, or was killed
+  0    ended as requested
+  1    could not start, could not reach the control plane for 10 minutes, or was killed
   2    bad usage or configuration";
 
-/// Runs CI jobs: in a shell on this machine or in containers, with live output and nothing left behind.
+/// Runs CI jobs in a shell on this machine or in containers, streams their logs, and cleans up after them.
 #[derive(Debug, Parser)]
 #[command(name = "agent", version, after_help = EXIT_CODES, arg_required_else_help = true)]
 pub struct Cli {
-    /// What to do.
+    /// The command to run.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -58,24 +58,24 @@ pub enum Command {
     /// Runs one job from a file and shows its output
     #[command(after_help = EXIT_CODES)]
     Run(RunArgs),
-    /// Serves jobs to a platform over HTTPS
+    /// Accepts jobs from a platform over HTTPS
     #[command(after_help = SERVE_HELP)]
     Serve(Box<Flags<Serve>>),
-    /// Asks a control plane for jobs, and sends it their logs
+    /// Fetches jobs from a control plane, and delivers their logs to it
     #[command(after_help = START_HELP)]
     Start(Box<Flags<Start>>),
     /// Prints the agent's version
     Version,
-    /// The first process of a shell job; only the agent itself can start it
+    /// Guards a shell job: starts its shell, and ends its processes if the agent dies; internal
     #[command(hide = true)]
     JobInit {
-        /// The job's mark, by which this process is found.
+        /// The job's mark, by which this process can be found
         job: String,
     },
-    /// Ends what a job has in containers if the agent dies; only the agent itself can start it
+    /// Guards a Docker job: removes its containers if the agent dies; internal
     #[command(hide = true)]
     DockerWatch {
-        /// The job's mark, by which this process is found.
+        /// The job's mark, by which this process can be found
         job: String,
     },
 }
@@ -90,11 +90,11 @@ pub struct RunArgs {
     #[arg(long, value_enum)]
     pub output: Option<Output>,
 
-    /// Only warns about fields that no job has, which are errors otherwise
+    /// Warns about unknown fields in the job file instead of failing
     #[arg(long)]
     pub lenient: bool,
 
-    /// What other commands have, too.
+    /// Options that other commands have, too.
     #[command(flatten)]
     pub options: Flags<Run>,
 }
@@ -104,8 +104,8 @@ pub struct RunArgs {
 pub enum Output {
     /// Headings, durations and colours; plain where there is no terminal
     Pretty,
-    /// The same without colours or other control sequences
+    /// Like pretty, but without colours or other control sequences
     Plain,
-    /// The log's event lines, as control planes get them
+    /// The log's event lines, as control planes receive them
     Json,
 }

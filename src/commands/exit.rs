@@ -1,4 +1,4 @@
-//! What the agent's exit codes mean.
+//! The agent's exit codes.
 
 use std::process::ExitCode;
 
@@ -7,9 +7,9 @@ use actors::job::Outcome;
 /// How a command of the agent ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// 0: the job passed, or the command did what it was asked for.
+    /// 0: the job passed, or the command succeeded.
     Success,
-    /// 1: the job failed, or the agent could not go on.
+    /// 1: the job failed, or the agent could not continue.
     Failure,
     /// 2: bad usage, or a job file that can't be run.
     Usage,
@@ -18,7 +18,7 @@ pub enum Exit {
 }
 
 impl Exit {
-    /// The number.
+    /// Returns the number that the shell sees.
     pub const fn code(self) -> u8 {
         match self {
             Self::Success => 0,

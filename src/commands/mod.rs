@@ -18,31 +18,34 @@ use tokio::runtime::Builder;
 use self::exit::Exit;
 use self::run::tell;
 
-/// Creates the runtime of the actors. A thread for work that may block is there from the beginning, and is kept: a job can
-/// use up all the threads that this user may have, and must be brought to its end then too.
+/// Creates the runtime of the actors.
+///
+/// One thread for blocking work is started at once and kept: a job can use up all threads that this user may
+/// have, and the agent must still be able to end that job.
 pub(crate) fn system() -> io::Result<SystemRunner> {
     let runtime =
         Builder::new_current_thread().enable_all().thread_keep_alive(Duration::MAX).build()?;
-    // Dropped at once: the thread stays.
+    // Dropping the handle does not end the thread.
     drop(runtime.spawn_blocking(|| ()));
     Ok(System::with_tokio_rt(move || runtime))
 }
 
-/// Shows a configuration, and what the operator may want to know about it.
+/// Prints a configuration, and warnings about it to standard error.
 pub(crate) fn print_config(warnings: &[String], printed: &str) -> Exit {
     for warning in warnings {
         tell(&format!("warning: {warning}"));
     }
-    // Nobody is left to be told if that fails.
+    // A failure of standard output can't be reported anywhere.
     let _ = io::stdout().write_all(printed.as_bytes());
     Exit::Success
 }
 
-/// Refuses a clock that shows a time before 1970, which certificates, tokens and the dates of HTTP can't do with.
+/// Fails if the clock shows a time before 1970: certificates, tokens and HTTP dates can't express such a
+/// time.
 pub(crate) fn check_clock() -> io::Result<()> {
     if SystemTime::now() < SystemTime::UNIX_EPOCH {
         return Err(io::Error::other(
-            "this machine's clock shows a time before 1970; it must be set",
+            "this machine's clock shows a time before 1970; set the clock first",
         ));
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! Shows a job's log to a person, or passes it on as it is.
+//! Renders a job's log for a person, or prints its event lines unchanged.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read as _, Write};
@@ -9,29 +9,30 @@ use actors::ports::LogRange;
 use anstream::adapter::StripBytes;
 use tokio::time::Instant;
 
-/// How much of a log is read at once, in bytes.
+/// Size of one read from the log, in bytes.
 const READ: u64 = 256 * 1024;
 
 /// How many of the slowest steps the summary names.
 const SLOWEST: usize = 3;
 
-/// Steps of the agent's own.
+/// Titles of the agent's own steps.
 const OWN_STEPS: [&str; 2] = ["Exporting environment variables", "Injecting Files"];
 
-/// What they print when they had nothing to do that the job asked for.
-const NOTHING_TO_SEE: [&str; 2] = ["", "Exporting SEMAPHORE_JOB_RESULT\n"];
+/// Outputs of the agent's own steps that say nothing about the job; a successful step with such an output is
+/// not shown.
+const IDLE_OUTPUTS: [&str; 2] = ["", "Exporting SEMAPHORE_JOB_RESULT\n"];
 
 /// How a log is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Style {
-    /// Headings, durations and a summary, in colour if so.
+    /// Headings, durations and a summary; the job's own control sequences are kept.
     Pretty {
-        /// Whether what the agent adds is coloured.
+        /// Whether the lines that the agent adds are coloured.
         colour: bool,
     },
-    /// The same without any control sequence, the job's own included.
+    /// Like `Pretty`, but without control sequences, including those of the job.
     Plain,
-    /// The event lines.
+    /// The event lines, unchanged.
     Json,
 }
 
@@ -47,17 +48,17 @@ pub struct Renderer<W> {
     commands: usize,
 }
 
-/// The step that runs.
+/// The running step.
 struct Step {
     title: String,
     since: Instant,
-    /// Output of a step of the agent's own, held back until its end tells whether it is worth
+    /// Output of one of the agent's own steps, held back until the step's end shows whether the step is worth
     /// showing.
     held_back: Option<String>,
 }
 
 impl<W: Write> Renderer<W> {
-    /// A renderer at the beginning of a log.
+    /// Creates a renderer at the beginning of a log.
     pub fn new(output: W, style: Style) -> Self {
         Self {
             output,
@@ -71,7 +72,7 @@ impl<W: Write> Renderer<W> {
         }
     }
 
-    /// Shows the lines of `range`, which were readable at the moment `at`.
+    /// Shows the lines of `range`, which became readable at the time `at`.
     pub fn show(&mut self, range: &LogRange, at: Instant) -> io::Result<()> {
         let mut reader = range.reader();
         let mut buffer = Vec::new();
@@ -88,7 +89,7 @@ impl<W: Write> Renderer<W> {
             return self.output.write_all(lines);
         }
         for line in lines.split_inclusive(|byte| *byte == b'\n') {
-            // A job can write to its own log; what is no event is not the agent's.
+            // A job can write to its own log; lines that are not events are not from the agent.
             if let Ok(event) = LogEvent::decode(line) {
                 self.show_event(event, at)?;
             }
@@ -115,7 +116,7 @@ impl<W: Write> Renderer<W> {
             LogEvent::CmdFinished { exit_code, .. } => {
                 let Some(step) = self.step.take() else { return Ok(()) };
                 if let Some(output) = step.held_back {
-                    if exit_code == 0 && NOTHING_TO_SEE.contains(&output.as_str()) {
+                    if exit_code == 0 && IDLE_OUTPUTS.contains(&output.as_str()) {
                         return Ok(());
                     }
                     self.heading(&step.title)?;
@@ -181,7 +182,7 @@ impl<W: Write> Renderer<W> {
         Ok(())
     }
 
-    /// Ends an unfinished line, and whatever colour the job left behind.
+    /// Ends an unfinished line, and resets a colour that the job left on.
     fn line_start(&mut self) -> io::Result<()> {
         if matches!(self.style, Style::Pretty { colour: true }) {
             self.output.write_all(b"\x1b[0m")?;
@@ -201,7 +202,7 @@ impl<W: Write> Renderer<W> {
     }
 }
 
-/// The title of a step in one line, without control characters.
+/// Returns a step's title as one line, without control characters.
 fn first_line(title: &str) -> String {
     let mut lines = title.trim_end().lines();
     let first: String =
@@ -213,7 +214,7 @@ fn first_line(title: &str) -> String {
     }
 }
 
-/// A duration as people say it.
+/// Formats a duration for people: `1 min 01 s`.
 fn duration(took: Duration) -> String {
     let seconds = took.as_secs();
     match seconds {

@@ -1,4 +1,4 @@
-//! `agent run`: one job on this machine, shown to a person.
+//! `agent run`: runs one job from a file and shows its log.
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::process;
@@ -31,18 +31,18 @@ use crate::service::environment::Environment;
 use crate::service::signals::Signals;
 use crate::state::StateDir;
 
-/// How many pieces of the log the output may lag behind before they are joined and their steps'
-/// durations blur.
+/// Maximum number of log ranges queued for the output. Behind a full queue, ranges are merged, and the shown
+/// durations of steps become imprecise.
 const RANGES_AHEAD: usize = 4096;
 
-/// Runs the job; its exit code is the job's result.
+/// Runs the job. The exit code is the job's result.
 pub fn run(args: &RunArgs, environment: &Environment) -> Exit {
     let config = match RunConfig::load(&args.options, environment) {
         Ok(config) => config,
         Err(error) => return refuse(WithCauses(&error)),
     };
     let level = env_logger::Env::new().filter_or("SEMAPHORE_AGENT_LOG_LEVEL", "warn");
-    // What these have to say in detail may hold variables.
+    // Detailed messages of these libraries may contain job variables.
     let mut log = env_logger::Builder::from_env(level);
     for library in ["bollard", "hyper"] {
         log.filter_module(library, log::LevelFilter::Warn);
@@ -66,7 +66,7 @@ pub fn run(args: &RunArgs, environment: &Environment) -> Exit {
     }
 }
 
-/// Says what is wrong with what was asked for.
+/// Reports a usage error.
 pub(crate) fn refuse(why: impl std::fmt::Display) -> Exit {
     for line in why.to_string().lines() {
         tell(&format!("error: {line}"));
@@ -74,7 +74,7 @@ pub(crate) fn refuse(why: impl std::fmt::Display) -> Exit {
     Exit::Usage
 }
 
-/// Says something to the person. A closed or full standard error changes nothing else.
+/// Prints a line to standard error. A failure is ignored: it can't be reported anywhere.
 pub(crate) fn tell(line: &str) {
     let _ = writeln!(io::stderr(), "{line}");
 }
@@ -91,10 +91,10 @@ fn start(
     system()?.block_on(supervise(job, state, shell, config, style))
 }
 
-fn style(asked: Option<Output>, environment: &Environment) -> Style {
+fn style(requested: Option<Output>, environment: &Environment) -> Style {
     let terminal = io::stdout().is_terminal();
     let no_colour = environment.get("NO_COLOR").is_some();
-    match asked {
+    match requested {
         Some(Output::Json) => Style::Json,
         Some(Output::Pretty) | None if terminal => Style::Pretty { colour: !no_colour },
         _ => Style::Plain,
@@ -109,7 +109,7 @@ async fn supervise(
     style: Style,
 ) -> io::Result<Outcome> {
     let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
-    let stops = Signals::heeded(&kinds)?;
+    let stops = Signals::unless_ignored(&kinds)?;
     let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
     let docker = DockerConfig { socket: config.docker_socket, ..DockerConfig::of(&shell) };
     let config = Config { grace: config.grace, ..Config::default() };
@@ -135,8 +135,8 @@ async fn supervise(
     outcome
 }
 
-/// Shows the log until its end. Writing happens on a thread of its own: a slow reader, or one that
-/// went away, must not hold up the job.
+/// Shows the log until its end. A thread of its own writes to standard output, because a slow reader must not
+/// block the job.
 async fn show_log(supervisor: &Addr<JobSupervisor>, style: Style) -> io::Result<()> {
     let (ranges, to_show) = mpsc::channel(RANGES_AHEAD);
     let writer = std::thread::spawn(move || write_log(to_show, style));
@@ -149,7 +149,7 @@ async fn show_log(supervisor: &Addr<JobSupervisor>, style: Style) -> io::Result<
     }
 }
 
-/// Passes on where new lines of the log are until it ends, and when they could be read.
+/// Sends each new range of the log, with the time at which it became readable, until the log ends.
 async fn follow_log(
     supervisor: &Addr<JobSupervisor>,
     ranges: mpsc::Sender<(LogRange, Instant)>,
@@ -160,13 +160,13 @@ async fn follow_log(
         let followed = tokio::select! {
             followed = current.buffer.send(Follow { line }) => followed,
             () = ranges.closed() => {
-                // Nobody reads any more: as with any program, that is a reason to end.
+                // Standard output is closed: stop, like any program that gets SIGPIPE.
                 supervisor.do_send(StopJob { id: None, manner: StopManner::Grace });
                 return Ok(());
             }
         };
         let Ok(range) = followed else {
-            // A crashed buffer has a successor as soon as the job notices.
+            // The buffer has crashed; the job replaces it as soon as it notices.
             actix::clock::sleep(Duration::from_millis(10)).await;
             log = supervisor.send(GetLog).await.ok().flatten();
             continue;
@@ -174,7 +174,7 @@ async fn follow_log(
         let range = range.map_err(io::Error::other)?;
         line = range.next_line;
         let sealed = range.sealed;
-        // A reader that has gone is noticed above.
+        // If the receiver is gone, the next round notices.
         let _ = ranges.send((range, Instant::now())).await;
         if sealed {
             break;
@@ -191,8 +191,8 @@ fn write_log(mut to_show: mpsc::Receiver<(LogRange, Instant)>, style: Style) -> 
     Ok(())
 }
 
-/// The first signal stops the job in order, the second kills at once. The third is for an agent that
-/// does not react: it goes, and what the job started goes with it.
+/// Passes on signals: the first stops the job gracefully, the second kills it at once. The third ends an
+/// agent that does not react; the guards then end the job.
 async fn pass_on(mut stops: Signals, supervisor: Addr<JobSupervisor>) {
     for manner in [StopManner::Grace, StopManner::AtOnce] {
         stops.next().await;

@@ -43,19 +43,19 @@ use crate::service::signals::Signals;
 use crate::ssh_access::{ClaimedScript, SshAccess};
 use crate::state::StateDir;
 
-/// How many files a process may usually have open.
+/// The usual limit of open files, assumed if the actual one is unknown.
 const USUAL_OPEN_FILES: u64 = 1024;
 
-/// How often to look whether the agent's own certificate is to be renewed.
-const LOOK_AT_CERTIFICATE: Duration = Duration::from_hours(12);
+/// How often to check whether the self-signed certificate must be renewed.
+const CERTIFICATE_CHECK_PERIOD: Duration = Duration::from_hours(12);
 
-/// How long the job of a supervisor that has crashed may take to its end.
-const LAST_JOB: Duration = Duration::from_mins(2);
+/// How long to wait for the end of the job after a crash of the supervisor.
+const ORPHANED_JOB_PATIENCE: Duration = Duration::from_mins(2);
 
-/// How long what still runs may take when the agent is told to end at once.
-const LAST_MOMENTS: Duration = Duration::from_secs(1);
+/// Time for the actors and threads to finish before the process exits.
+const EXIT_DELAY: Duration = Duration::from_secs(1);
 
-/// Serves jobs until it is asked to end.
+/// Serves jobs until a signal asks the agent to end.
 pub fn serve(flags: &Flags<Serve>, environment: &Environment, hidden: nix::Result<()>) -> Exit {
     let prepared = ServeConfig::load(flags, environment).and_then(|config| {
         let log = AgentLogConfig::from_env(environment)?;
@@ -81,17 +81,17 @@ pub fn serve(flags: &Flags<Serve>, environment: &Environment, hidden: nix::Resul
         Err(error) => return refuse(WithCauses(&error)),
     };
     let Some(auth) = Auth::new(config.secret.reveal().as_bytes()) else {
-        return refuse("the secret that tokens are signed with is empty");
+        return refuse("the secret for signing tokens is empty");
     };
     let logging = match log.start() {
         Ok(logging) => logging,
         Err(error) => return fail(&error),
     };
     if let Err(error) = hidden {
-        log::warn!(error:%; "jobs may look into this process");
+        log::warn!(error:%; "jobs may be able to read this process's memory");
     }
     let open_files = open_files::raise().unwrap_or_else(|error| {
-        log::warn!(error:%; "the limit of open files is not known");
+        log::warn!(error:%; "the limit of open files can't be raised");
         USUAL_OPEN_FILES
     });
     for warning in &config.warnings {
@@ -113,7 +113,7 @@ pub fn serve(flags: &Flags<Serve>, environment: &Environment, hidden: nix::Resul
     let exit = match served {
         Ok(exit) => exit,
         Err(error) => {
-            log::error!(error:%; "the agent can't go on");
+            log::error!(error:%; "the agent can't continue");
             fail(&error)
         }
     };
@@ -126,12 +126,12 @@ pub(crate) fn fail(error: &io::Error) -> Exit {
     Exit::Failure
 }
 
-/// What jobs need of this machine.
+/// The parts of this machine that jobs need.
 struct Surroundings {
     state: StateDir,
     shell: ShellConfig,
     compression_size: u64,
-    /// Until the agent's end.
+    /// The reserved path of the SSH access script, kept until the agent ends.
     claimed: Option<ClaimedScript>,
 }
 
@@ -146,12 +146,12 @@ fn prepare(
     Ok(Surroundings { state, shell, compression_size, claimed })
 }
 
-/// Takes the place of the script for SSH access, before somebody else does.
+/// Reserves the path of the SSH access script, before another user can.
 pub(crate) fn claim_script(shell: &ShellConfig, script: &Path) -> Option<ClaimedScript> {
     SshAccess::claim(&shell.home, script)
         .inspect_err(|error| {
             let path = script.display();
-            log::warn!(path:%, error:%; "SSH access to jobs may not be available, or an earlier one not be closed");
+            log::warn!(path:%, error:%; "SSH access may not work, or that of an earlier job may still be open");
         })
         .ok()
 }
@@ -162,7 +162,7 @@ struct Agent {
     api: ApiNeeds,
 }
 
-/// What the API needs besides the actors.
+/// The parts of the API that are ready before the actors.
 struct ApiNeeds {
     auth: Auth,
     tls: Arc<Tls>,
@@ -176,8 +176,9 @@ impl Agent {
         let Self { config, surroundings, api } = self;
         let Surroundings { state, shell, compression_size, claimed: _claimed } = surroundings;
         let ApiNeeds { auth, tls, listener, agent_log, open_files } = api;
-        let mut ends = Signals::heeded(&[SignalKind::interrupt(), SignalKind::terminate()])?;
-        // Under `nohup` too: there is a use for it.
+        let mut signals =
+            Signals::unless_ignored(&[SignalKind::interrupt(), SignalKind::terminate()])?;
+        // SIGHUP reloads the certificate, even under `nohup`.
         let reloads = Signals::always(SignalKind::hangup())?;
 
         let sink: Box<dyn MetricsSink> = match config.statsd {
@@ -232,19 +233,21 @@ impl Agent {
         let serving = actix::spawn(server);
         actix::spawn(reload_at(reloads, tls));
 
-        let life = live(&supervisor, &intake, &mut ends, config.interruption_grace, &end).await;
-        match life {
-            Life::Over(exit) => tokio::select! {
-                // Answers that are under way are finished.
+        let ending =
+            run_until_drained(&supervisor, &intake, &mut signals, config.interruption_grace, &end)
+                .await;
+        match ending {
+            Ending::Drained(exit) => tokio::select! {
+                // A graceful stop: responses in progress are completed.
                 () = handle.stop(true) => {
                     let _ = serving.await;
                     log::info!("ended");
                     Ok(exit)
                 }
-                () = ends.next() => Ok(leave_at_once(exit)),
+                () = signals.next() => Ok(leave_at_once(exit)),
             },
-            Life::CutShort => {
-                log::warn!("asked again; killing everything");
+            Ending::CutShort => {
+                log::warn!("second signal; killing the job");
                 let kill = StopJob { id: None, manner: StopManner::AtOnce };
                 let _ = supervisor.send(kill).await;
                 Ok(leave_at_once(Exit::Failure))
@@ -257,60 +260,60 @@ fn sourced(path: String) -> PreJobHook {
     PreJobHook { path, sourced: true, failure: HookFailure::FailsJob, patience: None }
 }
 
-/// How the agent's life came to its end.
-enum Life {
+/// Why the agent ends.
+enum Ending {
     /// No job is left.
-    Over(Exit),
-    /// A second signal came.
+    Drained(Exit),
+    /// A second signal asked the agent to end at once.
     CutShort,
 }
 
-/// Waits until the agent is to end, and for the end of its job then.
-async fn live(
+/// Waits until the agent must end, and then for the end of its job.
+async fn run_until_drained(
     supervisor: &Addr<JobSupervisor>,
     intake: &Addr<HttpIntake>,
-    ends: &mut Signals,
+    signals: &mut Signals,
     grace: Duration,
     end: &watch::Sender<Option<Instant>>,
-) -> Life {
+) -> Ending {
     let drained = intake.send(UntilDrained);
     tokio::pin!(drained);
     tokio::select! {
         ended = &mut drained => {
             if ended.is_ok() {
-                return Life::Over(Exit::Success);
+                return Ending::Drained(Exit::Success);
             }
-            log::error!("the intake has crashed; the job is given up");
+            log::error!("the intake has crashed; killing the job");
             let kill = StopJob { id: None, manner: StopManner::AtOnce };
             let _ = supervisor.send(kill).await;
-            Life::Over(Exit::Failure)
+            Ending::Drained(Exit::Failure)
         }
         _ = supervisor.send(AwaitDeath) => {
-            log::error!("the job supervisor has crashed; no more jobs");
-            // The job's own task brings the job to its end, and tells the intake. It may have crashed as well.
+            log::error!("the job supervisor has crashed; taking no more jobs");
+            // The job's own task ends the job and notifies the intake, unless the task has crashed as well.
             let _ = intake.send(Close).await;
             tokio::select! {
-                _ = timeout(LAST_JOB, drained) => Life::Over(Exit::Failure),
-                () = ends.next() => Life::CutShort,
+                _ = timeout(ORPHANED_JOB_PATIENCE, drained) => Ending::Drained(Exit::Failure),
+                () = signals.next() => Ending::CutShort,
             }
         }
-        () = ends.next() => {
-            log::info!("asked to end; no more jobs");
+        () = signals.next() => {
+            log::info!("asked to end; taking no more jobs");
             end.send_replace(Some(Instant::now()));
             let _ = intake.send(Close).await;
             tokio::select! {
-                () = end_job(supervisor, intake, grace) => Life::Over(Exit::Success),
-                () = ends.next() => Life::CutShort,
+                () = end_job(supervisor, intake, grace) => Ending::Drained(Exit::Success),
+                () = signals.next() => Ending::CutShort,
             }
         }
     }
 }
 
-/// Gives up on readers and callbacks, and on threads that still wait for something.
+/// Ends the process soon, without waiting for log readers, callbacks and blocked threads.
 pub(crate) fn leave_at_once(exit: Exit) -> Exit {
     let code = i32::from(exit.code());
     let ending = std::thread::Builder::new().spawn(move || {
-        last_moments();
+        wait_before_exit();
         std::process::exit(code);
     });
     if ending.is_err() {
@@ -320,11 +323,11 @@ pub(crate) fn leave_at_once(exit: Exit) -> Exit {
 }
 
 #[expect(clippy::disallowed_methods, reason = "on a thread of its own")]
-fn last_moments() {
-    std::thread::sleep(LAST_MOMENTS);
+fn wait_before_exit() {
+    std::thread::sleep(EXIT_DELAY);
 }
 
-/// Waits for the job's end: its own, or when `grace` is over a forced one.
+/// Waits up to `grace` for the end of the job, and then stops the job.
 async fn end_job(supervisor: &Addr<JobSupervisor>, intake: &Addr<HttpIntake>, grace: Duration) {
     if !matches!(timeout(grace, intake.send(UntilDrained)).await, Ok(Ok(()))) {
         let _ = supervisor.send(StopJob { id: None, manner: StopManner::Grace }).await;
@@ -336,13 +339,13 @@ async fn reload_at(mut signals: Signals, tls: Arc<Tls>) {
     loop {
         let reloaded = tokio::select! {
             () = signals.next() => Some(tls.reload()),
-            () = sleep(LOOK_AT_CERTIFICATE) => tls.renew(),
+            () = sleep(CERTIFICATE_CHECK_PERIOD) => tls.renew(),
         };
         match reloaded {
             None => {}
             Some(Ok(fingerprint)) => log::info!(fingerprint; "certificate reloaded"),
             Some(Err(error)) => {
-                log::error!(error:% = WithCauses(&error); "certificate not reloaded; the old one stays");
+                log::error!(error:% = WithCauses(&error); "certificate not reloaded; the previous one stays in use");
             }
         }
     }

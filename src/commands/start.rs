@@ -1,4 +1,4 @@
-//! `agent start`: asks a control plane for jobs, and sends it their logs.
+//! `agent start`: fetches jobs from a control plane, and delivers their logs to it.
 
 use std::io;
 use std::path::Path;
@@ -42,19 +42,19 @@ use crate::service::signals::Signals;
 use crate::state::StateDir;
 use crate::state::log_files::StateLogFiles;
 
-/// Where logs are kept that could not be delivered, in the state directory.
+/// Directory for logs that could not be delivered, in the state directory.
 const UNDELIVERED: &str = "undelivered";
 
-/// How often to look whether the job that was killed is over.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// How often to check whether the killed job has ended.
+const JOB_CHECK_PERIOD: Duration = Duration::from_millis(20);
 
-/// What the shutdown hook has of the time for leaving, however long everything else took.
-const LEAST_FOR_HOOK: Duration = Duration::from_secs(4);
+/// Minimum time for the shutdown hook, reserved from the time for leaving.
+const MIN_HOOK_TIME: Duration = Duration::from_secs(4);
 
-/// How long killing what is left may hold up the agent's end.
-const LAST_KILL: Duration = Duration::from_secs(15);
+/// How long killing the job may delay the agent's end.
+const KILL_PATIENCE: Duration = Duration::from_secs(15);
 
-/// Runs jobs until the control plane, or this machine, wants no more.
+/// Runs jobs until the control plane or a signal ends the agent.
 pub fn start(flags: &Flags<Start>, environment: &Environment, hidden: nix::Result<()>) -> Exit {
     let prepared = StartConfig::load(flags, environment).and_then(|config| {
         Ok((AgentLogConfig::from_env(environment)?, Needs::from_config(config, environment)?))
@@ -79,7 +79,7 @@ pub fn start(flags: &Flags<Start>, environment: &Environment, hidden: nix::Resul
         Err(error) => return fail(&error),
     };
     if let Err(error) = hidden {
-        log::warn!(error:%; "jobs may look into this process");
+        log::warn!(error:%; "jobs may be able to read this process's memory");
     }
     for warning in &needs.config.warnings {
         log::warn!("{warning}");
@@ -89,7 +89,7 @@ pub fn start(flags: &Flags<Start>, environment: &Environment, hidden: nix::Resul
     {
         Ok(exit) => exit,
         Err(error) => {
-            log::error!(error:%; "the agent can't go on");
+            log::error!(error:%; "the agent can't continue");
             fail(&error)
         }
     };
@@ -97,7 +97,7 @@ pub fn start(flags: &Flags<Start>, environment: &Environment, hidden: nix::Resul
     exit
 }
 
-/// What can be wrong with the configuration is not wrong with this.
+/// The configuration and the clients made from it, fully checked.
 struct Needs {
     config: StartConfig,
     clients: Rc<HttpClients>,
@@ -156,9 +156,10 @@ struct Agent {
 impl Agent {
     async fn run(self) -> io::Result<Exit> {
         let Self { needs: Needs { config, clients, hub, compression_size }, state, shell } = self;
-        // A terminal that goes away must not take a job's result with it.
+        // SIGHUP ends the agent gracefully: a closed terminal must not cost the job's result.
         let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
-        let mut ends = Ends { signals: Signals::heeded(&kinds)?, count: 0 };
+        let mut signals =
+            TerminationSignals { signals: Signals::unless_ignored(&kinds)?, count: 0 };
         let _claimed = claim_script(&shell, &config.jump_point);
         let (urgency, urgent) = watch::channel(Urgency::default());
         let kept = config.state_dir.join(UNDELIVERED);
@@ -188,7 +189,7 @@ impl Agent {
         let login = Some(Login { script: config.jump_point.clone(), for_every_job: false });
         let mut shell = shell;
         if is_url(&config.name) {
-            // It is a secret then, and not for jobs.
+            // A name that is a URL may be pre-signed, that is, a secret: hide it from jobs.
             shell.environment.retain(|(_, value)| value.as_os_str() != config.name.as_str());
         }
         let environment = shell.environment.clone();
@@ -210,7 +211,7 @@ impl Agent {
         let poller = SyncPoller::new(Rc::new(hub), supervisor.clone(), config.variables, urgency);
         let poller = poller.for_one_job(!config.job_id.is_empty()).start();
 
-        let Some((left, crashed)) = live(&poller, &supervisor, &mut ends).await else {
+        let Some((left, crashed)) = run_until_left(&poller, &supervisor, &mut signals).await else {
             return Ok(leave_at_once(Exit::Failure));
         };
         let (reason, by) = match left {
@@ -222,16 +223,16 @@ impl Agent {
         };
         let leaving = async {
             if let Some(hook) = &config.shutdown_hook {
-                let left = by.saturating_duration_since(Instant::now()).max(LEAST_FOR_HOOK);
+                let left = by.saturating_duration_since(Instant::now()).max(MIN_HOOK_TIME);
                 run_shutdown_hook(hook, reason, &environment, config.hook_timeout.min(left)).await;
             }
         };
         tokio::select! {
             () = leaving => {}
-            () = ends.last() => return Ok(leave_at_once(Exit::Failure)),
+            () = signals.third() => return Ok(leave_at_once(Exit::Failure)),
         }
         log::info!(reason = reason.as_str(); "ended");
-        // Threads may still wait for the answer of a name server.
+        // Do not wait for threads that are blocked in a name server lookup.
         Ok(leave_at_once(match reason {
             ShutdownReason::UnableToSync => Exit::Failure,
             _ if crashed => Exit::Failure,
@@ -240,32 +241,34 @@ impl Agent {
     }
 }
 
-/// What asks the agent to end, counted: the third time it does not ask.
-struct Ends {
+/// Counts termination signals; the third one kills.
+struct TerminationSignals {
     signals: Signals,
     count: u32,
 }
 
-impl Ends {
-    /// How often it was asked, as soon as it is asked again.
+impl TerminationSignals {
+    /// Waits for the next signal. Returns the number of signals so far.
     async fn next(&mut self) -> u32 {
         self.signals.next().await;
         self.count += 1;
         self.count
     }
 
-    async fn last(&mut self) {
+    async fn third(&mut self) {
         while self.next().await < 3 {}
     }
 }
 
-/// Waits until the agent has left, and passes on signals: the first lets the control plane decide, the
-/// second ends the job and the agent in order, the third kills: nothing then. Answers too whether a
-/// part of the agent has crashed.
-async fn live(
+/// Waits until the agent has left the control plane, and passes on signals: after the first, the control
+/// plane decides when the agent ends; the second stops the job and the agent gracefully; the third kills the
+/// job.
+///
+/// Returns `None` after the third signal, else why the agent left and whether one of its actors has crashed.
+async fn run_until_left(
     poller: &Addr<SyncPoller>,
     supervisor: &Addr<JobSupervisor>,
-    ends: &mut Ends,
+    signals: &mut TerminationSignals,
 ) -> Option<(Left, bool)> {
     let left = poller.send(AwaitLeave);
     tokio::pin!(left);
@@ -276,22 +279,22 @@ async fn live(
         tokio::select! {
             left = &mut left => break left,
             _ = &mut death, if !crashed => {
-                log::error!("the job supervisor has crashed; no more jobs");
+                log::error!("the job supervisor has crashed; taking no more jobs");
                 crashed = true;
                 poller.do_send(LeaveSoon);
             }
-            times = ends.next() => match times {
+            times = signals.next() => match times {
                 1 => {
                     log::info!("asked to end; the control plane decides when");
                     poller.do_send(Interrupt);
                 }
                 2 => {
-                    log::warn!("asked again; stopping the job");
+                    log::warn!("second signal; stopping the job");
                     poller.do_send(LeaveSoon);
                 }
                 _ => {
-                    log::warn!("asked once more; killing everything");
-                    kill_job(supervisor, Instant::now() + LAST_KILL).await;
+                    log::warn!("third signal; killing the job");
+                    kill_job(supervisor, Instant::now() + KILL_PATIENCE).await;
                     return None;
                 }
             },
@@ -300,24 +303,24 @@ async fn live(
     let left = left.unwrap_or_else(|_| {
         log::error!("the sync poller has crashed");
         crashed = true;
-        Left::Because { reason: ShutdownReason::Unknown, by: Instant::now() + LAST_KILL }
+        Left::Because { reason: ShutdownReason::Unknown, by: Instant::now() + KILL_PATIENCE }
     });
     if let Left::Because { by, .. } = left {
-        // A job whose end was not waited for. It may still have a log to put aside.
+        // A job may still run. Kill it, and let it save its undelivered log.
         let end_of_job = async {
             kill_job(supervisor, by).await;
             while matches!(supervisor.send(GetActiveJob).await, Ok(Some(_))) {
-                sleep(LOOK_AGAIN).await;
+                sleep(JOB_CHECK_PERIOD).await;
             }
         };
-        let _ = timeout_at(by - LEAST_FOR_HOOK, end_of_job).await;
+        let _ = timeout_at(by - MIN_HOOK_TIME, end_of_job).await;
     }
     Some((left, crashed))
 }
 
 async fn kill_job(supervisor: &Addr<JobSupervisor>, by: Instant) {
     let kill = supervisor.send(StopJob { id: None, manner: StopManner::AtOnce });
-    // An agent without a supervisor has no job either.
+    // If the supervisor has crashed, the job's own task ends the job.
     let _ = timeout_at(by, kill).await;
 }
 
@@ -335,7 +338,7 @@ async fn run_shutdown_hook(
     match run_for(command, patience).await {
         Ok(Some(status)) if status.success() => log::info!("the shutdown hook succeeded"),
         Ok(Some(status)) => log::error!(status:%; "the shutdown hook failed"),
-        Ok(None) => log::error!(seconds; "the shutdown hook took too long, and was killed"),
+        Ok(None) => log::error!(seconds; "the shutdown hook timed out and was killed"),
         Err(error) => log::error!(error:%; "the shutdown hook can't be run"),
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::commands::exit::Exit;
 
-/// Prints the version.
+/// Prints the agent's version.
 pub fn version() -> Exit {
     println!("{}", env!("CARGO_PKG_VERSION"));
     Exit::Success

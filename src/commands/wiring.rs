@@ -1,5 +1,4 @@
-//! Makes the parts of jobs for the commands that run them: what runs their commands, ends them, keeps their logs, and
-//! lets people in.
+//! Makes the parts of each job: its executor, its containment, its log file and its SSH access.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,36 +13,36 @@ use crate::ssh_access::SshAccess;
 use crate::state::log_file::FileSpool;
 use crate::state::{JobDir, StateDir, StateDirError};
 
-/// Opens the state directory, and ends what is left of dead agents' jobs.
+/// Opens the state directory, and cleans up after the jobs of dead agents.
 pub fn open_state(path: &Path, environment: &Environment) -> Result<StateDir, StateDirError> {
     let (state, dead) = StateDir::open(path)?;
     dead_jobs::end(dead, environment).map_err(|error| state.unusable(&error))?;
     Ok(state)
 }
 
-/// The factory of all jobs of an agent.
+/// Makes the parts of all jobs of an agent.
 pub struct Jobs {
-    /// Where jobs have their directories.
+    /// The directory that holds the job directories.
     pub state: StateDir,
-    /// What runs their commands.
+    /// The executors, which run the jobs' commands.
     pub executors: Executors,
-    /// The home of the agent's user.
+    /// The home directory of the agent's user.
     pub home: PathBuf,
-    /// How people log in; `None` if nobody is to.
+    /// How people log in; `None` disables SSH access.
     pub login: Option<Login>,
 }
 
-/// How people log in to where jobs run.
+/// How people log in to jobs.
 #[derive(Clone, Debug)]
 pub struct Login {
-    /// Where the script is put that they start.
+    /// Path of the SSH access script.
     pub script: PathBuf,
-    /// The script is there for every job, and a shell that it leads to has the job's environment.
+    /// Install the script for jobs without keys, too, and load the job's environment in its login shells.
     pub for_every_job: bool,
 }
 
 impl Jobs {
-    /// Returns how people log in to `job`, if they are to.
+    /// Returns the SSH access to `job`, or `None` if it is disabled.
     fn access(&self, job: &Job, directory: &JobDir) -> Option<SshAccess> {
         let Login { script, for_every_job } = self.login.clone()?;
         Some(SshAccess {

@@ -1,5 +1,5 @@
-//! A control group for one job, where the agent may make one: nothing leaves it by forking, and the
-//! kernel kills it as a whole.
+//! A control group for one job, where the agent may create one: processes can't leave it by forking, and
+//! the kernel kills it as a whole.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
@@ -9,31 +9,31 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// The beginning of the names of all jobs' groups.
+/// Name prefix of all jobs' groups.
 pub const PREFIX: &str = "semaphore-agent-";
 
-/// An empty group that is older belongs to no job that just begins.
+/// Age from which an empty group is removed; a younger one may belong to a job that is just starting.
 const OLD: Duration = Duration::from_mins(1);
 
-/// A group that holds a job's processes. Only its maker and the kernel know of it.
+/// A group that holds a job's processes.
 #[derive(Debug)]
 pub struct JobCgroup {
     path: PathBuf,
 }
 
 impl JobCgroup {
-    /// Makes a group called `name` below the agent's own, in the unified hierarchy if there is one,
-    /// else in an older one. Nothing if the agent may not.
+    /// Creates a group called `name` below the agent's own group: in the unified hierarchy if there is one,
+    /// else in an older one. Returns `None` if the agent lacks the permission.
     pub fn create(name: &str) -> Option<Self> {
         let places: Vec<_> = places(name).collect();
         for group in &places {
-            remove_old_ones_beside(&group.path);
+            remove_old_groups_beside(&group.path);
         }
         let is_made = |group: &Self| fs::create_dir(&group.path).is_ok() && group.is_usable();
         places.into_iter().find(is_made)
     }
 
-    /// The group called `name`, if there is one.
+    /// Returns the group called `name`, if it exists.
     pub fn find(name: &str) -> Option<Self> {
         places(name).find(|group| group.path.is_dir())
     }
@@ -46,28 +46,28 @@ impl JobCgroup {
         usable
     }
 
-    /// The file that a process writes "0" to in order to enter.
+    /// Opens `cgroup.procs`, to which a process writes "0" in order to enter the group.
     pub fn open_procs(&self) -> io::Result<File> {
         File::options().write(true).open(self.path.join("cgroup.procs"))
     }
 
-    /// Its directory, in which a process can be born.
+    /// Opens the group's directory, for `clone3` with `CLONE_INTO_CGROUP`.
     pub fn open(&self) -> io::Result<File> {
         File::open(&self.path)
     }
 
-    /// Kills everything in it.
+    /// Kills all processes in the group.
     pub fn kill(&self) {
         if fs::write(self.path.join("cgroup.kill"), "1").is_err() {
-            // A hierarchy or a kernel without that file.
+            // Old hierarchies and kernels have no `cgroup.kill`.
             for pid in self.members() {
-                // It may have ended by itself.
+                // Fails if the process has ended meanwhile.
                 let _ = kill(pid, Signal::SIGKILL);
             }
         }
     }
 
-    /// Whether nothing is in it.
+    /// Returns whether the group has no processes.
     pub fn is_empty(&self) -> bool {
         self.members().is_empty()
     }
@@ -77,7 +77,7 @@ impl JobCgroup {
         members.lines().filter_map(|line| line.parse().ok().map(Pid::from_raw)).collect()
     }
 
-    /// Removes the empty group, and what the job may have made below it.
+    /// Removes the empty group, and any groups that the job created below it.
     pub fn remove(&self) {
         if let Err(error) = remove_tree(&self.path)
             && error.kind() != ErrorKind::NotFound
@@ -87,21 +87,21 @@ impl JobCgroup {
     }
 }
 
-/// Removes empty groups of jobs that are long over: that of a process that could not be killed at once, as in an
-/// uninterruptible sleep, stays until it is empty at last.
-fn remove_old_ones_beside(path: &Path) {
+/// Removes empty groups of past jobs. A group can outlive its job if a process in it could not be killed
+/// at once, for example during an uninterruptible sleep.
+fn remove_old_groups_beside(path: &Path) {
     let entries = path.parent().and_then(|parent| fs::read_dir(parent).ok());
     for entry in entries.into_iter().flatten().flatten() {
         let is_jobs = entry.file_name().to_str().is_some_and(|name| name.starts_with(PREFIX));
         let age = entry.metadata().and_then(|found| found.modified()).map(|made| made.elapsed());
         if is_jobs && matches!(age, Ok(Ok(age)) if age > OLD) {
-            // One that is not empty can't be removed, and is not to be.
+            // Fails for a group that is not empty, which must stay.
             let _ = fs::remove_dir(entry.path());
         }
     }
 }
 
-/// Where a group called `name` may be.
+/// Returns the possible paths of a group called `name`, best hierarchy first.
 fn places(name: &str) -> impl Iterator<Item = JobCgroup> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let memberships = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
@@ -109,7 +109,7 @@ fn places(name: &str) -> impl Iterator<Item = JobCgroup> {
     own.map(move |own| JobCgroup { path: own.join(name) })
 }
 
-/// A control group's files can't be removed and need not be; its subgroups must be.
+/// Removes a group and its subgroups. The kernel removes a group's files with the group.
 fn remove_tree(group: &Path) -> io::Result<()> {
     for entry in fs::read_dir(group)? {
         let entry = entry?;
@@ -120,7 +120,7 @@ fn remove_tree(group: &Path) -> io::Result<()> {
     fs::remove_dir(group)
 }
 
-/// The directories of the groups that the agent is in, the best hierarchy first.
+/// Returns the directories of the groups that the agent is in, best hierarchy first.
 fn candidates(mounts: &str, memberships: &str) -> Vec<PathBuf> {
     let mut found: Vec<(u8, PathBuf)> = Vec::new();
     for line in mounts.lines() {
@@ -165,7 +165,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn groups_of_jobs_that_are_long_over_are_removed_when_they_are_empty() {
+    fn old_empty_groups_of_jobs_are_removed() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
         for name in ["semaphore-agent-old", "semaphore-agent-new", "semaphore-agent-full", "other"]
@@ -177,7 +177,7 @@ mod tests {
         for name in ["semaphore-agent-old", "semaphore-agent-full", "other"] {
             File::open(at(name)).unwrap().set_modified(long_ago).unwrap();
         }
-        remove_old_ones_beside(&at("semaphore-agent-next"));
+        remove_old_groups_beside(&at("semaphore-agent-next"));
         let mut left: Vec<_> = fs::read_dir(directory.path())
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())

@@ -1,5 +1,5 @@
-//! How many files this process may have open: as many as the machine allows, for many clients at once.
-//! What it starts gets the limit from before, as programs that use `select` need it.
+//! The limit of open files. The agent raises its own, to serve many clients at once; the programs that it
+//! starts get the original limit, because programs that use `select` fail with a high one.
 
 use std::io;
 use std::sync::OnceLock;
@@ -8,27 +8,27 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::os::sys;
 
-/// More is of no use.
+/// Upper bound for the raised limit; the agent never needs more descriptors.
 const ENOUGH: u64 = 65_536;
 
 static BEFORE: OnceLock<u64> = OnceLock::new();
 
-/// Raises the limit. Answers the new one.
+/// Raises the limit. Returns the new limit.
 pub fn raise() -> io::Result<u64> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let raised = soft.max(hard.min(ENOUGH));
     setrlimit(Resource::RLIMIT_NOFILE, raised, hard)?;
-    // Once raised, it is never raised again.
+    // Called only once; keep the first value in any case.
     let _ = BEFORE.set(soft);
     Ok(raised)
 }
 
-/// The limit from before it was raised, if it was.
+/// Returns the original limit, or `None` if the limit was not raised.
 pub fn before() -> Option<u64> {
     BEFORE.get().copied()
 }
 
-/// Has the files that this process found open be closed in what it starts, except for the standard ones.
+/// Marks all inherited descriptors but the three standard ones as close-on-exec.
 pub fn keep_inherited_from_children() -> io::Result<()> {
     for entry in std::fs::read_dir("/proc/self/fd")? {
         let number = entry?.file_name().to_str().and_then(|name| name.parse().ok());
@@ -39,7 +39,7 @@ pub fn keep_inherited_from_children() -> io::Result<()> {
     Ok(())
 }
 
-/// Sets the limit, for this process and what it starts from now on.
+/// Sets the limit of this process and of the programs that it starts from now on.
 pub fn lower_to(limit: u64) -> io::Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     Ok(setrlimit(Resource::RLIMIT_NOFILE, limit.min(hard), hard)?)

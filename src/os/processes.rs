@@ -1,7 +1,7 @@
-//! Finds and signals everything that descends from a process.
+//! Finds and signals the descendants of a process.
 //!
-//! A process whose parent dies is adopted by the nearest ancestor that asked for it (a "child
-//! subreaper"), so below one of those nothing can leave the tree.
+//! A process whose parent dies is adopted by its nearest ancestor that is a "child subreaper", so no
+//! process can leave the tree below a subreaper.
 
 use std::collections::HashMap;
 use std::fs;
@@ -12,20 +12,20 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getpid};
 
-/// A process below the one that was asked about.
+/// A descendant of a given process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Descendant {
-    /// Its number.
+    /// Process ID.
     pub pid: Pid,
-    /// Its parent's.
+    /// Process ID of the parent.
     pub parent: Pid,
-    /// What it calls itself.
+    /// The process's name (`comm`), which the process can change.
     pub name: String,
-    /// Dead, and only not yet waited for.
+    /// The process has ended, but its parent has not yet waited for it.
     pub zombie: bool,
 }
 
-/// All processes of this machine, in no order.
+/// Returns all processes of this machine, in no particular order.
 pub fn all_processes() -> io::Result<Vec<Pid>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
@@ -35,35 +35,35 @@ pub fn all_processes() -> io::Result<Vec<Pid>> {
     Ok(found)
 }
 
-/// Kills the processes that [`those_with`] finds. How many there were.
+/// Kills the processes that [`those_with`] finds. Returns how many it killed.
 pub fn kill_those_with(marker: &[u8]) -> io::Result<usize> {
     let found = those_with(marker)?;
     Ok(found.into_iter().filter(|pid| kill(*pid, Signal::SIGKILL).is_ok()).count())
 }
 
-/// The processes that began with `marker`, NAME=VALUE and a zero byte, in their environment.
+/// Returns the processes that started with `marker` (NAME=VALUE and a zero byte) in their environment.
 pub fn those_with(marker: &[u8]) -> io::Result<Vec<Pid>> {
     let in_between = [b"\0", marker].concat();
     let has_marker = |pid: &Pid| {
-        // Processes of others, and those that have just ended, can't be read.
+        // Processes of other users, and those that have just ended, can't be read.
         let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
         environment.starts_with(marker) || memmem::find(&environment, &in_between).is_some()
     };
     Ok(other_processes()?.into_iter().filter(has_marker).collect())
 }
 
-/// All processes but this one, in no order.
+/// Returns all processes but this one, in no particular order.
 pub fn other_processes() -> io::Result<Vec<Pid>> {
     let mut found = all_processes()?;
     found.retain(|pid| *pid != getpid());
     Ok(found)
 }
 
-/// Everything below `root`, in no order.
+/// Returns all descendants of `root`, in no particular order.
 pub fn descendants(root: Pid) -> io::Result<Vec<Descendant>> {
     let mut children: HashMap<Pid, Vec<Descendant>> = HashMap::new();
     for pid in all_processes()? {
-        // A process that ended since the directory was read is no descendant.
+        // The process has ended since the directory was read.
         let Ok(stat) = fs::read(format!("/proc/{pid}/stat")) else {
             continue;
         };
@@ -82,7 +82,7 @@ pub fn descendants(root: Pid) -> io::Result<Vec<Descendant>> {
     Ok(found)
 }
 
-/// `PID (NAME) STATE PARENT ...`; the name may hold anything.
+/// Parses `PID (NAME) STATE PARENT ...`; the name may contain any characters.
 fn parse_stat(pid: Pid, stat: &str) -> Option<Descendant> {
     let (name, fields) = stat.split_once('(')?.1.rsplit_once(')')?;
     let mut fields = fields.split_ascii_whitespace();
@@ -91,7 +91,8 @@ fn parse_stat(pid: Pid, stat: &str) -> Option<Descendant> {
     Some(Descendant { pid, parent, name: name.to_owned(), zombie })
 }
 
-/// When the living process of this number began, as the kernel tells it: no other of the same number has the same.
+/// Returns the start time of a living process, in the kernel's clock ticks. With the process ID it identifies
+/// the process, even after the ID was reused.
 pub fn start_of(pid: Pid) -> Option<String> {
     let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
     let stat = String::from_utf8_lossy(&stat);
@@ -101,8 +102,7 @@ pub fn start_of(pid: Pid) -> Option<String> {
     lives.then(|| fields.nth(18).map(str::to_owned))?
 }
 
-/// Whether the process ignores the signal of this number, as far as that can be seen; an error if there is no such
-/// process.
+/// Returns whether the process ignores the signal with this number. Fails if there is no such process.
 pub fn ignores(pid: Pid, signal: i32) -> io::Result<bool> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
@@ -110,13 +110,13 @@ pub fn ignores(pid: Pid, signal: i32) -> io::Result<bool> {
     Ok(ignored.is_some_and(|mask| mask >> (signal - 1) & 1 == 1))
 }
 
-/// The process group in the foreground of the terminal of `shell`, unless that is the shell's own.
+/// Returns the foreground process group of the terminal of `shell`, unless it is the shell's own group.
 pub fn foreground_beside(shell: Pid) -> Option<Pid> {
     let stat = fs::read(format!("/proc/{shell}/stat")).ok()?;
     parse_foreground(&String::from_utf8_lossy(&stat))
 }
 
-/// `PID (NAME) STATE PARENT GROUP SESSION TERMINAL FOREGROUND ...`
+/// Parses `PID (NAME) STATE PARENT GROUP SESSION TERMINAL FOREGROUND ...`.
 fn parse_foreground(stat: &str) -> Option<Pid> {
     let (_, fields) = stat.rsplit_once(')')?;
     let fields: Vec<_> = fields.split_ascii_whitespace().collect();
@@ -125,11 +125,11 @@ fn parse_foreground(stat: &str) -> Option<Pid> {
     (foreground > 1 && foreground != own).then(|| Pid::from_raw(foreground))
 }
 
-/// Sends `signal` to all of `processes` that live.
+/// Sends `signal` to those of `processes` that are not zombies.
 pub fn signal_all(processes: &[Descendant], signal: Signal) {
     for process in processes.iter().filter(|process| !process.zombie) {
         match kill(process.pid, signal) {
-            // It ended by itself.
+            // ESRCH: the process has ended meanwhile.
             Ok(()) | Err(Errno::ESRCH) => {}
             Err(error) => {
                 let (pid, name) = (process.pid.as_raw(), &process.name);
@@ -139,7 +139,7 @@ pub fn signal_all(processes: &[Descendant], signal: Signal) {
     }
 }
 
-/// The living of `processes`, for people.
+/// Lists those of `processes` that are not zombies, for messages: `42 (make), 43 (cc)`.
 pub fn names_of(processes: &[Descendant]) -> String {
     let living = processes.iter().filter(|process| !process.zombie);
     let named = living.map(|process| format!("{} ({})", process.pid, process.name.escape_debug()));
@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_may_hold_anything() {
+    fn a_process_name_may_contain_parentheses() {
         let parsed = parse_stat(Pid::from_raw(7), "7 (a) S 1 (b) Z 42 7 7 0").unwrap();
         assert_eq!(
             (parsed.name.as_str(), parsed.parent.as_raw(), parsed.zombie),
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_group_in_the_foreground_is_another_than_the_shells() {
+    fn the_foreground_group_is_found_unless_it_is_the_shells_own() {
         for (stat, found) in [
             ("7 (a) b) S 1 7 7 34816 42 0", Some(42)),
             ("7 (bash) S 1 7 7 34816 7 0", None),

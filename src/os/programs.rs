@@ -1,4 +1,4 @@
-//! Programs of this machine that must not outstay their welcome.
+//! Runs helper programs, with a time limit, and kills what they leave behind.
 
 use std::io;
 use std::os::unix::process::CommandExt as _;
@@ -14,14 +14,14 @@ use tokio::time::timeout;
 
 use crate::os::sys;
 
-/// How much of what a program prints is kept, in bytes.
+/// Maximum size of a program's kept output, in bytes; the end of the output is kept.
 const KEPT: usize = 256 << 10;
 
-/// How long to wait for what an ended program has printed.
+/// Time to read the rest of a program's output after it has ended; a descendant may keep the pipe open.
 const REST_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Runs a program to its end, or to that of its time: nothing then. What is left of its process group
-/// is killed in any case.
+/// Runs a program for at most `patience`; returns `None` after a timeout. Kills the rest of its process
+/// group in either case.
 pub async fn run_for(
     mut command: StdCommand,
     patience: Duration,
@@ -29,12 +29,14 @@ pub async fn run_for(
     sys::start_clean(&mut command);
     command.process_group(0);
     let mut program = Command::from(command).spawn()?;
-    let _ended_with_it = ProcessGroup::of(&program);
+    let _killed_on_drop = ProcessGroup::of(&program);
     timeout(patience, program.wait()).await.ok().transpose()
 }
 
-/// Runs a program to its end; answers that, and the last of what it printed. What is left of its process group
-/// is killed then, and if nobody waits any more. `started` is told the group.
+/// Runs a program to its end. Returns its exit status and the end of its output, standard error included.
+///
+/// Calls `started` with the program's process group. Kills the rest of the group when the program has
+/// ended or the future is dropped.
 pub async fn output_of(
     mut command: StdCommand,
     started: impl FnOnce(Option<Pid>),
@@ -47,7 +49,7 @@ pub async fn output_of(
     let mut program = command.spawn()?;
     let group = ProcessGroup::of(&program);
     started(group.0);
-    // It holds the pipe's other end.
+    // `command` holds the pipe's other end.
     drop(command);
     let mut output = Receiver::from_owned_fd(reader.into())?;
     let mut printed = Vec::new();
@@ -63,23 +65,23 @@ pub async fn output_of(
         }
     };
     drop(group);
-    // What got away may keep the pipe open.
+    // A descendant that left the process group may keep the pipe open.
     let _ = timeout(REST_PATIENCE, output.read_to_end(&mut printed)).await;
     Ok((ended, printed))
 }
 
-/// What a program printed.
+/// The result of a program.
 pub struct Printed {
-    /// How it ended.
+    /// Exit status.
     pub status: ExitStatus,
-    /// On its standard output, the last of it.
+    /// The end of its standard output.
     pub stdout: Vec<u8>,
-    /// On its standard error, the last of it.
+    /// The end of its standard error.
     pub stderr: Vec<u8>,
 }
 
-/// Runs a program that gets `input`, to its end. What is left of its process group is killed then, and if nobody
-/// waits any more.
+/// Runs a program with `input` on its standard input. Kills the rest of its process group when the program
+/// has ended or the future is dropped.
 pub async fn answer_of(mut command: StdCommand, input: &[u8]) -> io::Result<Printed> {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     sys::start_clean(&mut command);
@@ -90,7 +92,7 @@ pub async fn answer_of(mut command: StdCommand, input: &[u8]) -> io::Result<Prin
         (program.stdin.take(), program.stdout.take(), program.stderr.take());
     let ended = async {
         if let Some(mut stdin) = stdin {
-            // One that does not read it says in its own words what it wants.
+            // A program that does not read its input reports the reason by itself.
             let _ = stdin.write_all(input).await;
         }
         let status = program.wait().await;
@@ -104,7 +106,7 @@ pub async fn answer_of(mut command: StdCommand, input: &[u8]) -> io::Result<Prin
 async fn last_of(stream: Option<impl AsyncRead + Unpin>) -> Vec<u8> {
     let mut printed = Vec::new();
     if let Some(mut stream) = stream {
-        // A stream that fails has said all that it will.
+        // A read error counts as the end of the stream.
         while stream.read_buf(&mut printed).await.is_ok_and(|count| count > 0) {
             printed.drain(..printed.len().saturating_sub(KEPT));
         }
@@ -112,7 +114,7 @@ async fn last_of(stream: Option<impl AsyncRead + Unpin>) -> Vec<u8> {
     printed
 }
 
-/// A program and what it has started. Killed with this value.
+/// A program's process group, killed on drop.
 struct ProcessGroup(Option<Pid>);
 
 impl ProcessGroup {
@@ -124,7 +126,7 @@ impl ProcessGroup {
 impl Drop for ProcessGroup {
     fn drop(&mut self) {
         if let Some(group) = self.0 {
-            // Fails if all of it has ended.
+            // Fails if the whole group has ended.
             let _ = killpg(group, Signal::SIGKILL);
         }
     }

@@ -15,21 +15,21 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use crate::executors::session::Terminal;
 use crate::os::sys;
 
-/// What programs take for granted where nobody looks.
+/// The traditional terminal size, which programs expect where no person watches.
 const SIZE: Winsize = Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
 
-/// What the kernel gives at once, in bytes.
+/// Size of one read, in bytes; the kernel returns at most 4095.
 const LARGEST_READ: usize = 4096;
 
-/// A pseudo-terminal: what is written to it is typed, what is read from it was printed.
+/// The master end of a pseudo-terminal: writing types input, reading returns output.
 #[derive(Debug)]
 pub struct Pty {
     master: AsyncFd<File>,
-    /// Those of a fresh terminal, less its echo.
+    /// The modes of a fresh terminal, without echo.
     modes: Termios,
 }
 
-/// Makes a pseudo-terminal; the second is the end for the shell.
+/// Opens a pseudo-terminal. Returns the agent's end and the shell's end.
 pub fn open() -> io::Result<(Pty, OwnedFd)> {
     let pair = openpty(Some(&SIZE), None)?;
     for end in [&pair.master, &pair.slave] {
@@ -39,7 +39,7 @@ pub fn open() -> io::Result<(Pty, OwnedFd)> {
     let mut modes = tcgetattr(&pair.master)?;
     modes.local_flags.remove(LocalFlags::ECHO);
     tcsetattr(&pair.master, SetArg::TCSANOW, &modes)?;
-    // Read back: as the kernel tells them.
+    // Read the modes back: the kernel may report more flags than were set, and `reset_modes` compares them.
     let modes = tcgetattr(&pair.master)?;
     Ok((Pty { master: sys::watch(File::from(pair.master))?, modes }, pair.slave))
 }
@@ -54,7 +54,7 @@ impl Terminal for Pty {
 }
 
 impl AsyncRead for Pty {
-    /// A terminal gives 4095 bytes a read at most, so this reads until there is no more for now.
+    /// Reads until no more bytes are available: a single read returns at most 4095.
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -73,7 +73,7 @@ impl AsyncRead for Pty {
     }
 }
 
-/// Fills `buffer` as far as possible; would-block once nothing more is there.
+/// Fills `buffer` as far as possible; fails with `WouldBlock` once no more bytes are available.
 fn read_available(mut master: &File, buffer: &mut ReadBuf<'_>) -> io::Result<()> {
     while buffer.remaining() > 0 {
         let room = buffer.remaining().min(LARGEST_READ);
@@ -81,7 +81,7 @@ fn read_available(mut master: &File, buffer: &mut ReadBuf<'_>) -> io::Result<()>
             Ok(0) => break,
             Ok(read) => buffer.advance(read),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // All other ends are closed: the end of the stream, as far as anybody cares.
+            // EIO: all slave ends are closed, which counts as the end of the stream.
             Err(error) if error.raw_os_error() == Some(nix::libc::EIO) => break,
             Err(error) => return Err(error),
         }

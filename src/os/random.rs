@@ -1,4 +1,4 @@
-//! Random words from the kernel.
+//! Random names and tokens from the kernel's generator.
 
 use std::io;
 

@@ -1,4 +1,4 @@
-//! The only unsafe code: what the kernel offers and no safe interface covers.
+//! The only unsafe code: kernel features without a safe interface.
 #![expect(unsafe_code, reason = "each block says why it is sound")]
 
 use std::fs::File;
@@ -15,7 +15,7 @@ use tokio::io::unix::AsyncFd;
 
 use crate::os::open_files;
 
-/// Has `command` start as the leader of a new session whose terminal is its standard input.
+/// Makes `command` start as the leader of a new session whose terminal is its standard input.
 pub(crate) fn lead_terminal_session(command: &mut Command) {
     let enter = || {
         reset()?;
@@ -31,30 +31,31 @@ pub(crate) fn lead_terminal_session(command: &mut Command) {
     unsafe { command.pre_exec(enter) };
 }
 
-/// Has `command` move into a cgroup when it starts. `procs` is the group's open `cgroup.procs`.
+/// Makes `command` enter a cgroup when it starts. `procs` is the group's open `cgroup.procs`.
 pub(crate) fn enter_cgroup(command: &mut Command, procs: File) {
     let enter = move || {
-        // "0" is the writing process itself. A group that can't be entered is not needed: the
-        // descendants are found without it.
+        // "0" means the writing process. An error is ignored: the job's processes are found without the
+        // group, too.
         let _ = (&procs).write(b"0");
         Ok(())
     };
-    // SAFETY: as above.
+    // SAFETY: the closure only makes a plain system call, which is async-signal-safe.
     unsafe { command.pre_exec(enter) };
 }
 
-/// As the kernel has it; libc's constant of this name is too narrow.
+/// The kernel's value; libc's constant of this name is an `int` and too narrow for it.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
-/// Starts `command` inside a cgroup, whose directory is open. A process that moves there makes all
-/// processors wait, for 10 ms and more; one that is born there does not. Nothing if the kernel
-/// can't do it, or if this process has several threads.
+/// Starts `command` inside a cgroup, whose directory is open. Moving a process into a group stalls all
+/// processors for 10 ms and more; starting it there does not.
+///
+/// Returns `None` if the kernel can't do that, or if this process has several threads.
 pub(crate) fn spawn_in_cgroup(command: &mut Command, cgroup: &File) -> io::Result<Option<Pid>> {
     if std::fs::read_dir("/proc/self/task")?.count() != 1 {
         return Ok(None);
     }
-    // Closed by the program's start; what is in it before is why it can't be started.
-    let (mut failure, told) = std::io::pipe()?;
+    // The child writes the error code to the pipe if it can't execute the program; `exec` closes the pipe.
+    let (mut failure_reader, failure_writer) = std::io::pipe()?;
     let Ok(cgroup) = u64::try_from(cgroup.as_raw_fd()) else {
         return Ok(None);
     };
@@ -71,24 +72,24 @@ pub(crate) fn spawn_in_cgroup(command: &mut Command, cgroup: &File) -> io::Resul
         set_tid_size: 0,
         cgroup,
     };
-    // SAFETY: without CLONE_VM this is a fork: the child goes on with a copy of everything. No other
-    // thread is there that could hold a lock in that copy.
+    // SAFETY: without CLONE_VM this is a fork: the child continues with a copy of the memory. No other
+    // thread exists that could hold a lock in that copy.
     let pid =
         unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of_val(&arguments)) };
     match pid {
         -1 => Ok(None),
         0 => {
             let code = command.exec().raw_os_error().unwrap_or(libc::EINVAL);
-            // The parent waits for it; there is nobody else to tell.
-            let _ = (&told).write_all(&code.to_ne_bytes());
-            // SAFETY: ends the child at once; what the parent has registered for its exit is not run.
+            // An error can't be reported anywhere else.
+            let _ = (&failure_writer).write_all(&code.to_ne_bytes());
+            // SAFETY: ends the child at once, without running the parent's exit handlers.
             unsafe { libc::_exit(127) }
         }
         pid => {
-            drop(told);
+            drop(failure_writer);
             let mut code = [0; size_of::<i32>()];
             let pid = i32::try_from(pid).map(Pid::from_raw).map_err(io::Error::other)?;
-            match failure.read_exact(&mut code) {
+            match failure_reader.read_exact(&mut code) {
                 Err(_started) => Ok(Some(pid)),
                 Ok(()) => {
                     waitpid(pid, None)?;
@@ -99,14 +100,14 @@ pub(crate) fn spawn_in_cgroup(command: &mut Command, cgroup: &File) -> io::Resul
     }
 }
 
-/// Has `command` start with the signals and limits that a program expects to find.
+/// Makes `command` start with default signal handling and the original limit of open files.
 pub(crate) fn start_clean(command: &mut Command) {
-    // SAFETY: as above.
+    // SAFETY: `reset` only makes plain system calls, which are async-signal-safe.
     unsafe { command.pre_exec(reset) };
 }
 
-/// Undoes what this process and its parents block or ignore: a job that inherits it can't be asked
-/// to end. Undoes the raised limit of open files too.
+/// Unblocks all signals and restores their default actions: programs that inherit an ignored SIGTERM
+/// can't be ended gracefully. Also restores the original limit of open files.
 fn reset() -> io::Result<()> {
     if let Some(limit) = open_files::before() {
         open_files::lower_to(limit)?;
@@ -118,23 +119,23 @@ fn reset() -> io::Result<()> {
     Ok(sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?)
 }
 
-/// Has a write beyond this process's limit for files fail like any other, instead of ending the process.
+/// Ignores SIGXFSZ, so that a write beyond the file size limit fails instead of killing this process.
 pub(crate) fn survive_file_size_limits() -> io::Result<()> {
     // SAFETY: ignores the signal, so no handler can run.
     unsafe { nix::sys::signal::signal(Signal::SIGXFSZ, SigHandler::SigIgn) }?;
     Ok(())
 }
 
-/// Overwrites the values that this process found in its environment under these names, which others could read there
-/// as long as it lives. The variables are empty from now on.
+/// Overwrites the values of these variables in this process's initial environment, which other processes
+/// can read in `/proc` as long as this one lives. The variables are empty from now on.
 ///
-/// Only for a process with one thread.
+/// Must be called while the process has only one thread.
 pub(crate) fn wipe_environment(names: &[&str]) {
     unsafe extern "C" {
         static environ: *const *mut libc::c_char;
     }
-    // SAFETY: nobody else reads or changes the environment meanwhile, so `environ` leads to a list of texts that ends
-    // with a null pointer; each is the process's own and writable up to its final zero byte.
+    // SAFETY: no other thread reads or changes the environment meanwhile, so `environ` points to a list of
+    // C strings that ends with a null pointer; each string belongs to the process and is writable.
     unsafe {
         let mut next = environ;
         while !next.is_null() && !(*next).is_null() {
@@ -152,26 +153,26 @@ pub(crate) fn wipe_environment(names: &[&str]) {
     }
 }
 
-/// Takes over the descriptor of this number, which the process found open; an error if there is none.
+/// Takes ownership of an inherited descriptor. Fails if no such descriptor is open.
 pub(crate) fn take_descriptor(number: i32) -> io::Result<File> {
     close_on_exec(number)?;
-    // SAFETY: it is open, as its flags could be set just now, and nothing in this process that is open since its start
-    // knows it.
+    // SAFETY: the descriptor is open, as its flags could be set just now, and as an inherited one it has no
+    // other owner in this process.
     Ok(unsafe { File::from_raw_fd(number) })
 }
 
-/// Has the descriptor of this number be closed in programs that are started from now on.
+/// Marks a descriptor as close-on-exec. Fails if no such descriptor is open.
 pub(crate) fn close_on_exec(number: i32) -> io::Result<()> {
-    // SAFETY: sets a flag of a descriptor; if there is none of this number, that is an error.
+    // SAFETY: sets a flag of a descriptor, and fails if no such descriptor is open.
     if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
         return Err(io::Error::last_os_error());
     }
     Ok(())
 }
 
-/// Watches a file, such as a terminal, for being readable or writable.
+/// Registers a file, such as a terminal, for readiness events.
 pub(crate) fn watch(file: File) -> io::Result<AsyncFd<File>> {
-    // SAFETY: a `File` owns its descriptor and answers the same one as long as it lives, and the
-    // result keeps it alive.
+    // SAFETY: a `File` owns its descriptor and returns the same one as long as it lives; the result keeps
+    // the file alive.
     unsafe { AsyncFd::register(file) }.map_err(io::Error::from)
 }

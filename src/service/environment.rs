@@ -3,10 +3,10 @@
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
-/// Variables with the agent's own secrets, which no job may see.
+/// Variables that hold the agent's own secrets; jobs must not see them.
 pub const AGENT_SECRETS: [&str; 2] = ["SEMAPHORE_AGENT_TOKEN", "SEMAPHORE_AGENT_AUTH_TOKEN_SECRET"];
 
-/// Variables with their values. An empty variable counts as one that is not set.
+/// Environment variables. An empty variable counts as unset.
 #[derive(Clone, Debug, Default)]
 pub struct Environment(Vec<(OsString, OsString)>);
 
@@ -22,12 +22,13 @@ impl Environment {
         value.map(OsString::as_os_str).filter(|value| !value.is_empty())
     }
 
-    /// Returns the value of the variable called `name`, with a replacement for each byte that is not text.
+    /// Returns the value of the variable called `name`; invalid UTF-8 becomes U+FFFD.
     pub fn text(&self, name: &str) -> Option<String> {
         self.get(name).map(|value| value.to_string_lossy().into_owned())
     }
 
-    /// Returns the variables whose names are text and begin with `prefix`, by name.
+    /// Returns the variables whose names begin with `prefix`, sorted by name; names that are not UTF-8 are
+    /// skipped.
     pub fn with_prefix(&self, prefix: &str) -> Vec<(&str, &OsStr)> {
         let mut found: Vec<_> = self
             .0
@@ -39,8 +40,8 @@ impl Environment {
         found
     }
 
-    /// Returns the user's home directory, which the system knows if no variable names it. `None` if it is no absolute
-    /// path.
+    /// Returns the user's home directory: `HOME`, or else the user database's entry. `None` if it is not an
+    /// absolute path.
     pub fn home(&self) -> Option<PathBuf> {
         let home = self.get("HOME").map(PathBuf::from).or_else(std::env::home_dir);
         home.filter(|home| home.is_absolute())
@@ -51,7 +52,7 @@ impl Environment {
         self.get("TMPDIR").map_or_else(|| "/tmp".into(), PathBuf::from)
     }
 
-    /// Returns what jobs and the agent's helpers may see: everything but the agent's own secrets.
+    /// Returns the environment for jobs and helper programs: all variables except [`AGENT_SECRETS`].
     pub fn without_secrets(&self) -> Vec<(OsString, OsString)> {
         let is_secret = |name: &OsString| AGENT_SECRETS.iter().any(|secret| name == secret);
         self.0.iter().filter(|(name, _)| !is_secret(name)).cloned().collect()

@@ -1,4 +1,4 @@
-//! The agent itself as a service: its own log, and the signals that it gets.
+//! The agent's own log, its signals and its environment.
 
 pub mod environment;
 pub mod own_log;

@@ -1,9 +1,8 @@
-//! The agent's own log: to standard output and to a file that is rotated at a size.
+//! The agent's own log: written to standard output and to a file, which is rotated by size.
 //!
-//! One line an entry: time, level, constant words, then key-values. Values are escaped, so that none
-//! can pass for another line. Never a secret, a token, or a variable's value.
+//! An entry is one line: time, level, a constant message, then key-value pairs. Values are escaped, so that
+//! no value can forge a line. The log never contains secrets, tokens or values of job variables.
 
-use actors::errors::ErrorOf;
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -12,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, SystemTime};
 
+use actors::errors::ErrorOf;
 use env_logger::{Builder, Target};
 use log::kv::{self, Key, Value, VisitSource};
 use log::{LevelFilter, Record};
@@ -25,31 +25,33 @@ const PATH: &str = "SEMAPHORE_AGENT_LOG_FILE_PATH";
 const MAX_SIZE: &str = "SEMAPHORE_AGENT_LOG_MAX_SIZE";
 const DEFAULT_MAX_SIZE: u64 = 10 << 20;
 
-/// How many lines standard output may lag behind before it misses some: whoever reads it slowly,
-/// or not at all, must not hold up the agent.
-const LINES_AHEAD: usize = 4096;
+/// Maximum number of lines queued for standard output; further lines are dropped, because a slow reader must
+/// not block the agent.
+const QUEUED_LINES: usize = 4096;
 
-/// How long the last lines may take to standard output.
-const LAST_LINES: Duration = Duration::from_secs(1);
+/// How long the agent's exit may wait until the queued lines are on standard output.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Where the log goes and how much of it.
+/// Path, size limit and level of the agent's own log.
 #[derive(Clone, Debug)]
 pub struct AgentLogConfig {
-    /// The file.
+    /// Path of the log file.
     pub path: PathBuf,
-    /// The size at which it is rotated, in bytes.
+    /// The size at which the file is rotated, in bytes.
     pub max_size: u64,
     level: LevelFilter,
 }
 
 impl AgentLogConfig {
-    /// What the environment says; otherwise `agent_log` in the directory for temporary files, and
-    /// everything from information on.
+    /// Reads the configuration from the environment. Defaults: `agent_log` in the directory for temporary
+    /// files, 10 MiB, level `info`.
     pub fn from_env(environment: &Environment) -> Result<Self, ErrorOf> {
         let level = environment.get(LEVEL).map_or(Ok(LevelFilter::Info), |level| {
             let level = level.to_string_lossy().into_owned();
             let known = "error, warn, info, debug, trace, off";
-            level.parse().map_err(|_| ErrorOf::new(LEVEL, format!("`{level}` is none of: {known}")))
+            level
+                .parse()
+                .map_err(|_| ErrorOf::new(LEVEL, format!("`{level}` is not one of: {known}")))
         })?;
         let max_size = environment.get(MAX_SIZE).map_or(Ok(DEFAULT_MAX_SIZE), |size| {
             let size = size.to_string_lossy().into_owned();
@@ -62,9 +64,10 @@ impl AgentLogConfig {
         Ok(Self { path, max_size, level })
     }
 
-    /// Starts logging; called once. A file that can't be written is a warning in the log.
+    /// Starts logging. Must be called only once. If the file can't be opened, the log only goes to standard
+    /// output, and begins with a warning.
     pub fn start(&self) -> io::Result<AgentLog> {
-        let (lines, to_write) = sync_channel::<Vec<u8>>(LINES_AHEAD);
+        let (lines, to_write) = sync_channel::<Vec<u8>>(QUEUED_LINES);
         let (written, all_written) = sync_channel(1);
         let writer = std::thread::Builder::new().name("log".into());
         writer.spawn(move || {
@@ -73,7 +76,7 @@ impl AgentLogConfig {
                     let _ = io::stdout().flush();
                     let _ = written.try_send(());
                 } else {
-                    // Nobody can be told that nobody listens.
+                    // A failure of standard output can't be reported anywhere.
                     let _ = io::stdout().write_all(&line);
                 }
             }
@@ -83,7 +86,7 @@ impl AgentLogConfig {
         let path = file.is_ok().then(|| self.path.clone());
         let destinations = Destinations { stdout: lines.clone(), missed: 0, file: file.ok() };
         Builder::new()
-            // What libraries have to say in detail may hold headers and variables.
+            // Detailed messages of libraries may contain headers and variables, that is, secrets.
             .filter_level(LevelFilter::Warn.min(self.level))
             .filter_module("semaphore_agent", self.level)
             .filter_module("actors", self.level)
@@ -91,16 +94,16 @@ impl AgentLogConfig {
             .format(|out, record| out.write_all(line_of(record).as_bytes()))
             .init();
         if let Some(error) = unwritable {
-            log::warn!(path:% = self.path.display(), error; "the agent's log goes to standard output only");
+            log::warn!(path:% = self.path.display(), error; "the log file can't be used; logging to standard output only");
         }
         Ok(AgentLog { path, lines, all_written })
     }
 }
 
-/// Waits for standard output when it goes.
+/// The running log. On drop, waits until the queued lines are on standard output.
 #[derive(Debug)]
 pub struct AgentLog {
-    /// The file that is written, if one is.
+    /// Path of the log file; `None` if the file could not be opened.
     pub path: Option<PathBuf>,
     lines: SyncSender<Vec<u8>>,
     all_written: std::sync::mpsc::Receiver<()>,
@@ -109,7 +112,7 @@ pub struct AgentLog {
 impl Drop for AgentLog {
     fn drop(&mut self) {
         if self.lines.try_send(Vec::new()).is_ok() {
-            let _ = self.all_written.recv_timeout(LAST_LINES);
+            let _ = self.all_written.recv_timeout(FLUSH_PATIENCE);
         }
     }
 }
@@ -117,7 +120,7 @@ impl Drop for AgentLog {
 fn line_of(record: &Record<'_>) -> String {
     let now = humantime::format_rfc3339_millis(SystemTime::now().max(SystemTime::UNIX_EPOCH));
     let mut line = format!("{now} {:5} {}", record.level(), escaped(&record.args().to_string()));
-    // Fails only if writing to a string did.
+    // Can't fail: formatting into a string never does.
     let _ = record.key_values().visit(&mut KeyValues(&mut line));
     line.push('\n');
     line
@@ -139,7 +142,7 @@ impl<'kvs> VisitSource<'kvs> for KeyValues<'_> {
     }
 }
 
-/// Control characters, line ends among them, as escapes.
+/// Escapes control characters and line separators.
 fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
@@ -162,7 +165,7 @@ impl Write for Destinations {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let mut shown = Vec::new();
         if self.missed > 0 {
-            let _ = writeln!(shown, "({} lines were too many for this output)", self.missed);
+            let _ = writeln!(shown, "({} lines dropped: this output was too slow)", self.missed);
         }
         shown.extend_from_slice(line);
         match self.stdout.try_send(shown) {
@@ -171,7 +174,7 @@ impl Write for Destinations {
             Err(TrySendError::Disconnected(_)) => {}
         }
         if let Some(file) = &mut self.file {
-            // A full disk must not hold up the agent.
+            // A full disk must not stop the agent.
             let _ = file.write(line);
         }
         Ok(line.len())
@@ -182,7 +185,7 @@ impl Write for Destinations {
     }
 }
 
-/// A file that is renamed to `NAME.1` when it is full, and begun anew.
+/// A log file; when full, it is renamed to `NAME.1` and a new one is started.
 struct RotatedFile {
     path: PathBuf,
     file: File,
@@ -197,17 +200,17 @@ impl RotatedFile {
         Ok(Self { path: path.to_owned(), file, size, max_size })
     }
 
-    /// Whether the file that is written is still the one of its name.
-    fn is_at_its_place(&self) -> io::Result<bool> {
+    /// Returns whether `path` still names the open file.
+    fn is_in_place(&self) -> io::Result<bool> {
         let (open, named) = (self.file.metadata()?, self.path.symlink_metadata()?);
         Ok((open.dev(), open.ino()) == (named.dev(), named.ino()))
     }
 
     fn write(&mut self, line: &[u8]) -> io::Result<()> {
-        if !self.is_at_its_place().unwrap_or(false)
+        if !self.is_in_place().unwrap_or(false)
             && let Ok(file) = open_to_append(&self.path)
         {
-            // Somebody has removed it, or put it elsewhere.
+            // Another program has removed or renamed the file.
             self.size = file.metadata()?.len();
             self.file = file;
         }
@@ -218,7 +221,7 @@ impl RotatedFile {
             let renamed = fs::rename(&self.path, old).and_then(|()| open_to_append(&self.path));
             match renamed {
                 Ok(file) => self.file = file,
-                // Rather without the old lines than without the new ones.
+                // Losing the old lines is better than losing the new ones.
                 Err(_) => self.file.set_len(0)?,
             }
             self.size = 0;
@@ -232,12 +235,12 @@ fn open_to_append(path: &Path) -> io::Result<File> {
     open(File::options().append(true).create(true).mode(0o600), path)
 }
 
-/// Opens the log for a reader.
+/// Opens the log file for reading.
 pub fn open_to_read(path: &Path) -> io::Result<File> {
     open(File::options().read(true), path)
 }
 
-/// The default place is a directory where others can put links and pipes.
+/// Opens a file, but no link, pipe or file of another user: the default directory is writable by everybody.
 fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     let file = options.custom_flags(O_NOFOLLOW | O_NONBLOCK).open(path)?;
     let found = file.metadata()?;
@@ -249,7 +252,7 @@ fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
         return refused("belongs to another user");
     }
     if found.nlink() > 1 {
-        return refused("has another name as well");
+        return refused("has more than one hard link");
     }
     Ok(file)
 }
@@ -259,7 +262,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_value_can_not_pass_for_another_line() {
+    fn a_value_cannot_forge_a_line() {
         let id = "1\n2026-01-01T00:00:00Z INFO  forged";
         let values = [("job", Value::from(id)), ("empty", Value::from("")), ("n", Value::from(7))];
         let record = Record::builder()
@@ -274,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_can_not_be_renamed_goes_on_without_its_old_lines() {
+    fn a_file_that_cannot_be_renamed_is_truncated() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("log");
         fs::create_dir(directory.path().join("log.1")).unwrap();
@@ -286,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_put_in_its_place_is_not_read() {
+    fn links_and_pipes_are_refused() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name| directory.path().join(name);
         fs::write(path("secret"), "secret").unwrap();
@@ -299,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_removed_comes_back() {
+    fn a_removed_file_is_created_again() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("log");
         let mut file = RotatedFile::open(&path, 1000).unwrap();
@@ -310,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_file_is_begun_anew_and_one_old_one_kept() {
+    fn a_full_file_is_rotated_and_one_old_file_is_kept() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("log");
         let mut file = RotatedFile::open(&path, 11).unwrap();

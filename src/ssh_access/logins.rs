@@ -1,4 +1,4 @@
-//! Who is logged in to a job.
+//! Finds and ends the SSH sessions of a job.
 
 use std::fs;
 use std::io;
@@ -10,27 +10,27 @@ use nix::unistd::Pid;
 use super::{SESSION_VARIABLE, SshAccess};
 use crate::os::processes::{descendants, kill_those_with, signal_all, start_of, those_with};
 
-/// Who has logged in to a job.
+/// The logins to a job, as recorded by the login shells.
 pub(super) struct Logins {
-    /// The number of each login shell, and when it began.
+    /// Each login shell's process ID and start time.
     shells: Vec<(Pid, String)>,
-    /// What is in the environment of everything that they run, unless they remove it.
+    /// Environment entries of the session's processes, unless a process has removed them.
     markers: Vec<Vec<u8>>,
 }
 
 impl Logins {
-    /// What the login shells have told.
+    /// Reads the file to which each login shell appends a line.
     pub(super) fn read(access: &SshAccess) -> io::Result<Self> {
-        let told = match fs::read_to_string(access.used_file()) {
+        let recorded = match fs::read_to_string(access.used_file()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Ok(Self { shells: Vec::new(), markers: Vec::new() });
             }
-            told => told?,
+            recorded => recorded?,
         };
         let job = access.job_directory.as_os_str().as_bytes();
         let mut markers = vec![[SESSION_VARIABLE.as_bytes(), b"=", job, b"\0"].concat()];
         let mut shells = Vec::new();
-        for line in told.lines() {
+        for line in recorded.lines() {
             let mut words = line.splitn(3, ' ');
             let (Some(pid), Some(start)) = (words.next(), words.next()) else {
                 continue;
@@ -60,7 +60,7 @@ impl Logins {
         Ok(false)
     }
 
-    /// Kills all that they run. How much there was.
+    /// Kills the processes of all sessions. Returns how many processes it killed.
     pub(super) fn kill(&self) -> io::Result<usize> {
         let mut killed = 0;
         for shell in self.living_shells() {

@@ -1,9 +1,9 @@
-//! The files that let people log in to where a job runs: keys, the script that they start, and a line
-//! in the login profile that shows them the job's environment.
+//! The files of SSH access to a job: authorized keys, the script that enters the job, and a line in the
+//! login profile that loads the job's environment.
 //!
-//! What is added to files of the user is marked line by line with the job's directory, so that
-//! exactly that goes away again: at the job's teardown, by the job's first process if the agent is
-//! killed, or at the agent's next start if both are. Nothing here follows a symbolic link.
+//! Each line added to a file of the user is marked with the job directory, so that exactly the added
+//! lines are removed again: at the job's teardown, by the job's guard if the agent is killed, or at the
+//! agent's next start if both are. No symbolic link is followed.
 
 mod logins;
 mod user_file;
@@ -25,59 +25,61 @@ use self::user_file::{MARK, UserFile, is_not_ours, split};
 use crate::os::shell_words::quoted;
 use crate::state;
 
-/// Where people and tools expect the script (docs/protocol.md: "SSH access").
+/// Path at which people and tools expect the script (docs/protocol.md: "SSH access").
 pub const DEFAULT_SCRIPT: &str = "/tmp/ssh_jump_point";
 
-/// The script while no job can be reached through it.
+/// Content of the script while no job can be entered.
 const NO_JOB: &str = "#!/usr/bin/env bash\necho 'No job runs here now.' >&2\nexit 1\n";
 
-/// Set for everything that runs in an SSH session of the job.
+/// Environment variable of all processes in an SSH session; its value is the job directory.
 const SESSION_VARIABLE: &str = "SEMAPHORE_AGENT_SSH_SESSION";
 
-/// How often, and how far apart, to ask for the lock before going on without it: whoever holds it for
-/// so long is no agent, and must not keep a key where it is.
+/// Attempts to get the lock on the home directory before going on without it. Agents hold the lock only
+/// briefly; another program that holds it must not prevent a job's keys from being removed.
 const LOCK_TRIES: u32 = 100;
+/// Pause between two attempts to get the lock.
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
-/// How often to look for sessions, as each of their processes may just make another.
+/// Maximum number of sweeps that kill session processes: a process may fork just before it is killed.
 const SESSION_SWEEPS: u32 = 100;
 
-/// The way in to one job.
+/// SSH access to one job.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct SshAccess {
-    /// Of the user who runs the agent.
+    /// The home directory of the user who runs the agent.
     pub home: PathBuf,
-    /// Where the script is put.
+    /// Path of the script.
     pub script: PathBuf,
-    /// The job's own directory; absolute, and unique to the job.
+    /// The job directory: absolute, and unique to the job.
     pub job_directory: PathBuf,
-    /// The script is there even if the job brings no keys.
+    /// Install the script even if the job has no keys.
     pub without_keys: bool,
-    /// Where it leads.
+    /// The shell or container that the script enters.
     pub leads_to: LeadsTo,
 }
 
-/// Where people get to.
+/// Target of the SSH access script.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub enum LeadsTo {
     /// A shell of this machine.
     Shell {
-        /// The job's environment, once it is there; nothing if who logs in is not to see it.
+        /// Path of the script with the job's environment, which exists once the job has exported it.
+        /// `None` if logins must not see the environment.
         environment: Option<PathBuf>,
     },
-    /// The main container, in whose own login profile the job's environment is.
+    /// The main container. The login profile in the container loads the job's environment.
     Container {
-        /// Its name.
+        /// The container's name.
         name: String,
-        /// The variables that tell where the engine is.
+        /// Environment variables with which `docker` finds the engine.
         engine: Vec<(String, String)>,
     },
 }
 
-/// What leads into a container: waits until it runs, and says so. The name is in `$container`.
+/// The part of the script that waits until `$container` runs, and then enters it.
 const INTO_CONTAINER: &str = r#"
-command -v docker >/dev/null || { echo 'There is no `docker` on this machine, which this needs.' >&2; exit 127; }
-told=
+command -v docker >/dev/null || { echo 'Cannot enter the container: the `docker` command is not installed on this machine.' >&2; exit 127; }
+waited=
 while :; do
   state=$(docker inspect -f '{{.State.Status}}' "$container" 2>&1 | tail -n 1)
   case $state in
@@ -87,12 +89,12 @@ while :; do
     *) printf '%s\n' "$state" >&2; exit 1 ;;
   esac
   [ -e "$job" ] || { echo 'The job is over.' >&2; exit 1; }
-  [ -n "$told" ] || printf "Waiting for the job's container " >&2
-  told=1
+  [ -n "$waited" ] || printf "Waiting for the job's container " >&2
+  waited=1
   printf . >&2
   sleep 0.5
 done
-[ -z "$told" ] || echo >&2
+[ -z "$waited" ] || echo >&2
 if [ $# -eq 0 ]; then
   set -- bash --login
 fi
@@ -102,7 +104,7 @@ fi
 exec docker exec -i "$container" "$@"
 "#;
 
-/// The script's place is this agent's, until this value goes.
+/// Reserves the script's path for this agent; on drop, removes the script unless it belongs to a job.
 #[derive(Debug)]
 pub struct ClaimedScript(PathBuf);
 
@@ -118,8 +120,8 @@ impl Drop for ClaimedScript {
 }
 
 impl SshAccess {
-    /// Takes back what jobs added whose agents died with all that could have cleaned up, and puts a script in the
-    /// script's place that leads nowhere, so that nobody else can put theirs there.
+    /// Removes the SSH access of jobs whose agent and guard both died. Then puts a placeholder at the
+    /// script's path, so that no other user can put a script of theirs there.
     pub fn claim(home: &Path, script: &Path) -> io::Result<ClaimedScript> {
         remove_marked(home, script, &|job_directory| !job_directory.exists())?;
         let (directory, name) = split(script)?;
@@ -130,12 +132,12 @@ impl SshAccess {
         Ok(ClaimedScript(script.to_owned()))
     }
 
-    /// Sourced by everything that logs in.
+    /// The script that each login sources.
     fn session_file(&self) -> PathBuf {
         self.job_directory.join("ssh-session")
     }
 
-    /// There as soon as somebody has logged in.
+    /// The list of logins; exists once somebody has logged in.
     fn used_file(&self) -> PathBuf {
         self.job_directory.join("ssh-used")
     }
@@ -159,9 +161,12 @@ impl SshAccess {
         keys.add(&lines, " ", &self.job_directory, 0o600)
     }
 
-    /// Without keys of the job, who logs in has come on their own, and stays.
+    /// Installs the session file and the line in the login profile that sources it.
+    ///
+    /// Logins are recorded only if the job has keys: without them, people log in with keys of their own,
+    /// and their sessions must not end with the job.
     fn show_environment(&self, with_keys: bool) -> io::Result<()> {
-        let mark = if with_keys {
+        let record_login = if with_keys {
             format!(
                 "[ -z \"${{SSH_CONNECTION-}}\" ] || {{ export {SESSION_VARIABLE}={job}; \
                  read -r -d '' {SESSION_VARIABLE}_STAT < /proc/$$/stat || :; \
@@ -175,11 +180,11 @@ impl SshAccess {
             String::new()
         };
         let environment = self.environment();
-        let shown = environment.map_or_else(String::new, |environment| {
+        let load_environment = environment.map_or_else(String::new, |environment| {
             let environment = quoted(environment);
             format!("[ ! -r {environment} ] || . {environment}\n")
         });
-        let session = mark + &shown;
+        let session = record_login + &load_environment;
         let mut options = File::options();
         options.write(true).create(true).truncate(true).mode(0o600);
         options.open(self.session_file())?.write_all(session.as_bytes())?;
@@ -187,7 +192,7 @@ impl SshAccess {
             return Ok(());
         }
         let profile = UserFile::at(&self.home, ".bash_profile")?;
-        // As soon as there is this file, a login shell no longer looks for these.
+        // Once `~/.bash_profile` exists, a login shell no longer reads these two files.
         let others = "if [ -r ~/.bash_login ]; then . ~/.bash_login; \
                       elif [ -r ~/.profile ]; then . ~/.profile; fi";
         let ours = format!("[ ! -r {0} ] || . {0}", quoted(self.session_file()));
@@ -207,7 +212,7 @@ impl SshAccess {
                     .map(|(name, value)| format!("export {name}={}\n", quoted(value)))
                     .collect();
                 let name = quoted(name);
-                // Gone with the job's containers; the rest stays as long as the log.
+                // The scratch directory is deleted with the job's containers, the job directory only later.
                 let job = quoted(state::scratch_of(&self.job_directory));
                 format!("{engine}container={name}\njob={job}{INTO_CONTAINER}")
             }
@@ -229,7 +234,7 @@ impl SshAccess {
         }
     }
 
-    /// Ends what people who logged in still run.
+    /// Kills the processes of all SSH sessions of the job.
     fn end_sessions(&self) -> io::Result<()> {
         let logins = Logins::read(self)?;
         for _ in 0..SESSION_SWEEPS {
@@ -245,12 +250,12 @@ impl SshAccess {
         if keys.is_empty() && !self.without_keys {
             return Ok(());
         }
-        let _others_wait = lock(&self.home)?;
-        // First: without a script of its own, who is let in by a key of the job would run somebody else's.
+        let _home_lock = lock(&self.home)?;
+        // The script comes before the keys: a login with a key of the job must not run another user's script.
         self.write_script().map_err(|error| {
             io::Error::new(error.kind(), format!("{}: {error}", self.script.display()))
         })?;
-        // What can be offered is, whatever can't.
+        // Do both, even if one of them fails.
         let added = [
             ("the keys", self.add_keys(keys)),
             ("the login profile", self.show_environment(!keys.is_empty())),
@@ -258,7 +263,7 @@ impl SshAccess {
         first_error(added)
     }
 
-    /// What [`JumpPointFiles::close`] does, for a process whose agent is dead: the script's place is nobody's then.
+    /// Does the same as [`JumpPointFiles::close`] for a guard whose agent is dead, and removes the script.
     pub fn close_for_good(&self) -> io::Result<()> {
         let claimed = ClaimedScript(self.script.clone());
         let closed = self.close_now();
@@ -295,7 +300,7 @@ impl JumpPointFiles for SshAccess {
     }
 }
 
-/// Files of the user may be far away, and somebody may hold their lock.
+/// Runs `work` on a thread: the home directory may be on a slow network, or locked by another program.
 fn on_a_thread<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> LocalBoxFuture<'static, io::Result<T>> {
@@ -310,7 +315,7 @@ fn first_error<const N: usize>(results: [(&str, io::Result<()>); N]) -> io::Resu
     Ok(())
 }
 
-/// Keeps other agents of the same user from changing the same files meanwhile.
+/// Locks the home directory against other agents of the same user, which change the same files.
 fn lock(home: &Path) -> io::Result<File> {
     let directory = File::open(home)?;
     for _ in 0..LOCK_TRIES {
@@ -320,7 +325,7 @@ fn lock(home: &Path) -> io::Result<File> {
             Err(TryLockError::Error(error)) => return Err(error),
         }
     }
-    log::warn!(home:?; "somebody holds a lock on the home directory; going on without it");
+    log::warn!(home:?; "another program holds a lock on the home directory; continuing without the lock");
     Ok(directory)
 }
 
@@ -329,9 +334,10 @@ fn pause() {
     std::thread::sleep(LOCK_PAUSE);
 }
 
-/// Removes all lines of the jobs for which `gone` holds, and the script if it is one of theirs.
+/// Removes all lines of the jobs for which `gone` returns `true`, and the script if it belongs to one of
+/// them.
 fn remove_marked(home: &Path, script: &Path, gone: &dyn Fn(&Path) -> bool) -> io::Result<()> {
-    let _others_wait = lock(home)?;
+    let _home_lock = lock(home)?;
     let keys = match UserFile::of_keys(home) {
         Err(error) if is_not_ours(&error) => Ok(()),
         keys => keys.and_then(|keys| keys.remove(gone)),

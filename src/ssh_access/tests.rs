@@ -36,7 +36,7 @@ impl Place {
 const KEY: Bytes = Bytes::from_static(b"ssh-ed25519 AAAA me@home\n");
 
 #[test]
-fn a_key_goes_away_whatever_bytes_it_has() {
+fn a_key_that_is_not_utf8_is_removed() {
     let place = Place::new();
     let access = place.access("job-1");
     access.open_now(&[Bytes::from_static(b"ssh-ed25519 AAAA J\xfcrgen\n")]).unwrap();
@@ -46,7 +46,7 @@ fn a_key_goes_away_whatever_bytes_it_has() {
 }
 
 #[test]
-fn who_holds_the_lock_does_not_keep_a_key_where_it_is() {
+fn keys_are_removed_even_if_another_program_holds_the_lock() {
     let place = Place::new();
     let access = place.access("job-1");
     access.open_now(&[KEY]).unwrap();
@@ -69,7 +69,7 @@ fn a_huge_file_is_not_read() {
 }
 
 #[test]
-fn exactly_what_was_added_goes_away() {
+fn exactly_the_added_lines_are_removed() {
     for before in [None, Some(""), Some("ssh-rsa BBBB"), Some("ssh-rsa BBBB\n# x\n")] {
         let place = Place::new();
         if let Some(before) = before {
@@ -103,14 +103,14 @@ fn links_are_not_followed() {
     let access = place.access("job-1");
     assert!(access.open_now(&[KEY]).unwrap_err().to_string().starts_with("the keys: "));
     assert!(place.read("jump").unwrap().contains("exec"), "the link was replaced");
-    // The other links are still there, and still not followed.
+    // The other two links still exist, and closing must not follow them either.
     access.close_now().unwrap();
     assert_eq!(place.read("jump").as_deref(), Some(NO_JOB));
     assert_eq!(place.read("victim").as_deref(), Some("mine"));
 }
 
 #[test]
-fn a_linked_directory_of_keys_is_not_entered() {
+fn a_symbolic_link_at_the_ssh_directory_is_refused() {
     let place = Place::new();
     fs::create_dir(place.path("elsewhere")).unwrap();
     std::os::unix::fs::symlink(place.path("elsewhere"), place.path(".ssh")).unwrap();
@@ -119,7 +119,7 @@ fn a_linked_directory_of_keys_is_not_entered() {
 }
 
 #[test]
-fn what_dead_jobs_left_is_removed() {
+fn ssh_access_of_dead_jobs_is_removed() {
     let place = Place::new();
     let [dead, alive] = ["job-1", "job-2"].map(|job| place.access(job));
     dead.open_now(&[KEY]).unwrap();

@@ -1,6 +1,6 @@
-//! Files of the user that the agent adds lines to, and takes exactly these out of again.
+//! Adds lines to files of the user, and removes exactly these lines again.
 //!
-//! Every added line ends with a mark and the job's directory. Nothing here follows a symbolic link.
+//! Every added line ends with a mark and the job directory. No symbolic link is followed.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
@@ -16,19 +16,20 @@ use nix::unistd::geteuid;
 
 use crate::os::random::random_word;
 
-/// What every line ends with that the agent adds to a file of the user; the job's directory follows.
+/// The mark at the end of every added line; the job directory follows.
 pub(super) const MARK: &str = "semaphore-agent:";
 
-/// At the very end of the first added line: the newline before it is the agent's too.
+/// Last byte of the first added line if the agent also added the newline before that line.
 const AFTER_OPEN_LINE: u8 = b'+';
 
-/// At the very end of the first added line: there was no such file before.
+/// Last byte of the first added line if the agent created the file.
 const IN_NEW_FILE: u8 = b'!';
 
-/// A file of the user that is larger is not touched, in bytes.
+/// Size limit for a file of the user, in bytes; larger files are refused.
 const LARGEST_FILE: u64 = 4 << 20;
 
-/// Nothing is there, or a link, or no directory: the agent puts nothing into these.
+/// Returns whether `error` shows that the path holds nothing of the agent: it is missing, a symbolic
+/// link, or below something that is not a directory.
 pub(super) fn is_not_ours(error: &io::Error) -> bool {
     use io::ErrorKind::{NotADirectory, NotFound};
     matches!(error.kind(), NotFound | NotADirectory) || error.raw_os_error() == Some(ELOOP)
@@ -41,7 +42,7 @@ pub(super) fn split(path: &Path) -> io::Result<(&Path, &str)> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "is not the path of a file"))
 }
 
-/// A file in a directory that is held open, so that nobody can put another in its place.
+/// A file in a directory that is held open, so that the directory can't be exchanged meanwhile.
 pub(super) struct UserFile {
     pub(super) directory: File,
     path: PathBuf,
@@ -52,7 +53,7 @@ impl UserFile {
         Ok(Self::below(File::options().read(true).custom_flags(O_DIRECTORY).open(directory)?, name))
     }
 
-    /// `~/.ssh` itself must be no link: a job could have made it.
+    /// Opens `~/.ssh/authorized_keys`. Fails if `~/.ssh` is a symbolic link: a job may have made it.
     pub(super) fn of_keys(home: &Path) -> io::Result<Self> {
         let mut options = File::options();
         let ssh = options.read(true).custom_flags(O_DIRECTORY | O_NOFOLLOW);
@@ -68,7 +69,7 @@ impl UserFile {
         Ok(self.read()?.is_some())
     }
 
-    /// Content and mode, if there is such a file.
+    /// Returns the content and mode of the file, if it exists.
     fn read(&self) -> io::Result<Option<(Vec<u8>, u32)>> {
         let opened =
             File::options().read(true).custom_flags(O_NOFOLLOW | O_NONBLOCK).open(&self.path);
@@ -88,7 +89,8 @@ impl UserFile {
         Ok(Some((content, found.mode() & 0o7777)))
     }
 
-    /// The same, for what is to be taken back.
+    /// Does the same as [`Self::read`], but returns `None` for paths to which the agent can't have added
+    /// lines.
     fn read_ours(&self) -> io::Result<Option<(Vec<u8>, u32)>> {
         match self.read() {
             Err(error) if is_not_ours(&error) => Ok(None),
@@ -96,7 +98,7 @@ impl UserFile {
         }
     }
 
-    /// Puts another file in its place as a whole; what was there, even a link, is not touched.
+    /// Replaces the file atomically; a symbolic link is replaced, not followed.
     pub(super) fn replace(&self, content: &[u8], mode: u32) -> io::Result<()> {
         let name = self.path.file_name().unwrap_or_default().to_string_lossy();
         let random = random_word()?;
@@ -112,7 +114,7 @@ impl UserFile {
             })
             .and_then(|()| fs::rename(&new, &self.path));
         if written.is_err() {
-            // The first error counts.
+            // Report the first error, not this one.
             let _ = fs::remove_file(&new);
         }
         written
@@ -145,22 +147,22 @@ impl UserFile {
             }
             content.push(b'\n');
         }
-        // Keys that others can write are keys that sshd refuses.
+        // sshd ignores an `authorized_keys` file that other users can write.
         self.replace(&content, if mode == 0o600 { mode } else { found_mode })
     }
 
-    /// Removes the lines of the jobs for which `gone` holds.
+    /// Removes the lines of the jobs for which `gone` returns `true`.
     pub(super) fn remove(&self, gone: &dyn Fn(&Path) -> bool) -> io::Result<()> {
         let Some((content, mode)) = self.read_ours()? else {
             return Ok(());
         };
         let mut kept = Vec::with_capacity(content.len());
-        // What was noted about the first line, if that one is gone and nothing else follows.
+        // The note of a removed first line, unless a line of the user follows it.
         let mut noted = None;
         for line in content.split_inclusive(|byte| *byte == b'\n') {
             match mark_of(line) {
                 Some((job, note)) if gone(&job) => noted = note.or(noted),
-                // Another job's line is the first one now.
+                // The next job's line becomes the first added line, and takes over the note.
                 Some((_, None)) => {
                     kept.extend_from_slice(line.strip_suffix(b"\n").unwrap_or(line));
                     kept.extend(noted.take());
@@ -184,7 +186,7 @@ impl UserFile {
         }
     }
 
-    /// Puts `content` in its place if it is marked with a job for which `gone` holds.
+    /// Replaces the file by `content` if it has the mark of a job for which `gone` returns `true`.
     pub(super) fn replace_if_marked(
         &self,
         gone: &dyn Fn(&Path) -> bool,
@@ -197,15 +199,15 @@ impl UserFile {
         if marks.any(|(job, _)| gone(&job)) { self.replace(content, mode) } else { Ok(()) }
     }
 
-    /// Removes it if its content is of that kind.
-    pub(super) fn remove_if(&self, is_so: impl Fn(&[u8]) -> bool) -> io::Result<()> {
+    /// Removes the file if `condition` returns `true` for its content.
+    pub(super) fn remove_if(&self, condition: impl Fn(&[u8]) -> bool) -> io::Result<()> {
         match self.read_ours()? {
-            Some((found, _)) if is_so(&found) => fs::remove_file(&self.path),
+            Some((found, _)) if condition(&found) => fs::remove_file(&self.path),
             _ => Ok(()),
         }
     }
 
-    /// Whether it is there, and a regular file of this user.
+    /// Returns whether the path holds a regular file of this user.
     pub(super) fn is_ours(&self) -> io::Result<bool> {
         let found = match fs::symlink_metadata(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -215,7 +217,7 @@ impl UserFile {
     }
 }
 
-/// The job whose mark is at the end of `line`, and what is noted about the first of its lines.
+/// Returns the job directory in the mark at the end of `line`, and the note of a first added line.
 fn mark_of(line: &[u8]) -> Option<(PathBuf, Option<u8>)> {
     let line = line.strip_suffix(b"\n").unwrap_or(line);
     let mark = &line[memmem::rfind(line, MARK.as_bytes())? + MARK.len()..];

@@ -15,39 +15,39 @@ use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, fallocate};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::linkat;
 
-/// How much room is made on the disk at once, in bytes.
-const ROOM: u64 = 256 << 10;
+/// Step by which disk space is preallocated, in bytes.
+const PREALLOCATION_STEP: u64 = 256 << 10;
 
-/// How much of it is kept for the last lines of a log, in bytes.
+/// Space reserved for the last lines of a log, in bytes: a full disk must not cost the job's result.
 const LAST_WORDS: u64 = 16 << 10;
 
-/// How much is read at once to be hashed, in bytes.
-const HASHED_AT_ONCE: usize = 256 << 10;
+/// Size of the buffer for hashing the file, in bytes.
+const HASH_BUFFER: usize = 256 << 10;
 
-/// A file that is only appended to; mode 0600. It stays open from the moment it is made, and is never opened by its name
-/// again: a job may put something else there.
+/// An append-only file with mode 0600. The file stays open from its creation on and is never opened by
+/// name again, because a job may put another file in its place.
 #[derive(Clone, Debug)]
 pub struct FileSpool {
     path: PathBuf,
     file: Arc<OpenFile>,
-    /// Where the next line comes, in bytes.
+    /// Offset at which the next line is written, in bytes.
     end: u64,
-    /// Up to where the disk has room for sure, in bytes; as far as one can see where the disk can't tell.
-    room: u64,
-    /// No file may be larger, in bytes.
+    /// Offset up to which disk space is reserved, in bytes; `u64::MAX` if the file system can't preallocate.
+    reserved: u64,
+    /// The process's file size limit (`RLIMIT_FSIZE`), in bytes.
     limit: u64,
-    /// The key of `written`, which a job can't know.
+    /// The secret key of `written`: a job can't forge content with the same hash.
     key: RandomState,
-    /// Of all bytes up to `end`.
+    /// Hash of all bytes up to `end`.
     written: DefaultHasher,
 }
 
-/// A file that readers share, whatever becomes of its name.
+/// An open file shared by its readers, even after it was renamed or removed.
 #[derive(Debug)]
 pub struct OpenFile(pub File);
 
 impl FileSpool {
-    /// Makes a new file; fails if there is one, and if the disk is full.
+    /// Creates the file; fails if it exists or the disk is full.
     pub fn create(path: PathBuf) -> io::Result<Self> {
         let mut options = File::options();
         options.read(true).write(true).create_new(true).mode(0o600);
@@ -55,15 +55,15 @@ impl FileSpool {
         let (limit, _) = getrlimit(Resource::RLIMIT_FSIZE)?;
         let key = RandomState::new();
         let written = key.build_hasher();
-        let mut spool = Self { path, file, end: 0, room: 0, limit, key, written };
-        spool.make_room(0)?;
+        let mut spool = Self { path, file, end: 0, reserved: 0, limit, key, written };
+        spool.reserve(0)?;
         Ok(spool)
     }
 
-    /// The hash of the first `length` bytes that are in the file now.
+    /// Hashes the first `length` bytes of the file as they are now.
     fn hash_of_file(&self, length: u64) -> io::Result<DefaultHasher> {
         let mut hasher = self.key.build_hasher();
-        let mut buffer = vec![0; HASHED_AT_ONCE];
+        let mut buffer = vec![0; HASH_BUFFER];
         let mut offset = 0;
         while offset < length {
             let left = usize::try_from(length - offset).unwrap_or(usize::MAX);
@@ -79,21 +79,21 @@ impl FileSpool {
         Ok(hasher)
     }
 
-    /// Sees to it that `more` bytes and the last words fit.
-    fn make_room(&mut self, more: u64) -> io::Result<()> {
+    /// Reserves disk space for `more` bytes and the last words.
+    fn reserve(&mut self, more: u64) -> io::Result<()> {
         let wanted = self.end + more + LAST_WORDS;
         if wanted > self.limit {
             return Err(Errno::EFBIG.into());
         }
-        if wanted <= self.room {
+        if wanted <= self.reserved {
             return Ok(());
         }
-        let room = wanted.next_multiple_of(ROOM);
+        let reserved = wanted.next_multiple_of(PREALLOCATION_STEP);
         let [from, length] =
-            [self.end, room - self.end].map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX));
+            [self.end, reserved - self.end].map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX));
         match fallocate(&self.file.0, FallocateFlags::FALLOC_FL_KEEP_SIZE, from, length) {
-            Ok(()) => self.room = room,
-            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => self.room = u64::MAX,
+            Ok(()) => self.reserved = reserved,
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => self.reserved = u64::MAX,
             Err(error) => return Err(error.into()),
         }
         Ok(())
@@ -102,7 +102,7 @@ impl FileSpool {
 
 impl LogSpool for FileSpool {
     fn append(&mut self, lines: &[u8]) -> io::Result<()> {
-        self.make_room(lines.len() as u64)?;
+        self.reserve(lines.len() as u64)?;
         self.append_last_words(lines)
     }
 
@@ -120,9 +120,9 @@ impl LogSpool for FileSpool {
             Ordering::Greater => Some(ForeignChange::Grown),
             Ordering::Equal => {
                 let named = self.path.symlink_metadata();
-                let is_there =
+                let is_same_file =
                     |named: Metadata| (named.dev(), named.ino()) == (open.dev(), open.ino());
-                (!named.is_ok_and(is_there)).then_some(ForeignChange::Removed)
+                (!named.is_ok_and(is_same_file)).then_some(ForeignChange::Removed)
             }
         })
     }
@@ -144,8 +144,8 @@ impl LogSpool for FileSpool {
             self.written = self.hash_of_file(length)?;
             self.end = length;
         }
-        // What was behind the new end is free again.
-        self.room = self.room.min(length);
+        // Truncating also frees the space reserved behind the new end.
+        self.reserved = self.reserved.min(length);
         Ok(())
     }
 
@@ -164,12 +164,12 @@ impl LogSource for OpenFile {
     }
 
     fn keep_as(&self, path: &Path) -> io::Result<()> {
-        // By the descriptor: what has its name now may be something else.
+        // Link the open descriptor: the name may belong to another file by now.
         let open = format!("/proc/self/fd/{}", self.0.as_raw_fd());
         match linkat(AT_FDCWD, open.as_str(), AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW) {
             Ok(()) => Ok(()),
             Err(Errno::EEXIST) => Err(Errno::EEXIST.into()),
-            // The job has removed its last name, or the place is on another disk.
+            // The job has removed the file's last name, or `path` is on another file system.
             Err(_) => {
                 let mut copy =
                     File::options().write(true).create_new(true).mode(0o600).open(path)?;
@@ -184,7 +184,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_overwritten_byte_is_told_once_however_the_log_was_written() {
+    fn an_overwritten_byte_is_reported_once_whatever_the_sizes_of_the_writes() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("log");
         let mut spool = FileSpool::create(path.clone()).unwrap();
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_is_kept_whole_with_its_name_and_without() {
+    fn a_log_is_kept_whether_or_not_its_file_still_has_a_name() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
         let mut spool = FileSpool::create(at("log")).unwrap();
@@ -214,6 +214,6 @@ mod tests {
         std::fs::remove_file(at("linked")).unwrap();
         spool.source().keep_as(&at("copied")).unwrap();
         assert_eq!(std::fs::read(at("copied")).unwrap(), b"one\n");
-        assert!(spool.source().keep_as(&at("copied")).is_err(), "nothing is replaced");
+        assert!(spool.source().keep_as(&at("copied")).is_err(), "an existing file was replaced");
     }
 }

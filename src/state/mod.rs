@@ -19,23 +19,23 @@ use crate::service::environment::Environment;
 /// Prefix of directories whose job is dead but may still own containers.
 const DEAD: &str = "dead-";
 
-/// A file that is in the directory of a job that may own something outside of this machine.
+/// Marker file in the directory of a job that may own containers on an engine, perhaps a remote one.
 const ELSEWHERE: &str = "on-engine";
 
-/// The beginning of the name of a copy of a job's variables, for people on the machine (docs/protocol.md: "The
-/// self-hosted API").
+/// File name prefix of the copy of a job's variables that people on the machine may read
+/// (docs/protocol.md: "The self-hosted API").
 pub const ENVIRONMENT_COPY: &str = ".env-";
 
-/// The link in a job's directory that leads to this copy.
+/// Symbolic link in a job directory; its target is the copy of the job's variables.
 const COPY_NOTE: &str = "environment-copy";
 
-/// Where the agent keeps what only it may see; mode 0700.
+/// The agent's private directory, with mode 0700.
 #[derive(Clone, Debug)]
 pub struct StateDir {
     path: PathBuf,
 }
 
-/// The directory can't be used.
+/// Why the state directory can't be used.
 #[derive(Debug, thiserror::Error)]
 #[error("the state directory {path} can't be used: {why}")]
 pub struct StateDirError {
@@ -44,8 +44,10 @@ pub struct StateDirError {
 }
 
 impl StateDir {
-    /// Makes `path`, or checks that nobody else has a hand in it. Also returns the jobs there whose agents died with
-    /// everything that could clean up, as in a power cut: they must be ended and deleted.
+    /// Creates `path`, or checks that no other user can read or change it.
+    ///
+    /// Also returns the jobs whose agent and guard both died, as in a power cut: the caller must end and
+    /// delete them.
     pub fn open(path: &Path) -> Result<(Self, DeadJobs), StateDirError> {
         let refuse = |why: String| StateDirError { path: path.to_owned(), why };
         let mut builder = DirBuilder::new();
@@ -59,7 +61,10 @@ impl StateDir {
             return Err(refuse("it belongs to another user".into()));
         }
         if found.mode() & 0o077 != 0 {
-            return Err(refuse("others may look into it; `chmod 700` it, or name another".into()));
+            return Err(refuse(
+                "other users can access it; run `chmod 700` on it or choose another directory"
+                    .into(),
+            ));
         }
         let state = Self { path: path.to_owned() };
         let dead = state.dead_jobs().map_err(|error| refuse(error.to_string()))?;
@@ -67,7 +72,7 @@ impl StateDir {
     }
 
     fn dead_jobs(&self) -> io::Result<DeadJobs> {
-        let others_wait = self.lock()?;
+        let lock = self.lock()?;
         let state = fs::canonicalize(&self.path)?;
         let mut jobs = Vec::new();
         for entry in fs::read_dir(&state)? {
@@ -78,22 +83,22 @@ impl StateDir {
                 jobs.push(files);
             }
         }
-        Ok(DeadJobs { jobs, state, _others_wait: others_wait })
+        Ok(DeadJobs { jobs, state, _lock: lock })
     }
 
-    /// Returns the error that this directory can't be used.
+    /// Makes a [`StateDirError`] for this directory from `why`.
     pub fn unusable(&self, why: &io::Error) -> StateDirError {
         StateDirError { path: self.path.clone(), why: why.to_string() }
     }
 
-    /// Keeps other agents from making or removing jobs' directories while the result lives.
+    /// Keeps other agents from creating or removing job directories as long as the returned file is open.
     fn lock(&self) -> io::Result<File> {
         let directory = File::open(&self.path)?;
         directory.lock()?;
         Ok(directory)
     }
 
-    /// Returns where the directory is by default: below the user's state directory.
+    /// Returns the default path, below the user's state directory (`XDG_STATE_HOME`).
     pub fn default_path(environment: &Environment) -> PathBuf {
         let base = environment.get("XDG_STATE_HOME").map(PathBuf::from);
         let base = base.filter(|path| path.is_absolute());
@@ -101,8 +106,8 @@ impl StateDir {
         base.unwrap_or_else(usual).join("semaphore-agent")
     }
 
-    /// Makes the directory again, and usable, if a job has removed it or changed its mode.
-    fn mend(&self) -> io::Result<()> {
+    /// Restores the directory and its mode, in case a job has removed or changed them.
+    fn restore(&self) -> io::Result<()> {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.path)?;
         let found = fs::symlink_metadata(&self.path)?;
         if found.uid() == geteuid().as_raw() && found.is_dir() && found.mode() & 0o777 != 0o700 {
@@ -111,13 +116,13 @@ impl StateDir {
         Ok(())
     }
 
-    /// Makes a fresh directory for a job. `environment_copy` is where people on the machine are to find the job's
-    /// variables as well; its name begins with [`ENVIRONMENT_COPY`].
+    /// Creates the directory of a job. `environment_copy` is the path of the copy of the job's variables,
+    /// if one will be made; its file name begins with [`ENVIRONMENT_COPY`].
     pub fn make_job_dir(&self, environment_copy: Option<PathBuf>) -> io::Result<JobDir> {
-        self.mend()?;
+        self.restore()?;
         let name = format!("job-{}", &random_word()?[..12]);
         let directory = fs::canonicalize(&self.path)?.join(name);
-        let _others_wait = self.lock()?;
+        let _state_lock = self.lock()?;
         DirBuilder::new().mode(0o700).create(&directory)?;
         let lock = File::open(&directory)?;
         lock.lock()?;
@@ -131,34 +136,34 @@ impl StateDir {
     }
 }
 
-/// The jobs of agents that are dead. No other agent makes or deletes a job's directory while this value lives.
+/// The jobs of dead agents. No other agent can create or delete a job directory while this value lives.
 #[derive(Debug)]
 pub struct DeadJobs {
-    /// What they have in files.
+    /// The files of each dead job.
     pub jobs: Vec<JobFiles>,
     /// The state directory, without symbolic links.
     state: PathBuf,
-    _others_wait: File,
+    _lock: File,
 }
 
 impl DeadJobs {
-    /// Returns the state directory, as it stands in the marks of its jobs' processes.
+    /// Returns the path of the state directory as [`JobFiles::mark`] spells it.
     pub fn state(&self) -> &Path {
         &self.state
     }
 
-    /// Returns whether a job of this name has a directory, whether it is alive or dead.
+    /// Returns whether the job called `name`, living or dead, has a directory.
     pub fn is_known(&self, name: &str) -> bool {
         [name.to_owned(), format!("{DEAD}{name}")].iter().any(|name| self.state.join(name).exists())
     }
 }
 
-/// What a job has in files. All that deletes them is here.
+/// The paths of a job's files, and the only code that deletes them.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct JobFiles {
     /// The job's directory.
     directory: PathBuf,
-    /// Where people on the machine find the job's variables, if they do.
+    /// The copy of the job's variables that people on the machine may read, if there is one.
     environment_copy: Option<PathBuf>,
 }
 
@@ -168,34 +173,34 @@ impl JobFiles {
         &self.directory
     }
 
-    /// Returns a name that no other job of this agent has, and hardly one of any other.
+    /// Returns the job's name, which is random and thus unique among all agents for practical purposes.
     pub fn name(&self) -> &str {
         let name = self.directory.file_name().and_then(OsStr::to_str).unwrap_or_default();
         name.strip_prefix(DEAD).unwrap_or(name)
     }
 
-    /// Returns what the job's processes are marked with.
+    /// Returns the mark by which the job's processes are found.
     pub fn mark(&self) -> String {
         let state = self.directory.parent().unwrap_or(Path::new("/"));
         format!("{}@{}", self.name(), state.display())
     }
 
-    /// Returns the directory of scripts and variables, which is there while the job runs.
+    /// Returns the directory of scripts and variables, which exists while the job runs.
     pub fn scratch(&self) -> PathBuf {
         scratch_of(&self.directory)
     }
 
-    /// Notes that the job may own something outside of this machine.
+    /// Records that the job may own containers.
     pub fn note_elsewhere(&self) -> io::Result<()> {
         File::create(self.directory.join(ELSEWHERE)).map(drop)
     }
 
-    /// Returns whether the job may own something outside of this machine.
+    /// Returns whether the job may own containers.
     pub fn may_be_elsewhere(&self) -> bool {
         self.directory.join(ELSEWHERE).exists()
     }
 
-    /// Renames the directory of a dead job: what is marked with the old name belongs to no living job.
+    /// Renames the directory of a dead job: processes and containers with its name belong to no living job.
     pub fn declare_dead(&mut self) -> io::Result<()> {
         let dead = self.directory.with_file_name(format!("{DEAD}{}", self.name()));
         fs::rename(&self.directory, &dead)?;
@@ -206,7 +211,7 @@ impl JobFiles {
     /// Deletes the job's scripts, variables and credentials.
     pub fn delete_secrets(&self) {
         delete(&self.scratch());
-        // A link there is not followed.
+        // `remove_file` does not follow a symbolic link.
         if let Some(copy) = &self.environment_copy
             && let Err(error) = fs::remove_file(copy)
             && error.kind() != io::ErrorKind::NotFound
@@ -215,25 +220,25 @@ impl JobFiles {
         }
     }
 
-    /// Deletes everything.
+    /// Deletes all of the job's files.
     pub fn delete(&self) {
         self.delete_secrets();
         delete(&self.directory);
     }
 }
 
-/// A job's directory. Everything in it is deleted with this value.
+/// A job's directory, deleted with all of the job's files when this value is dropped.
 #[derive(Debug)]
 pub struct JobDir {
     files: JobFiles,
-    /// The directory stays, with nothing in it but the note that the job may own something elsewhere.
+    /// On drop, keep the directory with the [`ELSEWHERE`] marker.
     stays: Cell<bool>,
-    /// Held as long as the job's agent lives.
+    /// Locked as long as the job's agent lives: an unlocked directory belongs to a dead job.
     _lock: File,
 }
 
 impl JobDir {
-    /// Returns what the job has in files.
+    /// Returns the paths of the job's files.
     pub fn files(&self) -> &JobFiles {
         &self.files
     }
@@ -258,7 +263,7 @@ impl JobDir {
         self.files.scratch()
     }
 
-    /// Returns the path of the job's variables, a script that is there once they are exported.
+    /// Returns the path of the script with the job's variables, which exists once they are exported.
     pub fn environment(&self) -> PathBuf {
         self.scratch().join("environment-1")
     }
@@ -268,12 +273,13 @@ impl JobDir {
         self.path().join("log.jsonl")
     }
 
-    /// Returns where people on the machine find the job's variables until its processes are gone, if they do.
+    /// Returns the path of the copy of the job's variables, if there is one. The copy is removed when the
+    /// job's processes have ended.
     pub fn environment_copy(&self) -> Option<&Path> {
         self.files.environment_copy.as_deref()
     }
 
-    /// Lets the directory stay for the guard, which has to end what the job owns elsewhere.
+    /// Keeps the directory on drop: the guard needs it to remove the job's containers.
     pub fn let_stay(&self) {
         self.stays.set(true);
     }
@@ -293,7 +299,7 @@ impl Drop for JobDir {
     fn drop(&mut self) {
         self.delete_secrets();
         if self.stays.get() {
-            // Deleted with all the rest if that fails now.
+            // If this fails, the guard deletes the log with the directory.
             let _ = fs::remove_file(self.log());
         } else {
             self.files.delete();
@@ -301,14 +307,14 @@ impl Drop for JobDir {
     }
 }
 
-/// The copy of its variables that a dead job's directory names: only what the agent itself may have put there, as the
-/// note lies where the job could write.
+/// Returns the copy of the variables that the link in a dead job's directory names. The job could write
+/// to that directory, so a link to any other file is ignored.
 fn noted_copy(job_directory: &Path) -> Option<PathBuf> {
     let copy = fs::read_link(job_directory.join(COPY_NOTE)).ok()?;
     copy.file_name()?.to_str()?.starts_with(ENVIRONMENT_COPY).then_some(copy)
 }
 
-/// Deletes a directory that is the agent's own, if it is there.
+/// Deletes one of the agent's own directories, if it exists.
 fn delete(directory: &Path) {
     if let Err(error) = fs::remove_dir_all(directory)
         && error.kind() != io::ErrorKind::NotFound

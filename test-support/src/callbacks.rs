@@ -1,4 +1,4 @@
-//! A server for the callbacks of `agent serve`.
+//! A server that receives the callbacks of `agent serve`.
 
 use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -11,14 +11,14 @@ use serde_json::Value;
 use crate::http::Request;
 use crate::waiting::PATIENCE;
 
-/// A server that the agent tells how its jobs go.
+/// A server on the loopback interface that receives callbacks.
 pub struct CallbackServer {
     address: SocketAddr,
     count: Arc<AtomicUsize>,
     received: Mutex<mpsc::Receiver<Callback>>,
 }
 
-/// What the agent told.
+/// A received callback.
 #[derive(Debug)]
 pub struct Callback {
     pub path: String,
@@ -37,7 +37,8 @@ impl CallbackServer {
         Self::answering(|_| 200)
     }
 
-    /// `status` decides on each request, counted from 0, after [`Self::next`] has seen it.
+    /// Starts a server that responds with the status that `status` returns for the request's number, from 0
+    /// on. [`Self::next`] can return the request before the response.
     pub fn answering(status: impl Fn(usize) -> u16 + Send + 'static) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
@@ -76,13 +77,13 @@ impl CallbackServer {
         self.received.lock().unwrap().recv_timeout(PATIENCE).unwrap()
     }
 
-    /// Nothing comes for a while.
+    /// Fails if a request comes within 300 ms.
     pub fn assert_silent(&self) {
         let received = self.received.lock().unwrap().recv_timeout(Duration::from_millis(300));
         assert!(received.is_err(), "{received:?} came too early");
     }
 
-    /// How many requests there were.
+    /// Returns the number of requests so far.
     pub fn count(&self) -> usize {
         self.count.load(Ordering::SeqCst)
     }

@@ -1,4 +1,4 @@
-//! Jobs that change their shell, and the commands after it that must run all the same.
+//! Jobs that tamper with their own shell, and the commands after that, which must still run.
 
 use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, mpsc};
@@ -11,32 +11,33 @@ use serde_json::Value;
 
 use crate::{Finished, World};
 
-/// A command that runs after the change. Absolute paths and literal words: a job can redefine none of it.
+/// A command that runs after the change. It only uses absolute paths and literal words, which a job can't
+/// redefine.
 pub const SECOND: &str = "/bin/echo second";
 
-/// As above; a job that goes on after it has not run it.
+/// A failing command. If the job continues after it, the command did not run.
 pub const THIRD: &str = "/bin/sh -c '/bin/echo third; exit 3'";
 
-/// How long a job of short commands takes at most, on a machine that does much else.
+/// Time limit for a job of short commands on a busy machine.
 pub const SHORT_JOB: Duration = Duration::from_mins(1);
 
-/// As above, with containers that come and go.
+/// Time limit for a Docker job of short commands on a busy machine.
 pub const DOCKER_JOB: Duration = Duration::from_mins(1);
 
-/// How long the session may wait in vain for a shell that will never answer, and a job around it.
+/// Time limit for a job whose shell never responds, including the session's own time limit.
 pub const VAIN_WAIT: Duration = Duration::from_secs(100);
 
-/// The commands of a job that makes this change.
+/// Returns the commands of a job that makes this change.
 pub fn with_change(change: &str) -> [&str; 5] {
     ["/bin/echo before", change, SECOND, THIRD, "/bin/echo not reached"]
 }
 
-/// The commands of a job whose shell was changed before it began.
+/// Returns the commands of a job whose shell was changed before the job began.
 pub fn without_change() -> [&'static str; 4] {
     ["/bin/echo before", SECOND, THIRD, "/bin/echo not reached"]
 }
 
-/// Runs a job to its end; nothing if it does not end in time.
+/// Runs a job to its end. Returns `None` if it does not end in time.
 pub fn run_within(
     world: &World,
     patience: Duration,
@@ -67,15 +68,15 @@ fn line(text: &str, exit_code: i32) -> (String, i32) {
     (format!("{text}\n"), exit_code)
 }
 
-/// Without what bash says about a readonly `_` at each command.
+/// Removes bash's messages about a readonly `_`, which it prints at each command.
 fn without_complaints(output: &str) -> String {
     output.split_inclusive('\n').filter(|line| !line.ends_with(" _: readonly variable\n")).collect()
 }
 
-/// Whether each command ran exactly, and the failing one failed the job.
+/// Returns whether each command ran exactly once, and the failing one failed the job.
 fn ran(finished: &Finished, has_change: bool) -> bool {
     let mut commands = finished.commands();
-    // What a slow profile prints is shown.
+    // A slow login profile gets a step of its own.
     if matches!(&finished.steps()[..], [(title, _, 0), ..] if title == "Preparing the job") {
         commands.remove(0);
     }
@@ -88,36 +89,36 @@ fn ran(finished: &Finished, has_change: bool) -> bool {
     commands == [line("before", 0), line("second", 0), line("third", 3)] && has_failed(finished)
 }
 
-/// Whether a command failed in place of one that could not run, with the agent's own words about it, and
-/// nothing went on.
-fn said_so(finished: &Finished) -> bool {
+/// Returns whether the job failed at the last command, with a message of the agent about the shell.
+fn reported_failure(finished: &Finished) -> bool {
     let Some((output, exit_code)) = finished.commands().pop() else {
         return false;
     };
     let own = output.lines().filter(|line| !line.contains("bash:"));
-    let mut about_it = own.filter(|line| line.contains("shell") || line.contains("session"));
-    has_failed(finished) && exit_code != 0 && about_it.next().is_some()
+    let mut messages = own.filter(|line| line.contains("shell") || line.contains("session"));
+    has_failed(finished) && exit_code != 0 && messages.next().is_some()
 }
 
-fn told(finished: Option<&Finished>) -> String {
+fn description(finished: Option<&Finished>) -> String {
     let steps = |finished: &Finished| format!("{:?} {}", finished.steps(), finished.stderr);
     finished.map_or_else(|| "hangs".into(), steps)
 }
 
-/// What is wrong, unless every command ran as if nothing had been changed.
-pub fn harm(finished: Option<&Finished>, has_change: bool) -> Option<String> {
+/// Returns a description of the failure, or `None` if every command ran as without the change.
+pub fn failure(finished: Option<&Finished>, has_change: bool) -> Option<String> {
     let is_well = finished.is_some_and(|finished| ran(finished, has_change));
-    (!is_well).then(|| told(finished))
+    (!is_well).then(|| description(finished))
 }
 
-/// What is wrong, unless every command ran, or one failed with a line that says why.
-pub fn silent_harm(finished: Option<&Finished>) -> Option<String> {
-    let is_well = finished.is_some_and(|finished| ran(finished, true) || said_so(finished));
-    (!is_well).then(|| told(finished))
+/// Returns a description of the failure, or `None` if every command ran or one failed with a message.
+pub fn unexplained_failure(finished: Option<&Finished>) -> Option<String> {
+    let is_well =
+        finished.is_some_and(|finished| ran(finished, true) || reported_failure(finished));
+    (!is_well).then(|| description(finished))
 }
 
-/// Does this with each of `cases`, a few at a time; the cases with something wrong, and what it is.
-pub fn harmed<T: Send + ToString>(
+/// Runs `test` for each of `cases`, two at a time. Returns the failed cases, each with its description.
+pub fn failed_cases<T: Send + ToString>(
     cases: impl IntoIterator<Item = T>,
     test: impl Fn(&T) -> Option<String> + Sync,
 ) -> Vec<String> {
@@ -137,12 +138,12 @@ pub fn harmed<T: Send + ToString>(
     found.into_inner().unwrap()
 }
 
-/// As above, with changes.
-pub fn harmed_by<T: Send + ToString + AsRef<str>>(
+/// Runs `test` for each of `changes`; see [`failed_cases`].
+pub fn failed_changes<T: Send + ToString + AsRef<str>>(
     changes: impl IntoIterator<Item = T>,
     test: impl Fn(&str) -> Option<String> + Sync,
 ) -> Vec<String> {
-    harmed(changes, |change| test(change.as_ref()))
+    failed_cases(changes, |change| test(change.as_ref()))
 }
 
 fn shortened(case: &str) -> String {
@@ -150,19 +151,20 @@ fn shortened(case: &str) -> String {
     line.get(..200).map_or(line.clone(), |beginning| format!("{beginning}…"))
 }
 
-/// Fails with a line for each of them.
-pub fn assert_none(harmed: &[String]) {
-    assert!(harmed.is_empty(), "{} cases:\n{}", harmed.len(), harmed.join("\n"));
+/// Fails unless the list of failed cases is empty.
+pub fn assert_none(failed_cases: &[String]) {
+    assert!(failed_cases.is_empty(), "{} cases:\n{}", failed_cases.len(), failed_cases.join("\n"));
 }
 
-/// A script for `base64 -d`, which wants no end cut short.
+/// Encodes a script for `base64 -d`. Trailing newlines make the length a multiple of three, so that no
+/// padding is needed.
 fn encoded(script: &str) -> String {
     let ends = script.len().next_multiple_of(3) - script.len();
     crate::base64(format!("{script}{}", "\n".repeat(ends)).as_bytes())
 }
 
-/// Below an entrypoint that does this in the container, before it becomes the shell. Its text has no `$`,
-/// which Compose would look at.
+/// Gives the main container an entrypoint that runs `set_up` before the shell. The entrypoint contains no `$`
+/// that Compose would substitute.
 pub fn set_up_by(job: &mut Value, set_up: &str) {
     let main = &mut job["compose"]["containers"][0];
     main["entrypoint"] =
@@ -171,13 +173,13 @@ pub fn set_up_by(job: &mut Value, set_up: &str) {
     main["env_vars"] = crate::docker::variables(&[("SET_UP", encoded(&set_up).as_bytes())]);
 }
 
-/// Gives the shell of the job's container this startup file.
+/// Gives the shell in the job's container this startup file.
 pub fn with_startup_file(job: &mut Value, startup: &str) {
     let encoded = encoded(&format!("{startup}\n"));
     set_up_by(job, &format!("echo {encoded} | base64 -d >/root/.bashrc"));
 }
 
-/// The words that this bash lists for `compgen -A KIND`.
+/// Returns the words that bash lists for `compgen -A KIND`.
 pub fn words_of_bash(kind: &str) -> Vec<String> {
     let output = Command::new("bash").args(["-c", &format!("compgen -A {kind}")]).output().unwrap();
     String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect()

@@ -1,4 +1,4 @@
-//! A running agent that goes on until it is asked to end, and its own log.
+//! A running `agent serve` or `agent start`, and its own log.
 
 use std::io;
 use std::os::unix::process::ExitStatusExt as _;
@@ -13,8 +13,8 @@ use crate::World;
 use crate::waiting::PATIENCE;
 use crate::world::Watchdog;
 
-/// Starts a program, even one that was copied just now: another thread's child has the copy open until that child
-/// starts its own program.
+/// Starts a program, even one that was copied just now: a child that another thread has forked keeps the copy
+/// open for writing until it executes its own program.
 pub fn spawned(command: &mut Command) -> Child {
     loop {
         match command.spawn() {
@@ -24,7 +24,7 @@ pub fn spawned(command: &mut Command) -> Child {
     }
 }
 
-/// An `agent serve` or `agent start`. It is killed with this value.
+/// An `agent serve` or `agent start`, killed on drop.
 pub struct Daemon {
     child: Child,
     own_log: Arc<OwnLog>,
@@ -56,18 +56,18 @@ impl Daemon {
         status
     }
 
-    /// What stood on standard output so far.
+    /// Returns the agent's own log so far, as on standard output.
     pub fn own_log(&self) -> String {
         self.own_log.so_far()
     }
 
-    /// All that stood there, once it has ended.
+    /// Waits for the end of the agent's own log and returns all of it.
     pub fn whole_log(&self) -> String {
         self.own_log.wait_for_end();
         self.own_log()
     }
 
-    /// Waits until a line holds `text`; answers all so far.
+    /// Waits until a line contains `text`. Returns the agent's own log so far.
     pub fn wait_for_own_log(&self, text: &str) -> String {
         self.own_log.wait_for(text)
     }
@@ -85,7 +85,7 @@ impl Drop for Daemon {
     }
 }
 
-/// The standard output of an agent, as it comes.
+/// Collects the standard output of an agent.
 #[derive(Default)]
 struct OwnLog {
     text: Mutex<(Vec<u8>, bool)>,
@@ -116,7 +116,7 @@ impl OwnLog {
         String::from_utf8_lossy(&self.text.lock().unwrap().0).into_owned()
     }
 
-    /// Waits until nothing more can come.
+    /// Waits until standard output is closed.
     fn wait_for_end(&self) {
         let guard = self.text.lock().unwrap();
         let (guard, waited) =
@@ -125,21 +125,21 @@ impl OwnLog {
         assert!(!waited.timed_out(), "the agent's own log does not end");
     }
 
-    /// Whole lines, of which one holds `text`.
+    /// Waits until a complete line contains `text`.
     fn wait_for(&self, text: &str) -> String {
         let guard = self.text.lock().unwrap();
-        let held = |log: &[u8]| {
+        let contains_line = |log: &[u8]| {
             let log = String::from_utf8_lossy(log);
             log.split_inclusive('\n').any(|line| line.ends_with('\n') && line.contains(text))
         };
         let (guard, _) = self
             .grown
-            .wait_timeout_while(guard, PATIENCE, |(log, ended)| !*ended && !held(log))
+            .wait_timeout_while(guard, PATIENCE, |(log, ended)| !*ended && !contains_line(log))
             .unwrap();
         let log = String::from_utf8_lossy(&guard.0).into_owned();
-        let found = held(&guard.0);
+        let found = contains_line(&guard.0);
         drop(guard);
-        assert!(found, "the agent does not say {text:?}: {log}");
+        assert!(found, "{text:?} is not in the agent's own log: {log}");
         log
     }
 }

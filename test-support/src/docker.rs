@@ -1,11 +1,11 @@
-//! What tests of Docker jobs ask of the machine's engine.
+//! Helpers for tests of Docker jobs, which use the machine's engine.
 
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
-/// Makes the images of `tests/images` where they are missing.
+/// Builds the images of `tests/images`, unless they exist.
 pub fn make_images() {
     static MADE: OnceLock<()> = OnceLock::new();
     MADE.get_or_init(|| {
@@ -14,31 +14,31 @@ pub fn make_images() {
     });
 }
 
-/// Runs the command line client; answers its exit code and all that it printed.
+/// Runs `docker`. Returns its exit code and its output, standard error included.
 pub fn docker(arguments: &[&str]) -> (i32, String) {
     let output = Command::new("docker").args(arguments).stdin(Stdio::null()).output().unwrap();
     let printed = [output.stdout, output.stderr].concat();
     (output.status.code().unwrap(), String::from_utf8_lossy(&printed).into_owned())
 }
 
-/// What a client prints that must not fail.
+/// Runs `docker`, which must succeed, and returns its output.
 pub fn docker_prints(arguments: &[&str]) -> String {
     let (code, printed) = docker(arguments);
     assert_eq!(code, 0, "docker {arguments:?}: {printed}");
     printed.trim().to_owned()
 }
 
-/// A job with one container, of this test image.
+/// Returns a job with one container of this test image.
 pub fn job(image: &str, commands: &[&str]) -> Value {
     job_in(json!([container("main", image)]), commands)
 }
 
-/// A container of a test image.
+/// Returns a container of a test image.
 pub fn container(name: &str, image: &str) -> Value {
     json!({ "name": name, "image": format!("agent-test/{image}") })
 }
 
-/// A job with these containers.
+/// Returns a job with these containers.
 #[expect(clippy::needless_pass_by_value, reason = "written where it is passed")]
 pub fn job_in(containers: Value, commands: &[&str]) -> Value {
     make_images();
@@ -49,20 +49,20 @@ pub fn job_in(containers: Value, commands: &[&str]) -> Value {
     job
 }
 
-/// Variables as jobs have them.
+/// Returns variables in the format of jobs.
 pub fn variables(variables: &[(&str, &[u8])]) -> Value {
     let named =
         |(name, value): &(&str, &[u8])| json!({ "name": name, "value": crate::base64(value) });
     variables.iter().map(named).collect()
 }
 
-/// A file as jobs have them.
+/// Returns a file in the format of jobs.
 pub fn file(path: &str, content: &[u8], mode: &str) -> Value {
     json!({ "path": path, "content": crate::base64(content), "mode": mode })
 }
 
-/// The containers and networks that a job has on the engine.
-pub fn left_of(job: &Value) -> Vec<String> {
+/// Returns the containers and networks of a job that still exist.
+pub fn leftovers_of(job: &Value) -> Vec<String> {
     let label = format!("label=semaphore-agent.job={}", job["job_id"].as_str().unwrap());
     let containers = docker_prints(&[
         "ps",
@@ -77,13 +77,12 @@ pub fn left_of(job: &Value) -> Vec<String> {
     containers.lines().chain(networks.lines()).map(str::to_owned).collect()
 }
 
-/// Something of a test's own on the engine that goes with this value: the words before its name that remove
-/// it, and its name.
+/// An object on the engine that is removed on drop: the `docker` arguments that remove it, and its name.
 pub struct Owned(pub &'static [&'static str], pub String);
 
 impl Drop for Owned {
     fn drop(&mut self) {
-        // What is gone already need not be removed.
+        // Fails if the object is already gone.
         let _ = docker(&[self.0, &[&self.1]].concat());
     }
 }

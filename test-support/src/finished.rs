@@ -1,10 +1,10 @@
-//! The log of a job that has ended.
+//! The log of a finished job.
 
 use std::process::Output;
 
 use actors::log::event::LogEvent;
 
-/// A job that has ended.
+/// The outcome of a job, or of the agent that ran it.
 #[derive(Debug)]
 pub struct Finished {
     pub exit_code: Option<i32>,
@@ -39,7 +39,7 @@ impl Finished {
         steps
     }
 
-    /// Output and exit code of each main command.
+    /// Returns output and exit code of each step that is not the agent's own.
     pub fn commands(&self) -> Vec<(String, i32)> {
         let own = [
             "Setting up image pull credentials",
@@ -52,7 +52,7 @@ impl Finished {
         steps.map(|(_, output, exit_code)| (output, exit_code)).collect()
     }
 
-    /// Everything that commands printed.
+    /// Returns the output of all commands.
     pub fn output(&self) -> String {
         self.commands().into_iter().map(|(output, _)| output).collect()
     }
@@ -65,7 +65,7 @@ impl Finished {
     }
 }
 
-/// The events of a log.
+/// Decodes the events of a log.
 pub fn events(log: &[u8]) -> Vec<LogEvent> {
     let lines = log.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
     lines.map(|line| LogEvent::decode(line).unwrap()).collect()

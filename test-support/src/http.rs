@@ -1,8 +1,8 @@
-//! HTTP messages as they come over a connection.
+//! HTTP messages on the wire.
 
 use std::io::{self, BufRead, Read as _, Write as _};
 
-/// A request as it goes over the wire.
+/// Encodes a request.
 pub fn encode_request(method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
     let mut bytes = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n").into_bytes();
     for (name, value) in headers {
@@ -17,18 +17,18 @@ pub fn encode_request(method: &str, path: &str, headers: &[(&str, &str)], body: 
     bytes
 }
 
-/// What a server answered.
+/// A response.
 #[derive(Clone, Debug)]
 pub struct Answer {
     pub status: u16,
-    /// The names in lower case.
+    /// Names are in lower case.
     pub headers: Vec<(String, String)>,
-    /// Without its transfer coding.
+    /// The body, with its transfer coding removed.
     pub body: Vec<u8>,
 }
 
 impl Answer {
-    /// Reads one answer to a request of this method.
+    /// Reads one response to a request with this method.
     pub fn read_from(reader: &mut impl BufRead, method: &str) -> io::Result<Self> {
         loop {
             let (line, headers) = head(reader)?;
@@ -63,7 +63,7 @@ impl Answer {
             .unwrap_or_else(|error| panic!("{error}: {} {:?}", self.status, self.text()))
     }
 
-    /// What an answer that is an object says to people.
+    /// Returns the `message` of a JSON body.
     pub fn message(&self) -> String {
         let answer = self.json();
         let message = answer["message"].as_str();
@@ -74,14 +74,14 @@ impl Answer {
         self.headers.iter().find(|(its, _)| its == name).map(|(_, value)| value.as_str())
     }
 
-    /// The same, or a failed test.
+    /// Fails unless the response has this status.
     pub fn of_status(&self, status: u16) -> &Self {
         assert_eq!(self.status, status, "{}", String::from_utf8_lossy(&self.body));
         self
     }
 }
 
-/// What a client asked.
+/// A request as a server reads it.
 #[derive(Debug)]
 pub struct Request {
     pub method: String,
@@ -105,7 +105,7 @@ impl Request {
     }
 }
 
-/// How a body's end is known.
+/// How the end of a body is determined.
 enum Framing {
     Length(usize),
     Chunks,
@@ -168,7 +168,7 @@ fn head(reader: &mut impl BufRead) -> io::Result<(String, Vec<(String, String)>)
     }
 }
 
-/// A line without its end.
+/// Reads a line, without the line end.
 fn line(reader: &mut impl BufRead) -> io::Result<String> {
     let mut line = String::new();
     reader.read_line(&mut line)?;

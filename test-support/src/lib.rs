@@ -1,5 +1,5 @@
-//! What tests, benches and the example control plane share: agents in a world of their own, and the real or
-//! scripted things around them.
+//! Fixtures shared by tests, benches and the example control plane: agents with private directories, and the
+//! real or scripted services around them.
 #![expect(
     clippy::unwrap_used,
     clippy::panic,
@@ -8,7 +8,7 @@
 )]
 #![expect(
     missing_docs,
-    reason = "only for this repository, and many names say all there is to say"
+    reason = "only used in this repository, and many names need no explanation"
 )]
 
 pub mod callbacks;
@@ -33,11 +33,11 @@ use std::collections::BTreeSet;
 
 pub use finished::{Finished, Step};
 pub use jobs::{RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, base64, job, job_of, marked, unique};
-pub use processes::{KilledOnFailure, feed, lives_with};
+pub use processes::{KilledOnFailure, feed, processes_with};
 pub use waiting::{pause, wait_for_end, wait_for_file, wait_until};
 pub use world::{Running, World, agent_program};
 
-/// The keys of a configuration file, those that are commented out included.
+/// Returns the keys of a configuration file, including those that are commented out.
 pub fn config_keys(text: &str) -> BTreeSet<String> {
     let lines = text.lines().map(|line| line.strip_prefix("# ").unwrap_or(line));
     let keys = lines.filter_map(|line| line.split_once(": ").map(|(key, _)| key));

@@ -1,4 +1,4 @@
-//! Processes that a test has started, or that a job of a test has.
+//! Processes of a test and of its jobs.
 
 use std::fs;
 use std::io::Write as _;
@@ -12,8 +12,9 @@ pub fn feed(child: &mut Child, bytes: &[u8]) {
     child.stdin.take().unwrap().write_all(bytes).unwrap();
 }
 
-/// Whether a process has this marker in its environment.
-pub fn lives_with(marker: &str) -> Vec<String> {
+/// Returns the processes that have this marker in their environment: their `/proc` directory and command
+/// line.
+pub fn processes_with(marker: &str) -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap() {
         let path = entry.unwrap().path();
@@ -28,7 +29,7 @@ pub fn lives_with(marker: &str) -> Vec<String> {
     found
 }
 
-/// If a test fails, all that has this marker in its environment is killed.
+/// If the test fails, kills on drop all processes that have this marker in their environment.
 pub struct KilledOnFailure(pub String);
 
 impl Drop for KilledOnFailure {
@@ -36,10 +37,10 @@ impl Drop for KilledOnFailure {
         if !std::thread::panicking() {
             return;
         }
-        for found in lives_with(&self.0) {
+        for found in processes_with(&self.0) {
             let pid = found.split(' ').next().and_then(|path| path.strip_prefix("/proc/"));
             let pid = pid.and_then(|pid| pid.parse().ok()).map(Pid::from_raw);
-            // Some end by themselves meanwhile.
+            // Fails if the process has ended meanwhile.
             let _ = pid.map(|pid| kill(pid, Signal::SIGKILL));
         }
     }

@@ -1,4 +1,4 @@
-//! A real image registry of a test's own, from Debian's `docker-registry` and `apache2-utils`.
+//! A real image registry for one test, from Debian's `docker-registry` and `apache2-utils`.
 
 use std::fs;
 use std::io::{self, BufRead as _, BufReader, Write as _};
@@ -10,14 +10,15 @@ use tempfile::TempDir;
 use crate::feed;
 use crate::http::Request;
 
-/// Who may push and pull.
+/// The user who may push and pull.
 pub const USER: &str = "tester";
 
-/// In base64, wherever that begins, it has digits that differ from those for URLs.
+/// A password whose base64 encoding, at any offset, has digits in which the standard and URL alphabets
+/// differ.
 pub const PASSWORD: &str = "?>~?>~?>~?";
 
-/// A registry on the loopback interface, which engines talk to without TLS. Ends with this value, and with
-/// it the engine's images from there.
+/// A registry on the loopback interface, to which engines connect without TLS. On drop, it ends, and its
+/// images are removed from the engine.
 pub struct Registry {
     process: Child,
     address: String,
@@ -30,7 +31,7 @@ impl Registry {
         Self::for_users(&[])
     }
 
-    /// One that these may use, too: names and passwords.
+    /// Starts a registry that has more users, given by name and password.
     pub fn for_users(others: &[(&str, &str)]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path();
@@ -43,7 +44,7 @@ impl Registry {
             "http": { "addr": "127.0.0.1:0" },
             "auth": { "htpasswd": { "realm": "tests", "path": path.join("htpasswd") } },
         });
-        // JSON is YAML.
+        // The registry expects YAML, of which JSON is a subset.
         fs::write(path.join("config.yml"), config.to_string()).unwrap();
         let mut command = Command::new("docker-registry");
         command.arg("serve").arg(path.join("config.yml")).stdin(Stdio::null());
@@ -54,19 +55,20 @@ impl Registry {
             let (_, rest) = line.split_once("listening on ")?;
             Some(rest.split('"').next()?.to_owned())
         });
-        // Read to the end: a full pipe would hold it up. Shown if the test fails.
+        // Read to the end, because a full pipe would block the registry. The output is shown if the test
+        // fails.
         std::thread::spawn(move || lines.for_each(drop));
         let address = address.unwrap();
         Self { process, address, directory, images: Vec::new() }
     }
 
-    /// Host and port, as they begin the names of its images.
+    /// Returns host and port, with which the names of its images begin.
     pub fn address(&self) -> &str {
         &self.address
     }
 
-    /// Puts an image of the engine into the registry, where it is called `name`. Answers its whole name,
-    /// which the engine doesn't know until it pulls it.
+    /// Pushes an image of the engine to the registry as `name`. Returns the image's full name, which the
+    /// engine does not know until it pulls the image.
     pub fn push(&mut self, image: &str, name: &str) -> String {
         let pushed = format!("{}/{name}", self.address);
         self.images.push(pushed.clone());
@@ -87,7 +89,7 @@ impl Registry {
         assert!(output.status.success(), "docker {arguments:?}: {output:?}");
     }
 
-    /// Away from the configuration of who runs the tests.
+    /// Returns a `docker` command without the configuration of the user who runs the tests.
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new("docker");
         command.arg("--config").arg(self.directory.path().join("docker")).args(arguments);
@@ -95,7 +97,7 @@ impl Registry {
     }
 }
 
-/// A line of the file that the registry knows its users by.
+/// Returns a line of the registry's `htpasswd` file.
 fn hashed(name: &str, password: &str) -> Vec<u8> {
     let mut htpasswd = Command::new("htpasswd");
     htpasswd.args(["-niB", "-C", "4", name]).stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -110,7 +112,7 @@ fn hashed(name: &str, password: &str) -> Vec<u8> {
 
 impl Drop for Registry {
     fn drop(&mut self) {
-        // What fails here has nothing to remove; a panic on the way out of a failed test would hide it.
+        // Ignore errors: this may run during the panic of a failed test.
         let _ = self.process.kill();
         let _ = self.process.wait();
         for image in &self.images {
@@ -119,14 +121,14 @@ impl Drop for Registry {
     }
 }
 
-/// What stands in for a registry where none is needed: `answer` makes the status, the rest of the head and the
-/// body of an answer. Answers its address.
+/// Starts a scripted stand-in for a registry: `answer` makes the response to each request. Returns its
+/// address.
 pub fn answering(answer: impl Fn(&Request) -> Reply + Send + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     std::thread::spawn(move || {
         for stream in listener.incoming() {
-            // Engines try TLS first, and that is no request.
+            // Engines try TLS first, which fails as an HTTP request.
             let _ = reply(stream.unwrap(), &answer);
         }
     });

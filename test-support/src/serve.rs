@@ -18,7 +18,7 @@ use crate::http::{Answer, encode_request};
 use crate::waiting::PATIENCE;
 use crate::{Finished, World, base64, finished, wait_for_end, wait_until};
 
-/// The secret that all agents here verify tokens with.
+/// The secret with which the agents verify tokens.
 pub const SECRET: &str = "a secret that only the tests know";
 
 /// An `agent serve` on a free port of this machine.
@@ -32,7 +32,8 @@ impl ServeAgent {
         Self::start_with(world, |_| {})
     }
 
-    /// `adapt` adds arguments and variables; a flag wins over what [`command`] has set.
+    /// Starts an agent after `adapt` has changed the command. Flags override the variables set by
+    /// [`command`].
     pub fn start_with(world: &World, adapt: impl FnOnce(&mut Command)) -> Self {
         let mut command = command(world);
         adapt(&mut command);
@@ -47,7 +48,7 @@ impl ServeAgent {
         self.address
     }
 
-    /// A TLS connection; the certificate is not verified.
+    /// Opens a TLS connection, without verifying the certificate.
     pub fn connect(&self) -> SslStream<TcpStream> {
         self.try_connect().unwrap()
     }
@@ -56,7 +57,7 @@ impl ServeAgent {
         Self::shake_hands(TcpStream::connect(self.address)?)
     }
 
-    /// As above, from this address of this machine.
+    /// Opens a TLS connection from this local address.
     pub fn connect_from(&self, address: Ipv4Addr) -> io::Result<SslStream<TcpStream>> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
         let socket = runtime.block_on(async {
@@ -78,7 +79,7 @@ impl ServeAgent {
         Ssl::new(context)?.connect(stream).map_err(io::Error::other)
     }
 
-    /// A request on a connection of its own, without a token unless it is among the headers.
+    /// Sends a request on a connection of its own, without a token unless the headers contain one.
     pub fn request(
         &self,
         method: &str,
@@ -87,7 +88,7 @@ impl ServeAgent {
         body: &[u8],
     ) -> Answer {
         self.try_request(method, path, headers, body)
-            .unwrap_or_else(|error| panic!("{method} {path} has no answer: {error}"))
+            .unwrap_or_else(|error| panic!("{method} {path} has no response: {error}"))
     }
 
     pub fn try_request(
@@ -100,7 +101,7 @@ impl ServeAgent {
         let mut stream = self.try_connect()?;
         let mut headers = headers.to_vec();
         headers.push(("Connection", "close"));
-        // Who refuses a body need not read it: the answer counts.
+        // The agent may refuse a body without reading it, so only the response counts.
         let _ = stream.write_all(&encode_request(method, path, &headers, body));
         Answer::read_from(&mut io::BufReader::new(stream), method)
     }
@@ -119,12 +120,12 @@ impl ServeAgent {
         self.post("/jobs", job.to_string().as_bytes())
     }
 
-    /// The log from its beginning, for a reader like any other.
+    /// Reads the log from its beginning, as an ordinary client.
     pub fn log_events(&self, id: &str) -> Vec<LogEvent> {
         events(&self.get(&format!("/jobs/{id}/log")))
     }
 
-    /// The log from its beginning, for the reader that makes the job's log safe.
+    /// Reads the log from its beginning, as the archivator.
     pub fn archive(&self, id: &str) -> Vec<LogEvent> {
         events(&self.archive_from(id, 0))
     }
@@ -134,7 +135,7 @@ impl ServeAgent {
         self.request("GET", &format!("/jobs/{id}/log?start_from={line}"), &headers, b"")
     }
 
-    /// Waits until a line of the log holds `text`.
+    /// Waits until a line of the log contains `text`.
     pub fn wait_for_log(&self, id: &str, text: &str) {
         let mut line = 0;
         wait_until(
@@ -151,7 +152,7 @@ impl ServeAgent {
         );
     }
 
-    /// Waits until `/status` has this state.
+    /// Waits until `/status` returns this state.
     pub fn wait_for_state(&self, state: &str) {
         wait_until(
             || self.get("/status").of_status(200).json()["state"] == state,
@@ -159,7 +160,7 @@ impl ServeAgent {
         );
     }
 
-    /// A job from its request to its teardown.
+    /// Runs a job from its request to its teardown.
     pub fn run_to_end(&self, job: &Value) -> Finished {
         let id = job["job_id"].as_str().unwrap();
         let answer = self.post_job(job);
@@ -167,7 +168,7 @@ impl ServeAgent {
         self.finish(id)
     }
 
-    /// What is left of a job, to its teardown.
+    /// Waits for the end of a job, archives its log, and waits for the teardown.
     pub fn finish(&self, id: &str) -> Finished {
         self.wait_for_log(id, r#""event":"job_finished""#);
         let events = self.archive(id);
@@ -190,7 +191,8 @@ impl DerefMut for ServeAgent {
     }
 }
 
-/// `agent serve` with a secret, a free port and private places for all that it writes.
+/// Returns a command for `agent serve` with a secret and a free port, which writes only below the world's
+/// directory.
 pub fn command(world: &World) -> Command {
     let mut command = world.daemon("serve");
     command.env("SEMAPHORE_AGENT_AUTH_TOKEN_SECRET", SECRET);
@@ -198,7 +200,7 @@ pub fn command(world: &World) -> Command {
     command
 }
 
-/// The error message of an agent that refuses its configuration.
+/// Runs an agent that must refuse its configuration, and returns its error message.
 pub fn refusal(world: &World, adapt: impl FnOnce(&mut Command)) -> String {
     let mut agent = command(world);
     adapt(&mut agent);
@@ -209,18 +211,18 @@ pub fn refusal(world: &World, adapt: impl FnOnce(&mut Command)) -> String {
     message
 }
 
-/// The events of an answer that is a log.
+/// Decodes the events of a response that is a log.
 pub fn events(answer: &Answer) -> Vec<LogEvent> {
     finished::events(&answer.of_status(200).body)
 }
 
-/// The header of a client that has the secret; its token claims nothing.
+/// Returns an `Authorization` header with a valid token that has no claims.
 pub fn good_authorization() -> &'static str {
     static GOOD: OnceLock<String> = OnceLock::new();
     GOOD.get_or_init(|| format!("Bearer {}", token("HS256", SECRET, &json!({}))))
 }
 
-/// A JSON web token. `none` has an empty signature, and what is not HMAC is signed as HS256.
+/// Makes a JSON web token. `none` gets an empty signature; unknown algorithms are signed as HS256.
 pub fn token(algorithm: &str, secret: &str, payload: &Value) -> String {
     token_with_header(&json!({ "alg": algorithm, "typ": "JWT" }), secret, payload)
 }

@@ -1,4 +1,4 @@
-//! A real OpenSSH server of a test's own.
+//! A real OpenSSH server for one test.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -11,20 +11,20 @@ use nix::unistd::{User, geteuid};
 
 const SSHD: &str = "/usr/sbin/sshd";
 
-/// How many ports to try: between finding a free one and listening on it, it can be taken.
+/// Number of ports to try: another process may take a free port before the server listens on it.
 const PORTS: usize = 5;
 
-/// An SSH server on the loopback interface that lets in who runs the tests. Ends with this value.
+/// An SSH server on the loopback interface for the user who runs the tests; ends on drop.
 pub struct SshServer {
     process: Child,
     port: u16,
 }
 
 impl SshServer {
-    /// Its sessions have `environment` besides their usual variables, or instead of these.
+    /// Starts a server whose sessions have the variables in `environment`, which override the usual ones.
     pub fn start(directory: &Path, authorized_keys: &Path, environment: &[(&str, &str)]) -> Self {
         if geteuid().is_root() {
-            // Where it locks up its unprivileged part; packages make it when the service starts.
+            // The privilege separation directory, which the system service usually creates.
             let mut builder = fs::DirBuilder::new();
             builder.recursive(true).mode(0o755).create("/run/sshd").unwrap();
         }
@@ -32,10 +32,10 @@ impl SshServer {
         let environment: String =
             environment.iter().map(|(name, value)| format!(" {name}={value}")).collect();
         for _ in 0..PORTS {
-            // Free again at the end of this line.
+            // The listener is dropped at once, so the port is free again.
             let free = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr());
             let port = free.unwrap().port();
-            // Directories for temporary files are open to all, which strict modes do not stand.
+            // `StrictModes no`: strict modes refuse keys below a world-writable directory, such as `/tmp`.
             let config = format!(
                 "ListenAddress 127.0.0.1:{port}\nHostKey {}\nAuthorizedKeysFile {}\n\
                  AllowUsers {}\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n\
@@ -50,14 +50,14 @@ impl SshServer {
                 return server;
             }
         }
-        panic!("{SSHD} found no port to listen on");
+        panic!("{SSHD} could not listen on any port");
     }
 
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Nothing if it ends instead.
+    /// Starts the server and waits until it listens. Returns `None` if it ends instead.
     fn listening(config: &Path, port: u16) -> Option<Self> {
         let mut command = Command::new(SSHD);
         command.args(["-D", "-e", "-f"]).arg(config);
@@ -70,7 +70,7 @@ impl SshServer {
             line.starts_with("Server listening on ")
         };
         lines.by_ref().map_while(Result::ok).find(is_ready)?;
-        // Read to the end: a full pipe would hold it up. Shown if the test fails.
+        // Read to the end, because a full pipe would block the server. The output is shown if the test fails.
         std::thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
                 println!("sshd: {line}");
@@ -82,25 +82,25 @@ impl SshServer {
 
 impl Drop for SshServer {
     fn drop(&mut self) {
-        // It has ended if that fails; a panic on the way out of a failed test would hide it.
+        // Fails if the server has ended. Do not panic: this may run during the panic of a failed test.
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
 }
 
-/// Who runs the tests.
+/// Returns the name of the user who runs the tests.
 pub fn user() -> String {
     User::from_uid(geteuid()).unwrap().unwrap().name
 }
 
-/// Makes a key pair; answers the private key's path.
+/// Makes a key pair and returns the private key's path.
 pub fn key(directory: &Path, name: &str, kind: &[&str]) -> PathBuf {
     let arguments = [&["-q", "-N", "", "-C", "test", "-f", name], kind].concat();
     run(directory, "ssh-keygen", &arguments);
     directory.join(name)
 }
 
-/// Nothing of a private key may be in what was printed, neither as it is nor as jobs have it.
+/// Fails if a part of a private key, plain or in base64 as in jobs, is in the printed text.
 pub fn assert_hidden(private_key: &str, printed: &str) {
     let encoded = crate::base64(private_key.as_bytes());
     let encoded = encoded.as_bytes().chunks(64).map(|part| str::from_utf8(part).unwrap());
@@ -109,7 +109,7 @@ pub fn assert_hidden(private_key: &str, printed: &str) {
     }
 }
 
-/// A client that is told everything, and asks nobody.
+/// Returns an SSH client that ignores the user's configuration and never prompts.
 pub fn client(port: u16, private_key: &Path) -> Command {
     let mut command = Command::new("ssh");
     command.args(["-F", "none", "-p", &port.to_string(), "-i"]).arg(private_key);
@@ -127,7 +127,7 @@ pub fn client(port: u16, private_key: &Path) -> Command {
     command
 }
 
-/// Runs a program that must succeed, away from the configuration of who runs the tests.
+/// Runs a program, which must succeed, without the configuration of the user who runs the tests.
 pub fn run(home: &Path, program: &str, arguments: &[&str]) {
     let mut command = Command::new(program);
     command.args(arguments).current_dir(home).env_clear();

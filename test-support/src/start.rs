@@ -1,4 +1,4 @@
-//! A running `agent start`, and the control plane that it works for.
+//! A running `agent start`, and its control plane.
 
 use std::ops::{Deref, DerefMut};
 use std::process::{Command, Output, Stdio};
@@ -8,51 +8,51 @@ use actors::log::event::LogEvent;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::control_plane::{Asked, ControlPlane, Fault, Known, Settings};
+use crate::control_plane::{ControlPlane, Fault, Known, ReceivedRequest, Settings};
 use crate::daemon::Daemon;
 use crate::finished::events;
 use crate::{Finished, World, wait_for_end};
 
-/// The token that agents register with. No output may ever show it.
+/// The registration token. It must not appear in any output.
 pub const TOKEN: &str = "canary-registration-token";
 
-/// The name of all agents here.
+/// The name with which the agents register.
 pub const NAME: &str = "agent-of-a-test";
 
-/// How long a test waits for what must happen. It is much shorter than [`FAR_OFF`], so that no test passes only
-/// because the agent's next regular report was due.
+/// Time limit for an expected event. It is much shorter than [`FAR_OFF`], so that no test passes only because
+/// the agent's next regular report was due.
 const PATIENCE: Duration = Duration::from_secs(50);
 
-/// A pause between two reports that is longer than any test, in milliseconds. A test with it queues its jobs before
-/// it starts the agent, which asks only once for one.
+/// A report interval that is longer than any test, in milliseconds. A test that uses it must queue its jobs
+/// before it starts the agent, because the agent asks only once for a job.
 pub const FAR_OFF: u64 = 200_000;
 
-/// A short pause between two reports, in milliseconds.
+/// A short report interval, in milliseconds.
 pub const SOON: u64 = 100;
 
-/// A control plane on a free port. Each of its waits fails the test if what it waits for does not come true.
+/// A control plane on a free port. Each wait has a time limit, after which the test fails.
 pub struct Hub {
     plane: ControlPlane,
 }
 
 impl Hub {
-    /// `next_sync_after` is how often agents report, in milliseconds.
+    /// Starts a control plane; `next_sync_after` is the agents' report interval in milliseconds.
     pub fn start(next_sync_after: u64) -> Self {
         let settings = Settings { next_sync_after, token: TOKEN.into(), ..Settings::default() };
         let plane = ControlPlane::start("127.0.0.1:0", settings, Box::new(|_| {})).unwrap();
         Self { plane }
     }
 
-    /// Waits until `look` finds something.
+    /// Waits until `look` returns a value. `what` describes it in the failure message.
     pub fn find<T>(&self, what: &str, look: impl FnMut(&Known) -> Option<T>) -> T {
         self.plane.wait_for(PATIENCE, look).unwrap_or_else(|| {
             let states = self.states().join("\n");
-            panic!("{what}: that does not come true. What was reported:\n{states}")
+            panic!("{what}: timed out. Reports so far:\n{states}")
         })
     }
 
-    pub fn wait_until(&self, what: &str, mut is_so: impl FnMut(&Known) -> bool) {
-        self.find(what, |known| is_so(known).then_some(()));
+    pub fn wait_until(&self, what: &str, mut condition: impl FnMut(&Known) -> bool) {
+        self.find(what, |known| condition(known).then_some(()));
     }
 
     /// Waits until the last report has this state.
@@ -62,7 +62,7 @@ impl Hub {
         });
     }
 
-    /// Waits until the log of the job holds `text`.
+    /// Waits until the log of the job contains `text`.
     pub fn wait_for_log(&self, id: &str, text: &str) {
         self.wait_until(text, |known| {
             let lines = &known.jobs[id].log;
@@ -75,7 +75,7 @@ impl Hub {
         self.find(id, |known| known.jobs[id].result.clone())
     }
 
-    /// Waits until the job's result is reported. The log must be whole by then, and end with the same result.
+    /// Waits until the job's result is reported. By then the log must be complete, with the same result.
     pub fn finish(&self, id: &str) -> Finished {
         let (result, log) = self
             .find(id, |known| Some((known.jobs[id].result.clone()?, known.jobs[id].log_bytes())));
@@ -93,33 +93,37 @@ impl Hub {
         finished
     }
 
-    /// Hands out a job and waits for its end.
+    /// Queues a job and waits for its end.
     pub fn run(&self, job: &Value) -> Finished {
         let id = self.plane.queue(job.clone());
         self.finish(&id)
     }
 
-    /// The reports so far: state, job and result, as words. Equal ones in a row count once.
+    /// Returns the reports so far, each as `STATE JOB RESULT`, without repetitions.
     pub fn states(&self) -> Vec<String> {
         let mut states: Vec<_> = self.plane.look(|known| known.reports.iter().map(state).collect());
         states.dedup();
         states
     }
 
-    /// From now on every request of a kind meets this fault.
-    pub fn fail(&self, fault: Fault, mut which: impl FnMut(&Asked) -> bool + Send + 'static) {
-        self.plane.misbehave(Some(Box::new(move |asked, _| which(asked).then_some(fault))));
+    /// From now on, this fault hits every request for which `which` returns `true`.
+    pub fn fail(
+        &self,
+        fault: Fault,
+        mut which: impl FnMut(&ReceivedRequest) -> bool + Send + 'static,
+    ) {
+        self.plane.misbehave(Some(Box::new(move |received, _| which(received).then_some(fault))));
     }
 
-    /// Calls `look` whenever a report of this state comes, before it is answered, and sends what it returns.
+    /// Calls `look` for each report with this state, before the response, and sends the returned values.
     pub fn watch<T: Send + 'static>(
         &self,
         state: &'static str,
         look: impl Fn() -> T + Send + 'static,
     ) -> std::sync::mpsc::Receiver<T> {
         let (sender, seen) = std::sync::mpsc::channel();
-        self.plane.misbehave(Some(Box::new(move |asked, _| {
-            if asked.body["state"] == state {
+        self.plane.misbehave(Some(Box::new(move |received, _| {
+            if received.body["state"] == state {
                 let _ = sender.send(look());
             }
             None
@@ -147,17 +151,17 @@ impl DerefMut for Hub {
     }
 }
 
-/// `agent start` with private places for all that it writes, and nothing else that it needs.
+/// Returns a command for `agent start`; see [`World::daemon`].
 pub fn command(world: &World) -> Command {
     world.daemon("start")
 }
 
-/// The output of an agent that soon ends by itself.
+/// Runs an agent that soon ends by itself, and returns its output.
 pub fn run(command: &mut Command) -> Output {
     wait_for_end(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
 }
 
-/// The error message of an agent that refuses its configuration.
+/// Runs an agent that must refuse its configuration, and returns its error message.
 pub fn refusal(command: &mut Command) -> String {
     let output = run(command);
     let message = String::from_utf8(output.stderr).unwrap();
@@ -167,18 +171,18 @@ pub fn refusal(command: &mut Command) -> String {
     message
 }
 
-/// An `agent start`. It is killed with this value.
+/// An `agent start`, killed on drop.
 pub struct StartAgent {
     daemon: Daemon,
 }
 
 impl StartAgent {
-    /// An agent of this control plane, to which it speaks plain HTTP.
+    /// Starts an agent that connects to this control plane with plain HTTP.
     pub fn start(world: &World, hub: &Hub) -> Self {
         Self::start_with(world, hub, |_| {})
     }
 
-    /// `adapt` adds arguments and variables; a flag wins over what is set here.
+    /// Starts an agent after `adapt` has changed the command. Flags override the variables that are set here.
     pub fn start_with(world: &World, hub: &Hub, adapt: impl FnOnce(&mut Command)) -> Self {
         let mut command = command(world);
         command.env("SEMAPHORE_AGENT_ENDPOINT", hub.endpoint());
@@ -188,12 +192,12 @@ impl StartAgent {
         Self::spawn(world, command)
     }
 
-    /// An agent with this command as it is; see [`command`].
+    /// Starts an agent with this unchanged command; see [`command`].
     pub fn spawn(world: &World, command: Command) -> Self {
         Self { daemon: Daemon::start(world, command) }
     }
 
-    /// Asks the agent to end, as a service manager does.
+    /// Sends SIGTERM, like a service manager.
     pub fn interrupt(&self) {
         self.signal(Signal::SIGTERM);
     }
@@ -203,7 +207,7 @@ impl StartAgent {
         self.wait_for_exit().code()
     }
 
-    /// Waits for the agent's end. Its own log is whole then, and must not hold a secret.
+    /// Waits for the agent's end. Returns its exit code and its own log, which must not contain a secret.
     pub fn exit_code_and_log(&mut self) -> (Option<i32>, String) {
         let code = self.exit_code();
         let own_log = self.whole_log();

@@ -1,4 +1,4 @@
-//! Agents in other surroundings than those of the tests: started by a shell, or by another user.
+//! Starts agents in other environments than that of the tests: by a shell, or as another user.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt as _, lchown};
@@ -11,22 +11,22 @@ use tempfile::TempDir;
 
 use crate::World;
 
-/// A user who runs agents and has no other rights.
+/// ID of an unprivileged user who runs agents.
 pub const OPERATOR: u32 = 12_345;
 
-/// Another user of the same machine.
+/// ID of another user of the same machine.
 pub const STRANGER: u32 = 12_346;
 
-/// Whether tests can do things as other users. If not, that is said.
-pub fn has_other_users() -> bool {
+/// Returns whether tests can run programs as other users. If not, prints that the test is skipped.
+pub fn can_switch_user() -> bool {
     let is_root = geteuid().is_root();
     if !is_root {
-        eprintln!("skipped: only root can do things as other users");
+        eprintln!("skipped: only root can run programs as other users");
     }
     is_root
 }
 
-/// Has the agent start in a shell that ran `first`; a redirection there is the agent's too.
+/// Makes the agent start from a shell that ran `first`. Redirections in `first` also apply to the agent.
 pub fn in_shell(command: &mut Command, first: &str) {
     let mut shell = Command::new("bash");
     shell.args(["-c", &format!("{first}; exec \"$@\""), "bash"]).arg(command.get_program());
@@ -35,22 +35,22 @@ pub fn in_shell(command: &mut Command, first: &str) {
     *command = shell;
 }
 
-/// Has the agent start where no control group can be made, nor found; only root can do that.
+/// Hides all control groups from the agent; only root can do that.
 pub fn without_control_groups(command: &mut Command) {
     let hidden = "mount -t tmpfs none /sys/fs/cgroup && exec \"$@\"";
     in_shell(command, &format!("set -- unshare -m bash -c '{hidden}' bash \"$@\""));
 }
 
-/// Has the agent start as this user, to whom the world belongs from now on. Others can look into it where its
-/// own directories let them.
+/// Makes the agent start as this user, and gives the world's directory to the user. Other users can read it,
+/// as far as the modes of its subdirectories allow.
 pub fn as_user(world: &World, user: u32, command: &mut Command) {
     let directory = world.directory();
-    // The usual place may be one that only the tests' own user gets to.
+    // Only the tests' own user may have access to the build directory.
     let usual = crate::agent_program();
     let program = directory.join("agent");
     if !program.exists() {
-        // By another program: a thread's child would inherit a copy that is open to be written here, and no copy that is
-        // can be started.
+        // Another program makes the copy: a file that a forked child of this process has inherited open for
+        // writing can't be executed.
         let copied = Command::new("cp").arg(usual).arg(&program).status().unwrap();
         assert!(copied.success());
         fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
@@ -70,7 +70,7 @@ fn with_surroundings_of(command: &Command, other: &mut Command) {
     other.current_dir(command.get_current_dir().unwrap_or_else(|| Path::new("/")));
 }
 
-/// Makes this user the owner of everything there.
+/// Makes this user the owner of `path` and everything below it.
 pub fn give_away(path: &Path, user: u32) {
     lchown(path, Some(user), Some(user)).unwrap();
     if fs::symlink_metadata(path).unwrap().is_dir() {
@@ -80,17 +80,17 @@ pub fn give_away(path: &Path, user: u32) {
     }
 }
 
-/// A directory like `/tmp`, which `owner` has made: everybody may put files into it, and only who owns a file, or
-/// the directory, may remove it.
-pub fn open_to_all(owner: u32) -> TempDir {
+/// Makes a directory like `/tmp`, owned by `owner`: all users may create files in it, and only the owner of a
+/// file or of the directory may remove that file.
+pub fn world_writable_directory(owner: u32) -> TempDir {
     let directory = tempfile::tempdir().unwrap();
     lchown(directory.path(), Some(owner), Some(owner)).unwrap();
     fs::set_permissions(directory.path(), Permissions::from_mode(0o1777)).unwrap();
     directory
 }
 
-/// What a script prints that this user has run by bash; it must succeed.
-pub fn done_by(user: u32, script: &str) -> String {
+/// Runs a bash script as this user, which must succeed, and returns its output.
+pub fn bash_as(user: u32, script: &str) -> String {
     let mut bash = Command::new("bash");
     bash.args(["-c", script]).current_dir("/").env_clear().stdin(Stdio::null());
     bash.env("PATH", std::env::var_os("PATH").unwrap()).uid(user).gid(user);

@@ -1,4 +1,4 @@
-//! Waits, each with an end.
+//! Waits with a time limit.
 
 use std::path::Path;
 use std::process::{Child, Output};
@@ -7,12 +7,12 @@ use std::time::{Duration, SystemTime};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// A short wait between two looks at something that takes its time.
+/// The pause between two checks of a condition.
 pub fn pause() {
     std::thread::park_timeout(Duration::from_millis(5));
 }
 
-/// Asks again and again, for a bounded time.
+/// Waits until `done` returns `true`. Fails with the message `what` after a time limit.
 pub fn wait_until(mut done: impl FnMut() -> bool, what: impl FnOnce() -> String) {
     let deadline = SystemTime::now() + PATIENCE;
     while !done() {
@@ -21,7 +21,7 @@ pub fn wait_until(mut done: impl FnMut() -> bool, what: impl FnOnce() -> String)
     }
 }
 
-/// Waits for a child's end; one that does not come fails the test, and leaves nothing running.
+/// Waits for a child's end. After a time limit, kills the child and fails.
 pub fn wait_for_end(child: Child) -> Output {
     let pid = Pid::from_raw(child.id().try_into().unwrap());
     let (sender, ended) = std::sync::mpsc::channel();
@@ -34,7 +34,7 @@ pub fn wait_for_end(child: Child) -> Output {
     output
 }
 
-/// Waits for a file that a job makes.
+/// Waits until a file exists.
 pub fn wait_for_file(path: &Path) {
     let deadline = SystemTime::now() + PATIENCE;
     while !path.exists() {
@@ -43,5 +43,5 @@ pub fn wait_for_file(path: &Path) {
     }
 }
 
-/// How long a test waits for what must happen: long, for busy machines, but not for ever.
+/// Time limit for an expected event; generous, because the machine may be busy.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);

@@ -15,19 +15,19 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{Finished, job_of};
 
-/// The agent's program. Cargo builds it for tests and benches of its package, and puts it into the directory
-/// above theirs: `target/debug/agent` for `target/debug/deps/it-0123`.
+/// Returns the path of the agent's program. Cargo builds it for the tests and benches of its package, one
+/// directory above theirs: `target/debug/agent` for `target/debug/deps/it-0123`.
 pub fn agent_program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
         let own = std::env::current_exe().unwrap();
         let program = own.ancestors().nth(2).unwrap().join("agent");
-        assert!(program.is_file(), "{} is missing: `cargo build` makes it", program.display());
+        assert!(program.is_file(), "{} is missing: run `cargo build`", program.display());
         program
     })
 }
 
-/// Directories for one test, as a user of a machine has them. They are gone with the last value that uses them.
+/// The private directories of one test: home, state and others. Deleted with the last value that uses them.
 pub struct World {
     directory: Arc<TempDir>,
     time_limit: Duration,
@@ -41,13 +41,13 @@ impl Default for World {
 
 impl World {
     pub fn new() -> Self {
-        heed_signals();
+        handle_ignored_signals();
         let directory = tempfile::tempdir().unwrap();
         fs::create_dir(directory.path().join("home")).unwrap();
         Self { directory: Arc::new(directory), time_limit: Duration::from_mins(2) }
     }
 
-    /// The same, but each agent is killed only after this time, instead of two minutes.
+    /// Makes a world in which agents are killed after this time, instead of two minutes.
     pub fn with_time_limit(time_limit: Duration) -> Self {
         Self { time_limit, ..Self::new() }
     }
@@ -60,34 +60,34 @@ impl World {
         self.directory().join("state")
     }
 
-    /// The directory with everything of this world.
+    /// Returns the directory that contains all others.
     pub fn directory(&self) -> &Path {
         self.directory.path()
     }
 
-    /// Keeps the directory for as long as the answer lives.
+    /// Keeps the directory as long as the returned value lives.
     pub(crate) fn keep(&self) -> Arc<TempDir> {
         Arc::clone(&self.directory)
     }
 
-    /// Kills this agent if it takes far too long.
+    /// Kills this agent when the time limit is over.
     pub(crate) fn watch(&self, child: &Child) -> Watchdog {
         Watchdog::over(child, self.time_limit)
     }
 
-    /// The script that leads people who log in over SSH into a job.
+    /// Returns the path of the SSH access script.
     pub fn jump_point(&self) -> PathBuf {
         self.directory().join("ssh_jump_point")
     }
 
-    /// A file beside the home directory.
+    /// Writes a file beside the home directory and returns its path.
     pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
         let path = self.directory().join(name);
         fs::write(&path, content).unwrap();
         path
     }
 
-    /// The agent with nothing of the outer environment but PATH.
+    /// Returns a command for the agent, with only PATH from the outer environment.
     pub fn agent(&self) -> Command {
         let mut command = Command::new(agent_program());
         command.env_clear().env("PATH", std::env::var_os("PATH").unwrap());
@@ -96,7 +96,8 @@ impl World {
         command
     }
 
-    /// `agent MODE` with private places for all that it writes, and nothing else that it needs.
+    /// Returns a command for `agent MODE` which writes only below the world's directory. All other required
+    /// settings are missing.
     pub fn daemon(&self, mode: &str) -> Command {
         let working = self.directory().join("working");
         fs::create_dir_all(&working).unwrap();
@@ -112,7 +113,7 @@ impl World {
         self.start(job).finish()
     }
 
-    /// Starts a job; its log comes as event lines.
+    /// Starts a job with `agent run`, which prints the log as event lines.
     pub fn start(&self, job: &str) -> Running {
         let path = self.file("job.yaml", job);
         self.start_file(&path)
@@ -122,7 +123,7 @@ impl World {
         self.start_file_with(path, |_| {})
     }
 
-    /// `adapt` adds variables.
+    /// Starts a job file after `adapt` has changed the command.
     pub fn start_file_with(&self, path: &Path, adapt: impl FnOnce(&mut Command)) -> Running {
         let mut command = self.agent();
         command.args(["run", "--output", "json"]).arg(path);
@@ -132,13 +133,13 @@ impl World {
         Running { child, lines: None, _watchdog: watchdog, _world: self.keep() }
     }
 
-    /// Runs commands as a job without anything else.
+    /// Runs a job of these commands to its end.
     pub fn run_commands(&self, commands: &[&str]) -> Finished {
         self.run(&job_of(commands))
     }
 }
 
-/// A job that runs.
+/// A running `agent run`.
 pub struct Running {
     pub child: Child,
     lines: Option<BufReader<ChildStdout>>,
@@ -146,7 +147,7 @@ pub struct Running {
     _world: Arc<TempDir>,
 }
 
-/// Kills an agent that takes far too long, so that a hang is a failed test.
+/// Kills an agent after a time limit, so that a hang fails the test. Dropping it calls it off.
 pub(crate) struct Watchdog {
     _called_off: mpsc::Sender<()>,
 }
@@ -166,7 +167,7 @@ impl Watchdog {
 }
 
 impl Running {
-    /// Reads on until an output holds `text`; answers all output since the last call.
+    /// Reads the log until an output contains `text`. Returns all output since the last call.
     pub fn wait_for_output(&mut self, text: &str) -> String {
         let mut all = String::new();
         let lines =
@@ -201,9 +202,10 @@ impl Running {
     }
 }
 
-/// Has what tests start heed the signals that this process was started to ignore, as in the background of a script:
-/// handlers are not passed on, but ignoring is.
-fn heed_signals() {
+/// Makes the programs that tests start handle signals which this process was started to ignore (in the
+/// background of a script, for example): an ignored signal stays ignored after exec, a handled one gets its
+/// default action.
+fn handle_ignored_signals() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let status = fs::read_to_string("/proc/self/status").unwrap();
@@ -213,8 +215,8 @@ fn heed_signals() {
         let _within = runtime.enter();
         for kind in [SignalKind::interrupt(), SignalKind::quit(), SignalKind::hangup()] {
             if ignored >> (kind.as_raw_value() - 1) & 1 == 1 {
-                // The handler stays when this value goes.
-                let _stays = signal(kind).unwrap();
+                // The handler outlives this value.
+                let _handler = signal(kind).unwrap();
             }
         }
     });

@@ -1,4 +1,4 @@
-//! What the control plane answers to each request, and what it gets to know by it.
+//! The control plane's response to each request, and the state that it records.
 
 use std::io::{self, Read as _};
 use std::net::{Shutdown, TcpStream};
@@ -13,9 +13,9 @@ use actix_web::{HttpRequest, HttpResponse};
 use flate2::read::GzDecoder;
 use serde_json::{Value, json};
 
-use super::{API, Asked, Fault, HubAgent, Known, LOGS, SANITIZED, State};
+use super::{API, Fault, HubAgent, Known, LOGS, ReceivedRequest, SANITIZED, State};
 
-/// Keeps a handle of each connection, so that a fault can close it without an answer.
+/// Keeps a handle of each connection, so that a fault can close the connection without a response.
 pub(super) fn remember_connection(connection: &dyn std::any::Any, data: &mut Extensions) {
     if let Some(stream) = connection.downcast_ref::<actix_web::rt::net::TcpStream>()
         && let Ok(descriptor) = stream.as_fd().try_clone_to_owned()
@@ -26,14 +26,14 @@ pub(super) fn remember_connection(connection: &dyn std::any::Any, data: &mut Ext
 
 pub(super) async fn answer(request: HttpRequest, body: Bytes, state: Data<State>) -> HttpResponse {
     let path = request.path().to_owned();
-    let asked = Asked::new(&request, &body);
+    let received = ReceivedRequest::new(&request, &body);
     let number = {
         let mut known = state.known();
-        known.requests.push(asked.clone());
+        known.requests.push(received.clone());
         known.requests.len() - 1
     };
     state.changed.notify_all();
-    let fault = state.fault(&asked, number);
+    let fault = state.fault(&received, number);
     match fault {
         Some(Fault::Status(status)) => {
             state.answered(number, status);
@@ -85,7 +85,7 @@ pub(super) async fn answer(request: HttpRequest, body: Bytes, state: Data<State>
     response.json(answer)
 }
 
-/// The connection is closed without an answer.
+/// Closes the connection without a response.
 fn close(request: &HttpRequest) -> HttpResponse {
     if let Some(stream) = request.conn_data::<Arc<TcpStream>>() {
         let _ = stream.shutdown(Shutdown::Both);
@@ -140,15 +140,17 @@ fn take_log(state: &State, id: &str, request: &HttpRequest, body: &[u8]) -> (u16
     job.log.extend(lines);
     for line in job.log.iter().skip(already) {
         match serde_json::from_slice::<Value>(line) {
-            Ok(event) => tell_event(state, id, &event),
-            Err(error) => (state.events)(&format!("{id}: a line of the log is no JSON: {error}\n")),
+            Ok(event) => show_event(state, id, &event),
+            Err(error) => {
+                (state.events)(&format!("{id}: a line of the log is not JSON: {error}\n"));
+            }
         }
     }
     (200, Value::Null)
 }
 
-/// What the store takes these lines for: it keeps them in nodes of 8 KiB at most, unless one line is
-/// larger, and estimates all from the first five.
+/// Returns the memory that the log store estimates for these lines: it keeps them in nodes of at most 8 KiB
+/// (a longer line gets its own node), and extrapolates from the first five nodes.
 fn memory_of(lines: &[Vec<u8>]) -> usize {
     const NODE: usize = 8 << 10;
     const SAMPLED: usize = 5;
@@ -163,7 +165,7 @@ fn memory_of(lines: &[Vec<u8>]) -> usize {
     nodes.iter().take(sampled).sum::<usize>() * nodes.len() / sampled
 }
 
-fn tell_event(state: &State, id: &str, event: &Value) {
+fn show_event(state: &State, id: &str, event: &Value) {
     let text = |key: &str| event[key].as_str().unwrap_or_default().to_owned();
     (state.events)(&match event["event"].as_str() {
         Some("job_started") => format!("── {id} runs\n"),
@@ -210,7 +212,7 @@ fn serve_agent(
             };
             job.fetched += 1;
             let mut request = job.request.clone();
-            // Those of a test stay.
+            // A test may have set its own logger.
             if request["logger"].is_null() {
                 let url = format!("http://{}{LOGS}{id}", state.address);
                 request["logger"] = json!({ "method": "push", "url": url, "token": token });
@@ -224,7 +226,7 @@ fn serve_agent(
     }
 }
 
-/// Overwrites what is secret in a request that was given out before.
+/// Overwrites the secrets in a request that was handed out before.
 fn sanitize(part: &mut Value) {
     match part {
         Value::Object(fields) => {
@@ -284,7 +286,7 @@ fn decide(known: &mut Known, index: usize, report: &Value) -> Value {
             if let Some(reason) = &known.shutdown {
                 return shutdown(reason);
             }
-            // One that was handed out, but has not got there.
+            // A job that was assigned, but has not reached the agent, comes first.
             let job = known.agents[index].job.take().or_else(|| known.queue.pop_front());
             known.agents[index].job.clone_from(&job);
             job.map_or_else(

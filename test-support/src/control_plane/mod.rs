@@ -1,5 +1,5 @@
-//! A small control plane on the loopback interface: it hands out jobs, collects their logs, and misbehaves
-//! on demand.
+//! A small control plane on the loopback interface, which hands out jobs, collects their logs, and injects
+//! faults on demand.
 
 mod answers;
 
@@ -18,62 +18,62 @@ use serde_json::{Map, Value};
 
 use answers::{answer, remember_connection};
 
-/// Where everything but logs is.
+/// Base path of the agents' API.
 const API: &str = "/api/v1/self_hosted_agents";
 
-/// Where logs go.
+/// Base path of the log API.
 const LOGS: &str = "/api/v1/logs/";
 
-/// What stands for a secret in a request that was given out before.
+/// Placeholder for a secret in a request that was handed out before.
 pub const SANITIZED: &str = "{SANITIZED}";
 
-/// What one request is answered with instead.
+/// An injected fault of one request. "Ignored" requests do not change the control plane's state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// This status, and nothing is done.
+    /// The request is ignored and gets this status.
     Status(u16),
-    /// What it is usually answered with, so much later.
+    /// The request is handled after this delay.
     Delay(Duration),
-    /// Nothing: the connection is closed, and nothing is done.
+    /// The request is ignored, and the connection is closed without a response.
     Drop,
-    /// Half of what it is usually answered with, after it was done.
+    /// The request is handled, but only half of the response is sent.
     Cut,
-    /// Something that is no JSON, and nothing is done.
+    /// The request is ignored and gets status 200 with malformed JSON.
     Nonsense,
-    /// This status and the reason in words, and nothing is done.
+    /// The request is ignored and gets this status, with the reason as plain text.
     Refuse(u16, &'static str),
-    /// Somebody else's page and a status of success, as of a network that wants a login; nothing is done.
+    /// The request is ignored and gets status 200 with an HTML page, as from a captive portal.
     Page,
-    /// Nothing: the connection is closed after it was done.
+    /// The request is handled, but the connection is closed without a response.
     Lost,
 }
 
-/// Which fault a request meets, by itself and its number from 0 on.
-pub type Faults = Box<dyn FnMut(&Asked, usize) -> Option<Fault> + Send>;
+/// Chooses the fault of a request, given the request and its number, from 0 on.
+pub type Faults = Box<dyn FnMut(&ReceivedRequest, usize) -> Option<Fault> + Send>;
 
-/// A request as it came.
+/// A received request.
 #[derive(Clone, Debug, Default)]
-pub struct Asked {
-    /// In capitals.
+pub struct ReceivedRequest {
+    /// The method, in upper case.
     pub method: String,
-    /// Without the query.
+    /// The path, without the query.
     pub path: String,
-    /// By their names in small letters.
+    /// The headers, by their names in lower case.
     pub headers: BTreeMap<String, String>,
-    /// Empty if it is no JSON, as for logs.
+    /// The JSON body; `Null` for logs and malformed JSON.
     pub body: Value,
-    /// What it was answered; nothing as long as it is not.
+    /// The status of the response; `None` until there is one.
     pub status: Option<u16>,
-    /// The other end of the connection, which is another one for each.
+    /// The agent's address and port, which differ for each connection.
     pub peer: Option<SocketAddr>,
 }
 
-impl Asked {
+impl ReceivedRequest {
     fn new(request: &HttpRequest, body: &[u8]) -> Self {
         let text = |value: &header::HeaderValue| String::from_utf8_lossy(value.as_bytes()).into();
         let headers = request.headers().iter();
         let path = request.path().to_owned();
-        // A log of one line is JSON, too, and may be large.
+        // A log of a single line would parse as JSON, and may be large.
         let is_log = path.starts_with(LOGS);
         Self {
             method: request.method().to_string(),
@@ -85,35 +85,35 @@ impl Asked {
         }
     }
 
-    /// Whether it brings a part of a log.
+    /// Returns whether the request uploads a part of a log.
     pub fn is_log(&self) -> bool {
         self.path.starts_with(LOGS)
     }
 
-    /// Whether it is one of `method` to this path of the agents' API.
+    /// Returns whether the request has this method and this path below the agents' API.
     pub fn is(&self, method: &str, path: &str) -> bool {
         self.method == method && self.path.strip_prefix(API) == Some(path)
     }
 }
 
-/// What a control plane tells people.
+/// Receives messages for people about the control plane's events.
 pub type Events = Box<dyn Fn(&str) + Send + Sync>;
 
-/// How a control plane treats everybody.
+/// The control plane's settings, which apply to all agents.
 pub struct Settings {
-    /// When agents are to report again, in milliseconds.
+    /// The agents' report interval, in milliseconds.
     pub next_sync_after: u64,
-    /// How many bytes of each job's log are taken.
+    /// Maximum size of each job's log, in bytes.
     pub log_quota: usize,
-    /// How many lines are taken at once.
+    /// Maximum number of lines in one request.
     pub most_lines: usize,
-    /// Asks for compressed logs.
+    /// Whether to ask for compressed logs.
     pub compression: bool,
-    /// The token that agents register with.
+    /// The registration token.
     pub token: String,
-    /// Gives out each job whole only once: what is secret in it is overwritten then.
+    /// Whether to overwrite a job's secrets after the job was fetched once.
     pub once: bool,
-    /// How much memory each job's log may take, in bytes as its store estimates them.
+    /// Maximum memory of each job's log, in bytes as estimated by the log store.
     pub memory: usize,
 }
 
@@ -132,29 +132,29 @@ impl Default for Settings {
     }
 }
 
-/// A job and what became of it.
+/// A job and its progress.
 #[derive(Clone, Debug, Default)]
 pub struct HubJob {
-    /// As agents get it.
+    /// The request as agents fetch it.
     pub request: Value,
-    /// Whole lines.
+    /// The lines of the log, each with its newline.
     pub log: Vec<Vec<u8>>,
-    /// As the agent told it.
+    /// The result as reported by the agent.
     pub result: Option<String>,
-    /// How often it was fetched.
+    /// How many times the job was fetched.
     pub fetched: usize,
     stop: bool,
-    /// Its store has lost a part of the log, and knows nothing of that.
+    /// The log store has lost a part of the log without noticing.
     has_holes: bool,
 }
 
 impl HubJob {
-    /// All of the log.
+    /// Returns the whole log.
     pub fn log_bytes(&self) -> Vec<u8> {
         self.log.concat()
     }
 
-    /// What its steps printed.
+    /// Returns the output of all steps.
     pub fn output(&self) -> String {
         let events = self.log.iter().filter_map(|line| serde_json::from_slice::<Value>(line).ok());
         events.filter_map(|event| event["output"].as_str().map(str::to_owned)).collect()
@@ -168,22 +168,22 @@ struct HubAgent {
     job: Option<String>,
 }
 
-/// What a control plane knows.
+/// The control plane's state.
 #[derive(Default)]
 pub struct Known {
-    /// By their ids.
+    /// The jobs, by ID.
     pub jobs: BTreeMap<String, HubJob>,
     /// The bodies of registrations.
     pub registrations: Vec<Value>,
     /// The bodies of reports.
     pub reports: Vec<Value>,
-    /// When each of them was answered.
+    /// The time of the response to each report.
     pub answered: Vec<SystemTime>,
     /// How many agents have disconnected.
     pub disconnected: usize,
-    /// All of them.
-    pub requests: Vec<Asked>,
-    /// The sizes of the bodies of logs as they came, in bytes.
+    /// All requests so far.
+    pub requests: Vec<ReceivedRequest>,
+    /// The sizes of uploaded log bodies before decompression, in bytes.
     pub log_bodies: Vec<usize>,
     queue: VecDeque<String>,
     agents: Vec<HubAgent>,
@@ -193,7 +193,7 @@ pub struct Known {
 }
 
 impl Known {
-    /// The token for logs that is valid now.
+    /// Returns the currently valid token for logs.
     fn log_token(&self) -> String {
         format!("log-token-{}", self.tokens)
     }
@@ -217,9 +217,9 @@ impl State {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn fault(&self, asked: &Asked, number: usize) -> Option<Fault> {
+    fn fault(&self, received: &ReceivedRequest, number: usize) -> Option<Fault> {
         let mut faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
-        faults.as_mut()?(asked, number)
+        faults.as_mut()?(received, number)
     }
 
     fn answered(&self, number: usize, status: u16) {
@@ -228,14 +228,14 @@ impl State {
     }
 }
 
-/// See the module.
+/// A running control plane; it stops on drop.
 pub struct ControlPlane {
     state: Arc<State>,
     server: Option<(ServerHandle, JoinHandle<()>)>,
 }
 
 impl ControlPlane {
-    /// Listens on `address`; port 0 stands for any.
+    /// Starts a control plane on `address`; port 0 selects a free port.
     pub fn start(address: &str, settings: Settings, events: Events) -> io::Result<Self> {
         let listener = TcpListener::bind(address)?;
         let state = Arc::new(State {
@@ -281,37 +281,37 @@ impl ControlPlane {
         Ok(())
     }
 
-    /// Is not there any more, but forgets nothing.
+    /// Stops the server, but keeps the state.
     pub fn pause(&mut self) {
         if let Some((handle, thread)) = self.server.take() {
-            // The server stops on its own thread; there is nothing to do here but to wait.
+            // The server stops on its own thread, for whose end this waits.
             let stopping = handle.stop(false);
             drop(stopping);
             let _ = thread.join();
         }
     }
 
-    /// Is there again, on the same port.
+    /// Starts the server again, on the same port.
     pub fn resume(&mut self) -> io::Result<()> {
         self.listen(TcpListener::bind(self.state.address)?)
     }
 
-    /// Host and port.
+    /// Returns host and port.
     pub fn endpoint(&self) -> String {
         self.state.address.to_string()
     }
 
-    /// Changes how everybody is treated.
+    /// Changes the settings.
     pub fn set(&self, change: impl FnOnce(&mut Settings)) {
         change(&mut self.state.settings());
     }
 
-    /// From now on requests meet these faults.
+    /// Injects these faults from now on; `None` ends that.
     pub fn misbehave(&self, faults: Option<Faults>) {
         *self.state.faults.lock().unwrap_or_else(PoisonError::into_inner) = faults;
     }
 
-    /// Hands out a job, as soon as there is an agent for it. Answers its id, made fit for a URL.
+    /// Queues a job for the next free agent. Returns the job's ID, adapted for use in a URL.
     pub fn queue(&self, mut job: Value) -> String {
         let mut known = self.state.known();
         let aliases = [
@@ -338,29 +338,29 @@ impl ControlPlane {
         id
     }
 
-    /// Answers the next reports with these actions, whatever is right.
+    /// Responds to the next reports with these actions, regardless of the state.
     pub fn answer_next(&self, answers: impl IntoIterator<Item = Value>) {
         self.state.known().answers.extend(answers);
     }
 
-    /// Wants a job stopped.
+    /// Requests that a job be stopped.
     pub fn stop_job(&self, id: &str) {
         if let Some(job) = self.state.known().jobs.get_mut(id) {
             job.stop = true;
         }
     }
 
-    /// Wants all agents to end.
+    /// Requests that all agents shut down when they have no job.
     pub fn shut_down(&self, reason: &str) {
         self.state.known().shutdown = Some(reason.to_owned());
     }
 
-    /// The tokens that agents have for their logs are not good any more.
+    /// Invalidates the log tokens that agents have.
     pub fn expire_log_tokens(&self) {
         self.state.known().tokens += 1;
     }
 
-    /// The store of the logs crashes, and forgets all that it has acknowledged.
+    /// Simulates a crash of the log store, which loses all acknowledged lines.
     pub fn lose_logs(&self) {
         for job in self.state.known().jobs.values_mut() {
             job.log.clear();
@@ -368,12 +368,12 @@ impl ControlPlane {
         }
     }
 
-    /// What is known now.
+    /// Calls `look` with the current state.
     pub fn look<T>(&self, look: impl FnOnce(&Known) -> T) -> T {
         look(&self.state.known())
     }
 
-    /// Waits until something is known; nothing if that takes too long.
+    /// Waits until `look` returns a value. Returns `None` after `patience`.
     pub fn wait_for<T>(
         &self,
         patience: Duration,
@@ -395,7 +395,7 @@ impl Drop for ControlPlane {
     }
 }
 
-/// A job from a file, in YAML or JSON.
+/// Parses a job in YAML or JSON.
 pub fn read_job(text: &str) -> Result<Value, String> {
     let job: Map<String, Value> = serde_yaml::from_str(text).map_err(|error| error.to_string())?;
     Ok(Value::Object(job))

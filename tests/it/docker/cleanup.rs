@@ -1,4 +1,4 @@
-//! Nothing a job has on the engine outlives it.
+//! No container, network or volume of a job outlives the job.
 
 use std::net::TcpListener;
 use std::time::{Duration, SystemTime};
@@ -7,11 +7,11 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use test_support::docker::{
-    Owned, container, docker, docker_prints, job, job_in, left_of, make_images,
+    Owned, container, docker, docker_prints, job, job_in, leftovers_of, make_images,
 };
 use test_support::{Finished, Running, World, unique};
 
-/// An image whose containers have an anonymous volume at `/data`.
+/// Builds an image whose containers have an anonymous volume at `/data`.
 fn with_volume() -> Owned {
     make_images();
     let name = unique();
@@ -22,11 +22,11 @@ fn with_volume() -> Owned {
     Owned(&["image", "rm"], image)
 }
 
-/// Waits until a job has these on the engine.
+/// Waits until the job's containers and networks on the engine satisfy a condition.
 fn wait_for(job: &Value, there: impl Fn(&[String]) -> bool) {
     let deadline = SystemTime::now() + Duration::from_secs(30);
     loop {
-        let left = left_of(job);
+        let left = leftovers_of(job);
         if there(&left) {
             return;
         }
@@ -37,11 +37,11 @@ fn wait_for(job: &Value, there: impl Fn(&[String]) -> bool) {
 fn stopped(job: &Value, running: Running) -> Finished {
     let finished = running.finish();
     assert_eq!((finished.result(), finished.exit_code), ("stopped", Some(130)), "{finished:#?}");
-    assert_eq!(left_of(job), [""; 0]);
+    assert_eq!(leftovers_of(job), [""; 0]);
     finished
 }
 
-/// A job with side containers that runs until it is stopped.
+/// Returns a job with side containers that runs until it is stopped.
 fn endless(command: &str) -> Value {
     let stubborn = "sh -c \"trap : TERM INT; while :; do sleep 1; done\"";
     let mut side = container("stubborn", "bash");
@@ -54,7 +54,7 @@ fn endless(command: &str) -> Value {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn anonymous_volumes_go_with_a_job_that_passes_or_fails() {
+fn anonymous_volumes_are_removed_with_a_job_that_passes_or_fails() {
     let image = with_volume();
     for (last, result) in [("true", "passed"), ("false", "failed"), ("exit 1", "failed")] {
         let mut job = endless("true");
@@ -67,7 +67,7 @@ fn anonymous_volumes_go_with_a_job_that_passes_or_fails() {
         job["commands"] = json!([{ "directive": volume }, { "directive": last }]);
         let finished = World::new().run(&job.to_string());
         assert_eq!(finished.result(), result, "{finished:#?}");
-        assert_eq!(left_of(&job), [""; 0]);
+        assert_eq!(leftovers_of(&job), [""; 0]);
         let (printed, exit_code) = &finished.commands()[0];
         assert_eq!(*exit_code, 0, "{printed}");
         let id = printed.split('/').nth(2).unwrap();
@@ -84,12 +84,12 @@ fn nothing_is_left_of_a_job_whose_start_fails() {
     job["compose"]["containers"][0]["image"] = "agent-test/nobash".into();
     let finished = World::new().run(&job.to_string());
     assert_eq!(finished.result(), "failed");
-    assert_eq!(left_of(&job), [""; 0]);
+    assert_eq!(leftovers_of(&job), [""; 0]);
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_job_is_stopped_while_a_registry_does_not_answer() {
+fn a_job_can_be_stopped_while_a_registry_does_not_respond() {
     let registry = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut job = endless("true");
     let image = format!("{}/x", registry.local_addr().unwrap());
@@ -105,7 +105,7 @@ fn a_job_is_stopped_while_a_registry_does_not_answer() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_job_is_stopped_while_its_entrypoint_does_not_get_to_bash() {
+fn a_job_can_be_stopped_while_its_entrypoint_hangs() {
     let mut job = endless("true");
     job["compose"]["containers"][0]["entrypoint"] = "sleep 1000".into();
     let running = World::new().start(&job.to_string());
@@ -119,7 +119,7 @@ fn a_job_is_stopped_while_its_entrypoint_does_not_get_to_bash() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_job_is_stopped_while_it_waits_for_a_side_container() {
+fn a_job_can_be_stopped_while_it_waits_for_a_side_container() {
     let mut job = endless("true");
     job["compose"]["containers"][1]["command"] = "sleep 1000".into();
     let running = World::new().start(&job.to_string());
@@ -130,7 +130,7 @@ fn a_job_is_stopped_while_it_waits_for_a_side_container() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_stopped_command_finishes_with_1_and_nothing_follows() {
+fn a_stopped_command_finishes_with_1_and_no_command_follows() {
     for command in [
         "echo running; sleep 1000",
         "trap '' TERM INT HUP; echo running; while :; do sleep 1; done",
@@ -141,7 +141,7 @@ fn a_stopped_command_finishes_with_1_and_nothing_follows() {
         let job = endless(command);
         let mut running = World::new().start(&job.to_string());
         running.wait_for_output("running\n");
-        assert_eq!(left_of(&job).len(), 4);
+        assert_eq!(leftovers_of(&job).len(), 4);
         running.signal(Signal::SIGTERM);
         let finished = stopped(&job, running);
         let steps = finished.steps();
@@ -152,7 +152,7 @@ fn a_stopped_command_finishes_with_1_and_nothing_follows() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_second_signal_leaves_nothing_either() {
+fn a_second_signal_leaves_nothing() {
     let job = endless("echo running; sleep 1000");
     let mut running = World::new().start(&job.to_string());
     running.wait_for_output("running\n");
@@ -168,25 +168,25 @@ fn a_stop_in_the_first_moments_leaves_nothing() {
         let job = endless("sleep 1000");
         let world = World::new();
         let running = world.start(&job.to_string());
-        // Not to win a race: every moment is to be tried, and each must be right.
+        // The delays need not hit a specific moment: all are tried, and each must be handled.
         std::thread::park_timeout(Duration::from_millis(delay));
         running.signal(Signal::SIGTERM);
         let output = running.child.wait_with_output().unwrap();
         match output.status.code() {
-            // Before the agent listened: killed like any program, and nothing had started.
+            // The agent was killed before it handled signals, and had started nothing.
             None => assert!(output.stdout.is_empty()),
             code => {
                 assert_eq!(code, Some(130), "after {delay} ms");
                 assert_eq!(Finished::of(&output).result(), "stopped");
             }
         }
-        assert_eq!(left_of(&job), [""; 0], "after {delay} ms");
+        assert_eq!(leftovers_of(&job), [""; 0], "after {delay} ms");
     }
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_container_that_the_job_started_stays_and_the_network_it_is_in_goes() {
+fn a_container_that_the_job_started_stays_and_its_network_is_removed() {
     let name = unique();
     let _stranger = Owned(&["rm", "-f"], name.clone());
     let network = "docker inspect -f '{{range $name, $_ := .NetworkSettings.Networks}}{{$name}}{{end}}' $(hostname)";
@@ -198,7 +198,7 @@ fn a_container_that_the_job_started_stays_and_the_network_it_is_in_goes() {
     let finished = World::new().run(&job.to_string());
     assert_eq!(finished.result(), "passed", "{finished:#?}");
     assert!(finished.output().ends_with("\nservice\n"), "{finished:#?}");
-    assert_eq!(left_of(&job), [""; 0]);
+    assert_eq!(leftovers_of(&job), [""; 0]);
     assert_eq!(docker_prints(&["inspect", "-f", "{{.State.Running}}", &name]), "true");
     let network = finished.commands()[0].0.trim().to_owned();
     let (code, printed) = docker(&["network", "inspect", &network]);

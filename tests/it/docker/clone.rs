@@ -1,15 +1,15 @@
-//! What jobs are for, in a container: get a repository with a key that came with the job, and run its tests.
+//! The typical job, in a container: clone a repository with a key from the job, and run its tests.
 
 use std::fs;
 
 use serde_json::json;
 
-use test_support::docker::{container, file, job_in, left_of, variables};
+use test_support::docker::{container, file, job_in, leftovers_of, variables};
 use test_support::ssh::{assert_hidden, key};
 use test_support::{Finished, World};
 
-/// Runs a job that gets the repository of a side container with an injected key of this mode, and runs
-/// its tests; nothing of the key may be in what the agent prints.
+/// Runs a job that clones the repository of a side container with an injected key of this mode, and runs its
+/// tests. Asserts that the agent's output contains no part of the key.
 fn run_with_key_of(mode: &str) -> Finished {
     let directory = tempfile::tempdir().unwrap();
     let kind = ["-t", "ed25519"];
@@ -38,7 +38,7 @@ fn run_with_key_of(mode: &str) -> Finished {
         file(".ssh/known_hosts", format!("[forge]:2222 {host_key}").as_bytes(), "0644"),
     ]);
     let finished = World::new().run(&job.to_string());
-    assert_eq!(left_of(&job), [""; 0]);
+    assert_eq!(leftovers_of(&job), [""; 0]);
     assert_hidden(&private_key, &format!("{finished:?}"));
     finished
 }
@@ -52,7 +52,7 @@ fn a_job_in_a_container_clones_with_its_key_and_runs_the_tests() {
     assert_eq!(commands[3], ("42 tests passed\n".into(), 0), "{commands:?}");
 }
 
-/// ssh is particular about modes; this shows that the one asked for is the one a file gets.
+/// ssh checks the modes of keys, which shows that an injected file has the requested mode.
 #[test]
 #[cfg_attr(not(all(has_docker, has_ssh)), ignore = "needs a Docker Engine, sshd, ssh and git")]
 fn a_key_that_others_can_read_is_refused_by_ssh_in_a_container() {

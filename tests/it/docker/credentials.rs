@@ -1,4 +1,4 @@
-//! Credentials for registries of each kind, and what goes wrong with them; measured pulls.
+//! Credentials for each kind of registry, errors in them, and metrics of pulls.
 
 use std::fs;
 use std::net::{TcpListener, UdpSocket};
@@ -8,14 +8,14 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use test_support::docker::{container, file, job, job_in, left_of, variables};
+use test_support::docker::{container, file, job, job_in, leftovers_of, variables};
 use test_support::registry::Registry;
 use test_support::serve::ServeAgent;
 use test_support::{Finished, World};
 
 const CREDENTIALS: &str = "Setting up image pull credentials";
 
-/// A job that needs these.
+/// Returns a job with these credentials.
 #[expect(clippy::needless_pass_by_value, reason = "written where it is passed")]
 fn with(credentials: Value) -> Value {
     let mut job = job("bash", &["echo hi"]);
@@ -23,7 +23,7 @@ fn with(credentials: Value) -> Value {
     job
 }
 
-/// Output and exit code of the step that sets them up.
+/// Returns output and exit code of the step that sets up credentials.
 fn set_up(finished: &Finished) -> (String, i32) {
     let (title, output, exit_code) = finished.steps().swap_remove(0);
     assert_eq!(title, CREDENTIALS);
@@ -35,7 +35,7 @@ fn set_up(finished: &Finished) -> (String, i32) {
     not(all(has_docker, has_registry)),
     ignore = "needs a Docker Engine and docker-registry"
 )]
-fn a_google_registry_takes_the_key_as_it_is() {
+fn a_google_registry_gets_the_key_unchanged() {
     let key = r#"{"type": "service_account", "private_key": "-----BEGIN\nabc\n"}"#;
     let mut registry = Registry::for_users(&[("_json_key", key)]);
     let image = registry.push("agent-test/bash", "project/app");
@@ -61,7 +61,7 @@ fn a_google_registry_takes_the_key_as_it_is() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn amazons_program_gets_the_key_in_its_environment_and_has_the_last_word() {
+fn the_aws_program_gets_the_key_in_its_environment_and_decides() {
     let credentials = json!({ "env_vars": variables(&[
         ("DOCKER_CREDENTIAL_TYPE", b"AWS_ECR"),
         ("AWS_REGION", b"eu-west-9"),
@@ -89,14 +89,14 @@ fn amazons_program_gets_the_key_in_its_environment_and_has_the_last_word() {
     let expected = "Setting up credentials for ECR\n`aws`: ExpiredToken: the key is too old\n";
     assert_eq!((output.as_str(), exit_code, finished.result()), (expected, 1, "failed"));
     assert!(!format!("{finished:?}").contains("canary"), "{finished:?}");
-    let asked = fs::read_to_string(world.home().join("asked")).unwrap();
+    let recorded = fs::read_to_string(world.home().join("asked")).unwrap();
     let variables = "AWS_ACCESS_KEY_ID=canary-id\nAWS_DEFAULT_REGION=eu-west-9\n\
                      AWS_REGION=eu-west-9\nAWS_SECRET_ACCESS_KEY=canary-secret\n";
     let expected = format!(
         "sts get-caller-identity --query Account --output text\n{variables}\
          ecr get-login-password\n{variables}"
     );
-    assert_eq!(asked, expected);
+    assert_eq!(recorded, expected);
 
     fs::remove_file(aws).unwrap();
     let (output, exit_code) = set_up(&start(&programs.display().to_string()));
@@ -108,7 +108,7 @@ fn amazons_program_gets_the_key_in_its_environment_and_has_the_last_word() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_job_is_stopped_while_a_registry_ponders_a_password() {
+fn a_job_can_be_stopped_while_a_registry_checks_a_password() {
     let registry = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = registry.local_addr().unwrap().to_string();
     let job = with(json!({ "env_vars": variables(&[
@@ -123,7 +123,7 @@ fn a_job_is_stopped_while_a_registry_ponders_a_password() {
     let finished = running.finish();
     assert_eq!((finished.result(), finished.exit_code), ("stopped", Some(130)));
     assert_eq!(set_up(&finished).1, 1);
-    assert_eq!(left_of(&job), [""; 0]);
+    assert_eq!(leftovers_of(&job), [""; 0]);
 }
 
 #[test]
@@ -151,15 +151,15 @@ fn every_image_is_measured() {
         let mut received: Vec<_> = (0..=2 * images.len()).map(|_| receive()).collect();
         for image in images {
             let mut take = |begin: &str, end: &str| {
-                let is_it =
+                let is_expected =
                     |datagram: &String| datagram.starts_with(begin) && datagram.ends_with(end);
-                let index = received.iter().position(is_it);
+                let index = received.iter().position(is_expected);
                 received.remove(index.unwrap_or_else(|| panic!("{begin} {end}: {received:?}")));
             };
             take(&format!("{pull}.duration:"), &format!("|ms|#image:{image}"));
             take(&format!("{pull}.{result}.rate:1|c|"), &format!("#image:{image}"));
         }
-        // What is left is that of the job itself.
+        // The rest are the metrics of the job itself.
         assert!(received[0].starts_with("agent.prod.job.duration:"), "{received:?}");
     }
 }

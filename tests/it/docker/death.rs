@@ -1,4 +1,4 @@
-//! What a job has on an engine goes even if its agent is killed.
+//! A job's containers are removed even if its agent is killed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,12 +7,12 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::serve::login::leads_nowhere;
+use crate::serve::login::is_placeholder;
 use test_support::docker::{docker, make_images};
 use test_support::serve::ServeAgent;
-use test_support::{RUNNING, Running, World, base64, lives_with, wait_for_file, wait_until};
+use test_support::{RUNNING, Running, World, base64, processes_with, wait_for_file, wait_until};
 
-/// A job in two containers that runs without end.
+/// Returns a job in two containers that runs until it is stopped.
 fn job() -> Value {
     make_images();
     json!({
@@ -35,7 +35,7 @@ fn start(world: &World) -> (Running, String) {
     (running, place)
 }
 
-/// What all is marked with that belongs to the only job.
+/// Returns the name of the only job, with which its containers and networks are marked.
 fn place(world: &World) -> String {
     let directories = job_directories(world);
     let names = directories.iter().map(|path| path.file_name().unwrap().to_str().unwrap());
@@ -45,11 +45,11 @@ fn place(world: &World) -> String {
     place
 }
 
-/// Kills the process beside the agent, as in a power cut.
-fn kill_watch(world: &World) {
+/// Kills the guard, as in a power cut.
+fn kill_guard(world: &World) {
     let home = format!("HOME={}", world.home().display());
     let beside: Vec<_> =
-        lives_with(&home).into_iter().filter(|found| found.contains("docker-watch")).collect();
+        processes_with(&home).into_iter().filter(|found| found.contains("docker-watch")).collect();
     assert_eq!(beside.len(), 1, "{beside:?}");
     let pid = beside[0].split(' ').next().unwrap().strip_prefix("/proc/").unwrap();
     kill(Pid::from_raw(pid.parse().unwrap()), Signal::SIGKILL).unwrap();
@@ -64,7 +64,7 @@ fn is_of(directory: &Path, place: &str) -> bool {
     directory.file_name().unwrap().to_str().unwrap().ends_with(place)
 }
 
-/// The containers and networks of a job.
+/// Returns the containers and networks of a job.
 fn left(place: &str) -> Vec<String> {
     let label = format!("label=semaphore-agent.place={place}");
     let containers = docker(&["ps", "-aq", "--filter", &label]).1;
@@ -90,10 +90,10 @@ fn containers_do_not_outlive_an_agent_that_is_killed() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine and its client")]
-fn the_next_agent_removes_what_was_left_when_everything_was_killed() {
+fn the_next_agent_cleans_up_when_everything_was_killed() {
     let world = World::new();
     let (running, place) = start(&world);
-    kill_watch(&world);
+    kill_guard(&world);
     running.signal(Signal::SIGKILL);
     running.finish();
     assert_eq!(left(&place).len(), 3);
@@ -103,7 +103,7 @@ fn the_next_agent_removes_what_was_left_when_everything_was_killed() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine and its client")]
-fn the_next_agent_takes_back_the_keys_of_a_dead_job_at_once() {
+fn the_next_agent_removes_the_keys_of_a_dead_job_at_once() {
     let world = World::new();
     let mut job = job();
     job["ssh_public_keys"] = json!([base64(b"ssh-ed25519 AAAA me")]);
@@ -113,12 +113,12 @@ fn the_next_agent_takes_back_the_keys_of_a_dead_job_at_once() {
     let place = place(&world);
     let keys = world.home().join(".ssh/authorized_keys");
     assert!(fs::read_to_string(&keys).unwrap().contains("ssh-ed25519 AAAA me"));
-    kill_watch(&world);
+    kill_guard(&world);
     agent.signal(Signal::SIGKILL);
     drop(agent);
     let _next = ServeAgent::start(&world);
     assert!(!keys.exists());
-    assert!(leads_nowhere(&world));
+    assert!(is_placeholder(&world));
     wait_until_nothing_is_left(&world, &place);
 }
 
@@ -134,7 +134,7 @@ fn a_setup_command_of_the_host_does_not_outlive_an_agent_that_is_killed() {
     running.signal(Signal::SIGKILL);
     running.finish();
     let home = format!("HOME={}", world.home().display());
-    wait_until(|| lives_with(&home).is_empty(), || format!("{:?}", lives_with(&home)));
+    wait_until(|| processes_with(&home).is_empty(), || format!("{:?}", processes_with(&home)));
 }
 
 #[test]

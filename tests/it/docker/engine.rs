@@ -1,4 +1,4 @@
-//! Engines that are missing, refuse, are too old, or go away while a job runs.
+//! Engines that are missing, refuse access, are too old, or vanish while a job runs.
 
 use std::fs;
 use std::io::{self, BufRead as _, BufReader, Write as _};
@@ -12,20 +12,20 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
-use test_support::docker::{container, job, job_in, left_of};
+use test_support::docker::{container, job, job_in, leftovers_of};
 use test_support::serve::ServeAgent;
 use test_support::{Finished, World, wait_for_end};
 
 const ENGINE: &str = "/var/run/docker.sock";
 
-/// A user without privileges.
+/// An unprivileged user.
 const NOBODY: u32 = 65534;
 
 fn at(socket: &Path) -> String {
     format!("unix://{}", socket.display())
 }
 
-/// Runs a job on the engine behind this socket.
+/// Runs a job on the engine at this socket.
 fn run_at(socket: &Path, job: &Value) -> Finished {
     let world = World::new();
     let path = world.file("job.json", job.to_string());
@@ -35,7 +35,7 @@ fn run_at(socket: &Path, job: &Value) -> Finished {
     running.finish()
 }
 
-/// What a job says that can't be prepared.
+/// Returns the message in the log of a job that can't be prepared.
 fn why(finished: &Finished) -> String {
     assert_eq!((finished.result(), finished.exit_code), ("failed", Some(1)), "{finished:#?}");
     let steps = finished.steps();
@@ -44,14 +44,14 @@ fn why(finished: &Finished) -> String {
     steps[0].1.clone()
 }
 
-/// A job whose epilogue must not run.
+/// Returns a job whose preparation must fail and whose epilogue must not run.
 fn unprepared() -> Value {
     let mut job = job("bash", &["echo not reached"]);
     job["epilogue_always_commands"] = json!([{ "directive": "echo not reached" }]);
     job
 }
 
-/// An engine that answers every request with this.
+/// Starts a fake engine that sends this response to every request.
 fn fake(socket: &Path, answer: &'static str) {
     let listener = UnixListener::bind(socket).unwrap();
     std::thread::spawn(move || {
@@ -61,7 +61,7 @@ fn fake(socket: &Path, answer: &'static str) {
             while stream.read_line(&mut line).is_ok_and(|count| count > 2) {
                 line.clear();
             }
-            // Who only looks whether somebody is there is gone already.
+            // A client that only checks whether somebody listens has already closed the connection.
             let _ = stream.get_mut().write_all(answer.as_bytes());
         }
     });
@@ -69,14 +69,14 @@ fn fake(socket: &Path, answer: &'static str) {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn where_there_is_no_engine_the_job_says_so() {
+fn without_an_engine_the_job_says_so() {
     let world = World::new();
     let missing = world.home().join("missing.sock");
     let text = why(&run_at(&missing, &unprepared()));
     let expected = format!("no Docker Engine at {}: No such file", missing.display());
     assert!(text.starts_with(&expected) && text.ends_with('\n'), "{text}");
 
-    // Left by an engine that was killed.
+    // The socket of an engine that was killed.
     let dead = world.home().join("dead.sock");
     drop(UnixListener::bind(&dead).unwrap());
     let text = why(&run_at(&dead, &unprepared()));
@@ -85,7 +85,7 @@ fn where_there_is_no_engine_the_job_says_so() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn an_engine_that_is_not_one_or_too_old_is_named() {
+fn a_fake_or_outdated_engine_is_named() {
     let world = World::new();
     let directory = world.home();
     let body = r#"{"Version":"18.09.1","ApiVersion":"1.30"}"#;
@@ -144,7 +144,7 @@ fn an_engine_that_refuses_the_agents_user_is_named() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn an_agent_without_an_engine_goes_on() {
+fn an_agent_without_an_engine_continues() {
     let world = World::new();
     let missing = world.home().join("missing.sock");
     let agent = ServeAgent::start_with(&world, |command| {
@@ -158,10 +158,10 @@ fn an_agent_without_an_engine_goes_on() {
     assert_eq!(agent.run_to_end(&test_support::job("1", &["echo hi"])).result(), "passed");
 }
 
-/// A socket that leads to the engine until it is cut.
+/// A socket that forwards to the engine until it is cut.
 pub struct Wire {
     pub socket: PathBuf,
-    /// Nothing if it is cut.
+    /// The open connections; `None` while the wire is cut.
     streams: Arc<Mutex<Option<Vec<UnixStream>>>>,
 }
 
@@ -188,15 +188,15 @@ impl Wire {
     fn cut(&self) {
         fs::rename(&self.socket, self.socket.with_extension("cut")).unwrap();
         for stream in self.streams.lock().unwrap().take().unwrap() {
-            // Some have ended by themselves.
+            // Fails for connections that have already ended.
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
 
-    /// The engine stays, and takes new connections.
-    pub fn cut_what_is_open(&self) {
+    /// Closes all open connections; new ones still reach the engine.
+    pub fn cut_open_connections(&self) {
         for stream in self.streams.lock().unwrap().iter_mut().flat_map(std::mem::take) {
-            // Some have ended by themselves.
+            // Fails for connections that have already ended.
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
@@ -208,12 +208,12 @@ impl Wire {
 }
 
 fn forward(from: &UnixStream, to: &UnixStream) {
-    // However it ends, it has ended.
+    // Any error means that the connection has ended.
     let _ = io::copy(&mut &*from, &mut &*to);
     let _ = to.shutdown(Shutdown::Write);
 }
 
-/// An agent behind a wire, with a job of which one command runs.
+/// Starts an agent behind a wire, with a job that is running a command.
 fn running_behind(world: &World) -> (Wire, ServeAgent, Value) {
     let wire = Wire::new(world.home().join("engine.sock"));
     let agent = ServeAgent::start_with(world, |command| {
@@ -229,7 +229,7 @@ fn running_behind(world: &World) -> (Wire, ServeAgent, Value) {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn an_engine_that_goes_away_fails_the_job_and_what_is_left_goes_when_it_is_back() {
+fn a_vanished_engine_fails_the_job_and_is_cleaned_up_when_it_is_back() {
     let world = World::new();
     let (wire, agent, job) = running_behind(&world);
     wire.cut();
@@ -247,14 +247,14 @@ fn an_engine_that_goes_away_fails_the_job_and_what_is_left_goes_when_it_is_back(
     assert_eq!((output.lines().count(), *exit_code), (2, 1), "{output}");
     let refused = ("the job's shell has ended, so this can't run\n".into(), 1);
     assert_eq!(commands[1..], [refused]);
-    assert_eq!(left_of(&job), [""; 0]);
+    assert_eq!(leftovers_of(&job), [""; 0]);
     let next = test_support::docker::job("bash", &["echo hi"]);
     assert_eq!(agent.run_to_end(&next).commands(), [("hi\n".into(), 0)]);
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_job_whose_engine_is_gone_can_be_stopped() {
+fn a_job_whose_engine_has_vanished_can_be_stopped() {
     let world = World::new();
     let (wire, agent, job) = running_behind(&world);
     wire.cut();
@@ -263,5 +263,5 @@ fn a_job_whose_engine_is_gone_can_be_stopped() {
     let finished = agent.finish(job["job_id"].as_str().unwrap());
     assert!(["stopped", "failed"].contains(&finished.result()), "{finished:#?}");
     assert!(!finished.output().contains("not reached"), "{finished:#?}");
-    assert_eq!(left_of(&job), [""; 0]);
+    assert_eq!(leftovers_of(&job), [""; 0]);
 }

@@ -1,15 +1,17 @@
-//! What a container's entrypoint and command are, and what is said of an entrypoint that is not there.
+//! Entrypoints and commands of containers, and the error if an entrypoint does not exist.
 
 use serde_json::{Value, json};
 
-use test_support::docker::{Owned, container, docker_prints, job, job_in, left_of, make_images};
+use test_support::docker::{
+    Owned, container, docker_prints, job, job_in, leftovers_of, make_images,
+};
 use test_support::{Finished, World, unique};
 
-/// An entrypoint that does its work as the first process only, as some that are init systems do. Its number is
-/// read where no dollar sign is doubled.
+/// An entrypoint that only works as process 1, like some init systems. The script reads its process ID from
+/// `/proc`, because `$$` would need escaping for Compose.
 const FIRST_ONLY: &str = r#"sh -c 'read pid rest </proc/self/stat; [ "$pid" = 1 ] || exit 100; export FIRST=yes; exec "$@"' -"#;
 
-/// Leaves orphans that end at once, and waits until nobody has to be taken away any more.
+/// Leaves orphans that end at once, and waits until all zombies are reaped.
 const ORPHANS: &str = "for i in 1 2 3 4 5; do sh -c 'sleep 0.1 & sleep 0.1 &'; done; sleep 0.3
 for i in {1..100}; do
   grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null >/tmp/zombies || break
@@ -17,10 +19,10 @@ for i in {1..100}; do
 done
 ! cat /tmp/zombies | grep .";
 
-/// Runs a job of which nothing may be left.
+/// Runs a job, and asserts that nothing of it is left.
 fn run(job: &Value) -> Finished {
     let finished = World::new().run(&job.to_string());
-    assert_eq!(left_of(job), [""; 0]);
+    assert_eq!(leftovers_of(job), [""; 0]);
     finished
 }
 
@@ -32,7 +34,7 @@ fn with_entrypoint(entrypoint: &str, commands: &[&str]) -> Value {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn an_entrypoint_that_must_be_the_first_process_is() {
+fn the_jobs_entrypoint_runs_as_process_1() {
     let finished = run(&with_entrypoint(FIRST_ONLY, &["echo $FIRST", ORPHANS, "echo on"]));
     let expected = ["yes\n", "", "on\n"].map(|output| (output.to_owned(), 0));
     assert_eq!(finished.commands(), expected, "{finished:#?}");
@@ -40,7 +42,7 @@ fn an_entrypoint_that_must_be_the_first_process_is() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn an_images_own_entrypoint_that_must_be_the_first_process_is() {
+fn an_images_entrypoint_runs_as_process_1() {
     make_images();
     let name = unique();
     let _container = Owned(&["rm", "-f"], name.clone());
@@ -57,7 +59,7 @@ fn an_images_own_entrypoint_that_must_be_the_first_process_is() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn two_dollar_signs_in_a_command_or_an_entrypoint_are_one() {
+fn two_dollar_signs_in_a_command_or_an_entrypoint_become_one() {
     let script = r#"sh -c 'A="of web"; echo "$$A $$HOME, $A," "$$(echo 1)" >/www/index.html; exec httpd -f -p 8080 -h /www'"#;
     for field in ["command", "entrypoint"] {
         let mut web = container("web", "service");
@@ -71,30 +73,30 @@ fn two_dollar_signs_in_a_command_or_an_entrypoint_are_one() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn four_dollar_signs_are_two_for_the_shell_of_a_command() {
+fn four_dollar_signs_become_two_for_the_shell_of_a_command() {
     let mut web = container("web", "service");
     web["command"] =
         r#"sh -c 'echo "$$$$" >/www/index.html; exec httpd -f -p 8080 -h /www'"#.into();
     let fetch = "wget -q -O - http://web:8080";
     let finished = run(&job_in(json!([container("main", "bash"), web]), &[fetch]));
-    // The shell's own number: it is the first process of its container.
+    // `$$` is the shell's own process ID: it is process 1 of its container.
     assert_eq!(finished.commands(), [("1\n".into(), 0)], "{finished:#?}");
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn two_dollar_signs_in_the_main_containers_entrypoint_are_one() {
+fn two_dollar_signs_in_the_main_containers_entrypoint_become_one() {
     let entrypoint = r#"sh -c 'A="$$HOME"; export A; exec "$$@"' -"#;
     let finished = run(&with_entrypoint(entrypoint, &["echo $A $$"]));
     let commands = finished.commands();
     let printed = commands.first().map(|(output, _)| output.as_str()).unwrap_or_default();
-    // What the job's own shell reads stays as it is.
+    // The text for the job's own shell is not changed.
     let number =
         printed.strip_prefix("/root ").and_then(|number| number.trim().parse::<u32>().ok());
     assert!(number.is_some(), "{finished:#?}");
 }
 
-/// What the start of the containers said that failed.
+/// Returns the output of the failed start of the containers.
 fn why(finished: &Finished) -> String {
     let steps = finished.steps();
     let (title, output, exit_code) = steps.last().unwrap();
@@ -107,7 +109,7 @@ fn why(finished: &Finished) -> String {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn an_entrypoint_that_is_not_there_is_named_and_bash_is_not_blamed() {
+fn a_missing_entrypoint_is_named_and_bash_is_not_blamed() {
     for entrypoint in ["/not/there", "not-there --flag", "/etc/passwd"] {
         let why = why(&run(&with_entrypoint(entrypoint, &["echo not reached"])));
         let program = entrypoint.split(' ').next().unwrap();
@@ -118,7 +120,7 @@ fn an_entrypoint_that_is_not_there_is_named_and_bash_is_not_blamed() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn an_images_own_entrypoint_that_is_not_there_is_named_and_bash_is_not_blamed() {
+fn a_missing_entrypoint_of_the_image_is_named_and_bash_is_not_blamed() {
     make_images();
     let name = unique();
     let _container = Owned(&["rm", "-f"], name.clone());

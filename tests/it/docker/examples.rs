@@ -1,4 +1,4 @@
-//! The jobs in containers in `config/jobs`, with images that are here.
+//! The container jobs in `config/jobs`, run with local images.
 
 use std::fs;
 use std::path::Path;
@@ -32,7 +32,7 @@ fn assert_passed(finished: &Finished) {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine and its client")]
-fn a_service_answers() {
+fn a_service_responds() {
     let images = [
         ("image: bash:5", "image: agent-test/bash"),
         ("image: busybox", "image: agent-test/nobash"),

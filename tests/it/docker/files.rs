@@ -1,18 +1,18 @@
-//! Files that a job has in its containers.
+//! Files that a job injects into its containers.
 
 use serde_json::{Value, json};
 
-use test_support::docker::{container, docker_prints, file, job, job_in, left_of};
+use test_support::docker::{container, docker_prints, file, job, job_in, leftovers_of};
 use test_support::{Finished, World};
 
-/// Runs a job of which nothing may be left.
+/// Runs a job, and asserts that nothing of it is left.
 fn run(job: &Value) -> Finished {
     let finished = World::new().run(&job.to_string());
-    assert_eq!(left_of(job), [""; 0]);
+    assert_eq!(leftovers_of(job), [""; 0]);
     finished
 }
 
-/// The output of the step that injects files, and its exit code.
+/// Returns output and exit code of the step that injects files.
 fn injected(finished: &Finished) -> (String, i32) {
     let steps = finished.steps();
     let step = steps.iter().find(|(title, ..)| title == "Injecting Files");
@@ -20,7 +20,7 @@ fn injected(finished: &Finished) -> (String, i32) {
     (output.clone(), *exit_code)
 }
 
-/// All values a byte can have, many times.
+/// Returns all byte values, repeated up to this length.
 fn all_bytes(length: usize) -> Vec<u8> {
     (0..=255).cycle().take(length).collect()
 }
@@ -75,13 +75,13 @@ fn paths_are_below_the_home_directory_or_absolute_and_belong_to_the_containers_u
     for ((path, _, _, mode), command) in files.iter().zip(&commands[2..]) {
         assert_eq!(command.0, format!("dev:dev {mode}\ncontent\n"), "{path}");
     }
-    // As the image has it, and none of the agent's own.
+    // The user's shell is as in the image, not as on the agent's machine.
     assert_eq!(commands[1].0, "0022\n");
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_file_that_is_there_is_replaced() {
+fn an_existing_file_is_replaced() {
     let mut job = job("bash", &["cat /etc/group; stat -c %a /etc/group"]);
     job["files"] = json!([file("/etc/group", b"root:x:0:\n", "0640")]);
     assert_eq!(run(&job).commands(), [("root:x:0:\n640\n".into(), 0)]);
@@ -97,7 +97,7 @@ fn a_mode_that_chmod_refuses_fails_the_job() {
         let finished = run(&job);
         let (output, exit_code) = injected(&finished);
         if mode == "u+" && exit_code == 0 {
-            // Some take it.
+            // Some versions of chmod accept this mode.
             continue;
         }
         let expected =
@@ -111,7 +111,7 @@ fn a_mode_that_chmod_refuses_fails_the_job() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_file_that_can_not_be_made_fails_the_job_with_the_reason() {
+fn a_file_that_can_not_be_written_fails_the_job_with_the_reason() {
     for (path, reason) in [
         ("/etc/passwd/f", "Not a directory"),
         ("/root/f", "Permission denied"),
@@ -135,7 +135,7 @@ fn a_file_that_can_not_be_made_fails_the_job_with_the_reason() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn containers_have_files_of_their_own_before_they_start() {
+fn containers_have_their_own_files_before_they_start() {
     let mut containers = json!([container("main", "bash:dev"), container("web", "service")]);
     containers[0]["files"] = json!([file("of-main", b"main\n", "u+x")]);
     let script = "cd; stat -c '%U:%G %a' f .x/y >/tmp/index.html; touch .x/more; cat f .x/y >>/tmp/index.html; \
@@ -166,7 +166,7 @@ fn containers_have_files_of_their_own_before_they_start() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_container_whose_file_can_not_be_made_does_not_start() {
+fn a_container_whose_file_can_not_be_written_does_not_start() {
     let mut containers = json!([container("main", "bash"), container("web", "service")]);
     for (path, mode, reason) in [
         ("/etc/passwd/f", "0600", "/etc/passwd"),
@@ -185,7 +185,7 @@ fn a_container_whose_file_can_not_be_made_does_not_start() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn no_file_of_a_job_passes_through_a_process_that_others_can_see() {
+fn no_process_argument_contains_a_file_of_a_job() {
     let secret = "canary-of-a-file";
     let mut job =
         job("bash", &["cat f", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '", "ls -la /dev/shm"]);

@@ -1,4 +1,4 @@
-//! The images and the registry of the Docker tests are what those tests take them for.
+//! The images and the registry of the Docker tests have the properties that the tests rely on.
 
 use test_support::docker::{docker, make_images};
 use test_support::registry::Registry;
@@ -14,7 +14,7 @@ fn run(image: &str, command: &[&str]) -> (i32, String) {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn there_are_a_bash_users_and_a_path_of_its_own() {
+fn the_bash_image_has_its_users_and_path() {
     let script = "id -un; echo ~dev; echo $PATH; stat -c '%U %a' /home/dev /tmp";
     assert_eq!(
         run("bash", &["bash", "-c", script]),
@@ -36,7 +36,7 @@ fn there_are_a_bash_users_and_a_path_of_its_own() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn what_is_missing_is_missing() {
+fn the_reduced_images_lack_their_programs() {
     assert_eq!(run("nobash", &["sh", "-c", "echo here"]), (0, "here\n".into()));
     for (image, shell) in [("nobash", "bash"), ("empty", "sh")] {
         let (code, printed) = run(image, &[shell]);
@@ -60,7 +60,7 @@ fn the_client_in_the_docker_image_reaches_the_engine() {
     not(all(has_docker, has_registry)),
     ignore = "needs a Docker Engine and docker-registry"
 )]
-fn the_registry_wants_a_login() {
+fn the_registry_requires_a_login() {
     make_images();
     let mut registry = Registry::start();
     let image = registry.push("agent-test/nobash", "some/where");

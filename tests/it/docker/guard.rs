@@ -1,5 +1,5 @@
-//! What a job in containers has, on the engine and on this machine, goes whatever becomes of the agent and of the
-//! process beside it.
+//! A job's containers, and its processes on this machine, are removed even if its agent or its guard (`agent
+//! docker-watch`) is killed.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -9,14 +9,14 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use test_support::docker::{job, left_of};
+use test_support::docker::{job, leftovers_of};
 use test_support::serve::ServeAgent;
 use test_support::{
-    KilledOnFailure, RUN_FOR_EVER, RUNNING, Running, World, lives_with, unique, wait_for_file,
+    KilledOnFailure, RUN_FOR_EVER, RUNNING, Running, World, processes_with, unique, wait_for_file,
     wait_until,
 };
 
-/// Starts a job by an agent all of whose processes have a marker; `first` comes before the usual places of programs.
+/// Starts a job with an agent all of whose processes have a marker; `first` comes first in its PATH.
 fn start(world: &World, job: &Value, first: &Path) -> (Running, String) {
     let value = unique();
     let path = format!("{}:{}", first.display(), std::env::var("PATH").unwrap());
@@ -27,9 +27,9 @@ fn start(world: &World, job: &Value, first: &Path) -> (Running, String) {
     (running, format!("TEST_MARKER={value}"))
 }
 
-/// The processes beside an agent that guard its jobs.
+/// Returns the guards of an agent.
 fn guards(marker: &str) -> Vec<Pid> {
-    let found = lives_with(marker).into_iter().filter(|found| found.contains("docker-watch"));
+    let found = processes_with(marker).into_iter().filter(|found| found.contains("docker-watch"));
     let pid = |found: String| {
         let pid = found.split(' ').next().unwrap().strip_prefix("/proc/").unwrap().to_owned();
         Pid::from_raw(pid.parse().unwrap())
@@ -40,31 +40,31 @@ fn guards(marker: &str) -> Vec<Pid> {
 /// Kills the only guard, and waits for its successor.
 fn replace_guard(marker: &str) {
     let old = guards(marker);
-    assert_eq!(old.len(), 1, "{:?}", lives_with(marker));
+    assert_eq!(old.len(), 1, "{:?}", processes_with(marker));
     kill(old[0], Signal::SIGKILL).unwrap();
     let is_replaced = || matches!(guards(marker)[..], [new] if new != old[0]);
-    wait_until(is_replaced, || format!("no new one appears: {:?}", lives_with(marker)));
+    wait_until(is_replaced, || format!("no new one appears: {:?}", processes_with(marker)));
 }
 
 fn wait_until_gone(job: &Value, marker: &str) {
     wait_until(
-        || left_of(job).is_empty() && lives_with(marker).is_empty(),
-        || format!("{:?} and {:?} stay", left_of(job), lives_with(marker)),
+        || leftovers_of(job).is_empty() && processes_with(marker).is_empty(),
+        || format!("{:?} and {:?} stay", leftovers_of(job), processes_with(marker)),
     );
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine and its client")]
-fn a_guard_that_is_killed_has_a_successor() {
+fn a_killed_guard_is_replaced() {
     let world = World::new();
     let job = job("bash", &[RUN_FOR_EVER]);
     let (mut running, marker) = start(&world, &job, Path::new("/nowhere"));
     let _clean = KilledOnFailure(marker.clone());
     running.wait_for_output("running");
-    // Somebody may do that again and again.
+    // This works repeatedly.
     replace_guard(&marker);
     replace_guard(&marker);
-    assert!(!left_of(&job).is_empty());
+    assert!(!leftovers_of(&job).is_empty());
     running.signal(Signal::SIGKILL);
     running.finish();
     wait_until_gone(&job, &marker);
@@ -76,7 +76,7 @@ fn a_guard_that_is_killed_has_a_successor() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine and its client")]
-fn a_job_whose_guard_is_killed_goes_on() {
+fn a_job_whose_guard_is_killed_continues() {
     let world = World::new();
     let value = unique();
     let agent = ServeAgent::start_with(&world, |command| {
@@ -90,24 +90,24 @@ fn a_job_whose_guard_is_killed_goes_on() {
     agent.post_job(&job).of_status(200);
     agent.wait_for_log(id, RUNNING);
     replace_guard(&marker);
-    let container = left_of(&job).into_iter().find_map(|line| {
+    let container = leftovers_of(&job).into_iter().find_map(|line| {
         line.strip_prefix("container ").and_then(|line| line.split(' ').next()).map(str::to_owned)
     });
     test_support::docker::docker_prints(&["exec", &container.unwrap(), "touch", "/tmp/go"]);
     let finished = agent.finish(id);
     assert_eq!((finished.result(), finished.output()), ("passed", "running\nover\n".to_owned()));
-    assert_eq!(left_of(&job), [""; 0]);
+    assert_eq!(leftovers_of(&job), [""; 0]);
     wait_until(|| guards(&marker).is_empty(), || "a guard stays".to_owned());
 }
 
-/// What a host setup command has started in a session of its own.
-fn away(marker: &str) -> Vec<String> {
-    lives_with(marker).into_iter().filter(|found| found.contains("sleep 1234")).collect()
+/// Returns the processes that a host setup command has started in a session of their own.
+fn detached_processes(marker: &str) -> Vec<String> {
+    processes_with(marker).into_iter().filter(|found| found.contains("sleep 1234")).collect()
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine and its client")]
-fn what_a_host_setup_command_left_behind_ends_with_the_job() {
+fn processes_of_a_host_setup_command_end_with_the_job() {
     for agent_is_killed in [false, true] {
         let world = World::new();
         let command = if agent_is_killed { RUN_FOR_EVER } else { "echo running" };
@@ -127,7 +127,7 @@ fn what_a_host_setup_command_left_behind_ends_with_the_job() {
             let finished = running.finish();
             assert_eq!(finished.result(), "passed", "{finished:?}");
             assert!(world.home().join("up").exists());
-            assert_eq!(away(&marker), [""; 0]);
+            assert_eq!(detached_processes(&marker), [""; 0]);
         }
     }
 }
@@ -146,7 +146,7 @@ fn a_credential_helper_that_hangs_does_not_outlive_an_agent_that_is_killed() {
     let config = json!({ "credsStore": "hangs" }).to_string();
     fs::write(world.home().join(".docker/config.json"), config).unwrap();
     let mut job = job("bash", &["echo not reached"]);
-    // The helper comes before any registry is asked.
+    // The helper runs before any registry is contacted.
     job["compose"]["containers"][0]["image"] = "127.0.0.1:1/x".into();
     let (running, marker) = start(&world, &job, &programs);
     let _clean = KilledOnFailure(marker.clone());

@@ -1,4 +1,4 @@
-//! The programs that know the passwords of the agent's user for registries: which they may be, and their end.
+//! Docker credential helpers of the agent's user: which ones are allowed, and how they end.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -8,13 +8,13 @@ use std::sync::LazyLock;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use test_support::docker::{job, left_of, variables};
+use test_support::docker::{job, leftovers_of, variables};
 use test_support::registry::answering;
 use test_support::{
-    KilledOnFailure, Running, World, lives_with, unique, wait_for_file, wait_until,
+    KilledOnFailure, Running, World, processes_with, unique, wait_for_file, wait_until,
 };
 
-/// A registry that has nothing.
+/// Returns the address of a registry without any images.
 fn registry() -> &'static str {
     static REGISTRY: LazyLock<String> = LazyLock::new(|| {
         answering(|request| match request.path.as_str() {
@@ -29,14 +29,14 @@ fn registry() -> &'static str {
     &REGISTRY
 }
 
-/// A program of this world's.
+/// Writes an executable script.
 fn program(path: &Path, script: &str) {
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     fs::write(path, format!("#!/bin/sh\n{script}\n")).unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// The configuration of `docker` of this world's user.
+/// Writes the `docker` configuration of the agent's user.
 #[expect(clippy::needless_pass_by_value, reason = "written where it is passed")]
 fn configure(world: &World, config: Value) {
     let directory = world.home().join(".docker");
@@ -44,14 +44,14 @@ fn configure(world: &World, config: Value) {
     fs::write(directory.join("config.json"), config.to_string()).unwrap();
 }
 
-/// A job whose image must be pulled.
+/// Returns a job whose image must be pulled.
 fn pulling() -> Value {
     let mut job = job("bash", &["echo not reached"]);
     job["compose"]["containers"][0]["image"] = format!("{}/x", registry()).into();
     job
 }
 
-/// Starts it in the home directory, with the programs that are there; all processes have a marker.
+/// Starts a job with `~/bin` in the PATH; all processes have a marker.
 fn start(world: &World, job: &Value) -> (Running, String) {
     let value = unique();
     let path = format!("{}:{}", bin(world).display(), std::env::var("PATH").unwrap());
@@ -68,7 +68,7 @@ fn bin(world: &World) -> PathBuf {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_helper_whose_name_leads_elsewhere_is_not_run() {
+fn a_helper_whose_name_is_a_path_is_not_run() {
     for name in ["x/../evil", "x/evil", "../evil", "/evil", "evil\n", "e vil", "", "Grüße"] {
         for key in ["credsStore", "credHelpers"] {
             let world = World::new();
@@ -102,7 +102,7 @@ fn a_helper_whose_name_leads_elsewhere_is_not_run() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_helper_with_a_usual_name_is_run() {
+fn a_helper_with_a_valid_name_is_run() {
     for name in ["test", "ecr-login", "desktop.exe", "a_b.C-9"] {
         let world = World::new();
         let touch = format!("touch {}; exit 1", world.home().join("ran").display());
@@ -115,7 +115,7 @@ fn a_helper_with_a_usual_name_is_run() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn what_a_helper_leaves_running_ends_with_it() {
+fn processes_of_a_helper_end_with_it() {
     let world = World::new();
     let leave =
         "sleep 1000 </dev/null >/dev/null 2>&1 &\necho '{\"Username\":\"me\",\"Secret\":\"x\"}'";
@@ -124,19 +124,19 @@ fn what_a_helper_leaves_running_ends_with_it() {
     let (running, marker) = start(&world, &pulling());
     let _clean = KilledOnFailure(marker.clone());
     running.finish();
-    // What was killed needs a moment to be gone.
+    // A killed process takes a moment to vanish.
     let sleeping = || -> Vec<String> {
-        lives_with(&marker).into_iter().filter(|found| found.contains("sleep")).collect()
+        processes_with(&marker).into_iter().filter(|found| found.contains("sleep")).collect()
     };
     wait_until(|| sleeping().is_empty(), || format!("{:?} live on", sleeping()));
 }
 
-/// A script that says that it is there, and goes on with all that it started.
+/// Returns a script that notes its start, and then hangs together with its children.
 fn hanging(world: &World) -> String {
     format!("sleep 1000 & touch {}; sleep 1000; wait", world.home().join("up").display())
 }
 
-/// Jobs that wait for such a program, and the program.
+/// Returns jobs that wait for a hanging program, each with the program's path.
 fn waiting(world: &World) -> [(Value, PathBuf); 2] {
     configure(world, json!({ "credsStore": "test" }));
     let mut amazon = job("bash", &["echo not reached"]);
@@ -150,7 +150,7 @@ fn waiting(world: &World) -> [(Value, PathBuf); 2] {
     [(pulling(), helper), (amazon, bin(world).join("aws"))]
 }
 
-/// Ends an agent by a signal while such a program runs; nothing of it may live on.
+/// Asserts that such a program does not outlive an agent that gets this signal.
 fn end_while_waiting(signal: Signal) {
     for kind in 0..2 {
         let world = World::new();
@@ -161,9 +161,9 @@ fn end_while_waiting(signal: Signal) {
         wait_for_file(&world.home().join("up"));
         running.signal(signal);
         running.finish();
-        let living = || lives_with(&marker);
+        let living = || processes_with(&marker);
         wait_until(|| living().is_empty(), || format!("{}: {:?}", path.display(), living()));
-        assert_eq!(left_of(&job), [""; 0]);
+        assert_eq!(leftovers_of(&job), [""; 0]);
     }
 }
 

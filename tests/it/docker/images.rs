@@ -1,4 +1,4 @@
-//! What images can be like, and how they come to the engine.
+//! Properties of images, and how they get to the engine.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde_json::{Value, json};
 
 use test_support::docker::{
-    Owned, container, docker, docker_prints, job, job_in, left_of, make_images, variables,
+    Owned, container, docker, docker_prints, job, job_in, leftovers_of, make_images, variables,
 };
 use test_support::registry::{PASSWORD, Registry, USER};
 use test_support::serve::ServeAgent;
@@ -21,21 +21,21 @@ fn run(job: &Value) -> Finished {
     run_in(&World::new(), job)
 }
 
-/// Runs a job that must leave nothing on the engine.
+/// Runs a job, and asserts that nothing of it is left on the engine.
 fn run_in(world: &World, job: &Value) -> Finished {
     let finished = world.run(&job.to_string());
-    assert_eq!(left_of(job), [""; 0]);
+    assert_eq!(leftovers_of(job), [""; 0]);
     finished
 }
 
-/// The same as a job that came over the wire.
+/// Runs a job with `agent serve`.
 fn served(job: &Value) -> Finished {
     let finished = ServeAgent::start(&World::new()).run_to_end(job);
-    assert_eq!(left_of(job), [""; 0]);
+    assert_eq!(leftovers_of(job), [""; 0]);
     finished
 }
 
-/// The only step that failed, which must be the last.
+/// Returns the only failed step, which must be the last step.
 fn failed_step(finished: &Finished) -> Step {
     assert_eq!(finished.result(), "failed", "{finished:#?}");
     assert!(finished.exit_code.is_none_or(|code| code == 1), "{finished:#?}");
@@ -62,7 +62,7 @@ fn generic(url: &str, user: &str, password: &str) -> Value {
     ]) })
 }
 
-/// An image that is the engine's only until it is pushed.
+/// Builds an image that exists only on this engine until it is pushed.
 fn with_a_layer_of_its_own() -> Owned {
     make_images();
     let name = unique();
@@ -74,7 +74,7 @@ fn with_a_layer_of_its_own() -> Owned {
     Owned(&["image", "rm", "-f"], image)
 }
 
-/// Images that are pulled twice: the engine forgets them in between.
+/// Removes an image from the engine, so that it must be pulled again.
 fn forget(image: &str) {
     docker(&["image", "rm", image]);
 }
@@ -93,7 +93,7 @@ fn an_image_without_bash_fails_the_start_with_the_reason() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn an_image_for_another_kind_of_processor_fails_the_start_with_the_reason() {
+fn an_image_for_another_architecture_fails_the_start_with_the_reason() {
     let image = "agent-test/bash:foreign";
     let (title, output, _) = failed_step(&run(&with_image(image)));
     assert_eq!(title, START);
@@ -114,7 +114,7 @@ fn an_unknown_user_fails_the_start_with_the_reason() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn an_entrypoint_that_ends_before_bash_fails_the_start_with_what_it_printed() {
+fn an_entrypoint_that_ends_before_bash_fails_the_start_and_shows_its_output() {
     let mut job = with_image("agent-test/bash");
     job["compose"]["containers"][0]["entrypoint"] = "sh -c 'echo no disk; exit 3'".into();
     let (title, output, _) = failed_step(&run(&job));
@@ -128,7 +128,7 @@ fn an_entrypoint_that_ends_before_bash_fails_the_start_with_what_it_printed() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_name_that_no_image_can_have_fails_the_pull_with_the_engines_words() {
+fn an_invalid_image_name_fails_the_pull_with_the_engines_message() {
     for name in ["Agent-Test/Bash", "a:b:c", "agent-test/bash latest", "../x", "a?b#c", "ä"] {
         let (title, output, _) = failed_step(&run(&with_image(name)));
         assert_eq!(title, PULL);
@@ -138,7 +138,7 @@ fn a_name_that_no_image_can_have_fails_the_pull_with_the_engines_words() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn containers_that_can_not_be_fail_the_job_with_the_reason() {
+fn invalid_containers_fail_the_job_with_the_reason() {
     for (containers, reason) in [
         (json!([]), "needs at least one container"),
         (json!(null), "needs at least one container"),
@@ -150,7 +150,7 @@ fn containers_that_can_not_be_fail_the_job_with_the_reason() {
         let job = job_in(containers, &["echo not reached"]);
         let (_, output, _) = failed_step(&served(&job));
         assert!(output.contains(reason), "{output}");
-        // Who has a file is told at once.
+        // A container with files reports the error earlier.
         let finished = run(&job);
         assert!(finished.events.is_empty() && finished.stderr.contains(reason), "{finished:?}");
     }
@@ -158,7 +158,7 @@ fn containers_that_can_not_be_fail_the_job_with_the_reason() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn container_names_may_have_capitals_and_punctuation() {
+fn container_names_may_have_upper_case_letters_and_punctuation() {
     let containers = json!([container("Main_1", "bash"), container("Web-2.Local_x", "service")]);
     let job = job_in(containers, &["wget -q -O - http://Web-2.Local_x:8080"]);
     assert_eq!(run(&job).commands(), [("service\n".into(), 0)]);
@@ -169,7 +169,7 @@ fn container_names_may_have_capitals_and_punctuation() {
     not(all(has_docker, has_registry)),
     ignore = "needs a Docker Engine and docker-registry"
 )]
-fn a_private_image_is_pulled_with_the_jobs_password_whatever_is_in_it() {
+fn a_private_image_is_pulled_whatever_characters_the_password_has() {
     let users = [
         (USER, PASSWORD),
         ("dev ops", "it's \"a\" pass \\ wörd $HOME `id` %41+/="),
@@ -200,7 +200,7 @@ fn a_private_image_is_pulled_with_the_jobs_password_whatever_is_in_it() {
     not(all(has_docker, has_registry)),
     ignore = "needs a Docker Engine and docker-registry"
 )]
-fn a_refused_password_fails_the_job_with_the_registrys_words() {
+fn a_refused_password_fails_the_job_with_the_registrys_message() {
     let mut registry = Registry::start();
     let image = registry.push("agent-test/bash", "app");
     let mut job = with_image(&image);
@@ -216,7 +216,7 @@ fn a_refused_password_fails_the_job_with_the_registrys_words() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn credentials_that_lack_something_fail_the_job_with_its_name() {
+fn incomplete_credentials_fail_the_job_and_name_the_missing_variable() {
     let credentials = json!({ "env_vars": variables(&[
         ("DOCKER_CREDENTIAL_TYPE", b"GenericDocker"),
         ("DOCKER_PASSWORD", b"canary"),
@@ -237,7 +237,7 @@ fn credentials_that_lack_something_fail_the_job_with_its_name() {
     not(all(has_docker, has_registry)),
     ignore = "needs a Docker Engine and docker-registry"
 )]
-fn an_image_that_is_missing_or_not_for_all_fails_the_pull_with_the_registrys_words() {
+fn a_missing_or_private_image_fails_the_pull_with_the_registrys_message() {
     let mut registry = Registry::start();
     let private = registry.push("agent-test/bash", "app");
     let missing = format!("{}/missing:3", registry.address());
@@ -312,7 +312,7 @@ fn a_job_logs_in_builds_runs_pushes_and_pulls_by_itself() {
     assert_eq!(commands[4..], [(format!("{built}\n"), 0), ("1\n".into(), 0)], "{commands:?}");
 }
 
-/// Files below `path` that hold one of `secrets`.
+/// Returns the files below `path` that contain one of `secrets`.
 fn files_with(path: &Path, secrets: &[String]) -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir(path).unwrap().flatten() {
@@ -328,7 +328,7 @@ fn files_with(path: &Path, secrets: &[String]) -> Vec<String> {
     found
 }
 
-/// Processes that have one of `secrets` among their arguments.
+/// Returns the processes that have one of `secrets` among their arguments.
 fn processes_with(secrets: &[String]) -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
@@ -345,7 +345,7 @@ fn processes_with(secrets: &[String]) -> Vec<String> {
     not(all(has_docker, has_registry)),
     ignore = "needs a Docker Engine and docker-registry"
 )]
-fn passwords_are_in_no_log_no_arguments_and_no_file_that_stays() {
+fn passwords_are_in_no_log_no_argument_and_no_remaining_file() {
     let password = format!("canary-{}", unique());
     let value = format!("value-{}", unique());
     let mut registry = Registry::for_users(&[("secretive", &password)]);
@@ -394,5 +394,5 @@ fn passwords_are_in_no_log_no_arguments_and_no_file_that_stays() {
         assert!(!format!("{finished:?}").contains(secret), "{finished:?}");
         assert!(!agent.own_log().contains(secret), "{secret} is in the agent's own log");
     }
-    assert_eq!(left_of(&job), [""; 0]);
+    assert_eq!(leftovers_of(&job), [""; 0]);
 }

@@ -3,17 +3,17 @@
 use actors::log::event::LogEvent;
 use serde_json::{Value, json};
 
-use test_support::docker::{container, job, job_in, left_of, variables};
+use test_support::docker::{container, job, job_in, leftovers_of, variables};
 use test_support::{Finished, World, base64};
 
-/// Runs a job that must leave nothing on the engine.
+/// Runs a job, and asserts that nothing of it is left on the engine.
 fn run(job: &Value) -> Finished {
     let finished = World::new().run(&job.to_string());
-    assert_eq!(left_of(job), [""; 0]);
+    assert_eq!(leftovers_of(job), [""; 0]);
     finished
 }
 
-/// Output and exit code of each of these commands, in `bash` of a test image.
+/// Runs commands with `bash` of a test image. Returns output and exit code of each.
 fn run_in(image: &str, commands: &[&str]) -> Vec<(String, i32)> {
     let finished = run(&job(image, commands));
     assert_eq!(finished.stderr, "");
@@ -24,7 +24,7 @@ fn ok(output: &str) -> (String, i32) {
     (output.into(), 0)
 }
 
-/// A log in short; outputs that follow one another are one.
+/// Summarises a log; consecutive outputs are joined.
 fn shown(events: &[LogEvent]) -> Vec<String> {
     let mut shown: Vec<String> = Vec::new();
     let mut was_output = false;
@@ -62,7 +62,7 @@ fn the_log_of_a_job_with_a_side_container_is_that_of_the_protocol() {
     job["epilogue_on_fail_commands"] = json!([{ "directive": "echo never" }]);
     let finished = run(&job);
     let mut shown = shown(&finished.events);
-    // Images are looked for at the same time.
+    // The order may vary, because images are inspected concurrently.
     let mut pulled: Vec<_> = shown[2].lines().collect();
     pulled.sort_unstable();
     shown[2] = pulled.join("\n");
@@ -136,7 +136,7 @@ fn values_of_variables_arrive_byte_for_byte() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn it_is_one_shell_session_on_a_terminal() {
+fn all_commands_run_in_one_shell_session_on_a_terminal() {
     let steps = run_in(
         "bash",
         &[
@@ -165,7 +165,7 @@ fn it_is_one_shell_session_on_a_terminal() {
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
 fn the_exit_code_of_a_command_is_visible_to_the_next() {
     let mut job = job("bash", &["(exit 7)", "echo not reached"]);
-    // The result's export comes between the two.
+    // The export of the result comes between the two commands.
     job["epilogue_always_commands"] =
         json!([{ "directive": "echo $?; (exit 3)" }, { "directive": "echo not reached" }]);
     job["epilogue_on_fail_commands"] = json!([{ "directive": "echo $? $SEMAPHORE_JOB_RESULT" }]);
@@ -178,7 +178,7 @@ fn the_exit_code_of_a_command_is_visible_to_the_next() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn images_say_who_runs_where_and_with_which_path() {
+fn images_determine_user_directory_and_path() {
     let who = "id -un; pwd; echo $HOME; echo $PATH";
     let path = "/opt/tools/bin:/usr/local/bin:/usr/bin:/bin\n";
     let root = format!("root\n/root\n/root\n{path}");
@@ -191,7 +191,7 @@ fn images_say_who_runs_where_and_with_which_path() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_job_says_more_than_the_image_about_its_main_container() {
+fn a_jobs_settings_override_those_of_the_main_image() {
     let mut job =
         job("bash:entrypoint", &["id -un; pwd", "echo $0; echo \"$ENTRYPOINT_RAN,$A,$B\""]);
     let main = &mut job["compose"]["containers"][0];
@@ -205,7 +205,7 @@ fn a_job_says_more_than_the_image_about_its_main_container() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn nothing_of_what_is_typed_is_echoed_whatever_the_terminal_is_set_to() {
+fn the_agents_input_is_never_echoed_whatever_the_terminal_modes() {
     let steps = run_in(
         "bash",
         &[
@@ -226,7 +226,7 @@ fn nothing_of_what_is_typed_is_echoed_whatever_the_terminal_is_set_to() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn tracing_shows_the_jobs_commands_and_nothing_of_the_agents() {
+fn tracing_shows_only_the_jobs_own_commands() {
     let steps = run_in(
         "bash",
         &[
@@ -257,7 +257,7 @@ fn tracing_shows_the_jobs_commands_and_nothing_of_the_agents() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn long_commands_and_strange_bytes_arrive_as_they_are() {
+fn long_commands_and_strange_bytes_arrive_unchanged() {
     let long =
         format!("x='{}'; echo ${{#x}} $(printf %s \"$x\" | md5sum)", "0123456789".repeat(10_000));
     let strange = "printf %s 'a\u{1}\u{3}\u{4}\u{7f}\u{1b}[0m\u{11}\u{13}\u{15}\u{16}\u{1a}\u{1c}\tb\rc' | xxd -p";
@@ -286,7 +286,7 @@ fn five_megabytes_of_output_arrive_byte_for_byte() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_shell_that_ends_fails_its_command_and_all_that_need_it_at_once() {
+fn a_shell_that_ends_fails_its_command_and_all_later_ones_at_once() {
     for end in [
         "exit 1",
         "exit 0",
@@ -306,12 +306,12 @@ fn a_shell_that_ends_fails_its_command_and_all_that_need_it_at_once() {
             _ if end.contains("seq") => (1..=10_000).map(|i| format!("{i}\n")).collect(),
             _ => String::new(),
         };
-        let said = commands[0].0.replace("exit\n", "");
-        let said = said.strip_prefix(&printed).unwrap_or_default();
+        let message = commands[0].0.replace("exit\n", "");
+        let message = message.strip_prefix(&printed).unwrap_or_default();
         assert!(
             commands[0].1 == 1
-                && said.starts_with("The job's shell has ended (")
-                && said.lines().count() == 1,
+                && message.starts_with("The job's shell has ended (")
+                && message.lines().count() == 1,
             "{end}: {commands:?}"
         );
         let refused = ("the job's shell has ended, so this can't run\n".into(), 1);

@@ -1,16 +1,17 @@
-//! People log in to where a job in containers runs.
+//! SSH access to jobs in containers.
 
 use std::fs;
 use std::process::Stdio;
 
 use serde_json::json;
 
-use crate::serve::login::{Machine, leads_nowhere, script, text};
+use crate::serve::login::{Machine, is_placeholder, script, text};
 use test_support::docker::make_images;
 use test_support::ssh::client;
 use test_support::{RUNNING, wait_for_end, wait_until};
 
-/// The same as on the machine itself, but the home is that of the container.
+/// Like [`test_support::RUN_UNTIL_GO`], but the file `go` is in `/go`, where the container sees the machine's
+/// home.
 const RUN_UNTIL_GO: &str = "echo running; until [[ -e /go/go ]]; do sleep 0.1; done";
 
 fn start(machine: &Machine, image: &str) {
@@ -21,7 +22,7 @@ fn start(machine: &Machine, image: &str) {
     machine.agent.post_job(&job).of_status(200);
 }
 
-/// A machine whose jobs see its home directory as `/go`.
+/// Returns a machine whose home directory is mounted at `/go` in its jobs.
 fn machine() -> Machine {
     Machine::start_with(|world, command| {
         command.arg("--files").arg(format!("{}:/go", world.home().display()));
@@ -31,10 +32,10 @@ fn machine() -> Machine {
 #[test]
 #[cfg_attr(not(has_ssh), ignore = "needs sshd, ssh, ssh-keygen and git")]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine and its client")]
-fn a_command_runs_in_the_container_and_its_exit_code_goes_back() {
+fn a_command_runs_in_the_container_and_returns_its_exit_code() {
     let machine = machine();
     start(&machine, "agent-test/bash:dev");
-    // Before the container is there: the script waits.
+    // This login comes before the container exists, so the script waits.
     let jump_point = script(&machine.world);
     let leads_to_job = || fs::read_to_string(&jump_point).unwrap().contains("container=");
     wait_until(leads_to_job, || "the script leads nowhere".to_owned());
@@ -51,7 +52,7 @@ fn a_command_runs_in_the_container_and_its_exit_code_goes_back() {
         assert_eq!(text(&answer), (printed.into(), Some(code)), "{rest}: {answer:?}");
     }
     machine.end_job();
-    assert!(leads_nowhere(&machine.world));
+    assert!(is_placeholder(&machine.world));
 }
 
 #[test]
@@ -75,7 +76,7 @@ fn a_login_on_a_terminal_is_in_the_container_with_the_jobs_environment() {
 #[test]
 #[cfg_attr(not(has_ssh), ignore = "needs sshd, ssh, ssh-keygen and git")]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine and its client")]
-fn who_comes_while_the_container_goes_is_told_so() {
+fn a_login_while_the_container_is_removed_gets_a_message() {
     let machine = machine();
     start(&machine, "agent-test/bash");
     machine.agent.wait_for_log("1", RUNNING);
@@ -91,10 +92,10 @@ fn who_comes_while_the_container_goes_is_told_so() {
             .spawn()
             .unwrap(),
     );
-    let told = String::from_utf8(output.stderr).unwrap();
-    assert!(told.contains("The job is over."), "{told}");
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert!(message.contains("The job is over."), "{message}");
     assert_eq!(output.status.code(), Some(1));
-    // And nobody gets in any more who has only the key.
+    // A login with the job's key is refused from now on.
     let refused =
         wait_for_end(client(machine.port(), &machine.key).arg("127.0.0.1").spawn().unwrap());
     assert_eq!(refused.status.code(), Some(255));

@@ -1,5 +1,5 @@
-//! A main container that ends, goes away or can't be reached while a command runs in it: the job's log says
-//! what became of it.
+//! A main container that ends, is removed or can't be reached while a command runs in it: the job's log names
+//! the reason.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
@@ -9,12 +9,12 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
-use test_support::docker::{docker_prints, job, left_of};
+use test_support::docker::{docker_prints, job, leftovers_of};
 use test_support::{Finished, World};
 
 const RUN_FOR_EVER: &str = "echo running; sleep 1000";
 
-/// The engine's name for a job's main container.
+/// Returns the engine's name of a job's main container.
 fn main_of(job: &Value) -> String {
     let label = format!("label=semaphore-agent.job={}", job["job_id"].as_str().unwrap());
     let found = docker_prints(&["ps", "--filter", &label, "--format", "{{.Names}}"]);
@@ -22,7 +22,7 @@ fn main_of(job: &Value) -> String {
     names.next().unwrap_or_else(|| panic!("no main container: {found}")).to_owned()
 }
 
-/// A job with a command that is not to end well; nothing may be left of it.
+/// Runs a job with a command that must fail, and asserts that nothing of the job is left.
 fn run(command: &str, then: impl FnOnce(&Value)) -> Finished {
     let mut job = job("bash", &[command, "echo not reached"]);
     job["epilogue_always_commands"] = json!([{ "directive": "echo epilogue" }]);
@@ -31,22 +31,22 @@ fn run(command: &str, then: impl FnOnce(&Value)) -> Finished {
     assert!(before.ends_with("running\n"), "{before}");
     then(&job);
     let finished = running.finish();
-    assert_eq!(left_of(&job), [""; 0]);
+    assert_eq!(leftovers_of(&job), [""; 0]);
     finished
 }
 
-/// What a failed command's output ends with that the command did not print.
+/// Returns the part of a failed command's output that the command did not print.
 fn why(finished: &Finished) -> String {
     assert_eq!((finished.result(), finished.exit_code), ("failed", Some(1)), "{finished:#?}");
     assert!(!finished.output().contains("not reached"), "{finished:#?}");
     let commands = finished.commands();
     let (output, exit_code) = &commands[0];
     assert_eq!(*exit_code, 1, "{commands:?}");
-    let said = output.lines().filter(|line| !["", "running", "exit"].contains(&line.trim()));
-    said.collect::<Vec<_>>().join("\n")
+    let lines = output.lines().filter(|line| !["", "running", "exit"].contains(&line.trim()));
+    lines.collect::<Vec<_>>().join("\n")
 }
 
-/// One of these is among the words, whatever their case.
+/// Asserts that the reason contains one of these words, in any case.
 fn assert_says(why: &str, words: &[&str]) {
     let lower = why.to_lowercase();
     assert!(words.iter().any(|word| lower.contains(word)), "none of {words:?}: {why:?}");
@@ -67,14 +67,14 @@ fn a_main_container_that_is_removed_from_outside_is_named_as_the_reason() {
     let finished = run(RUN_FOR_EVER, |job| drop(docker_prints(&["rm", "-f", &main_of(job)])));
     let why = why(&finished);
     assert_says(&why, &["container"]);
-    // It is killed first: who is quick enough sees that.
+    // The container is killed before it is removed, and the agent may notice that first.
     assert_says(&why, &["removed", "gone", "no longer", "no such", "137", "kill"]);
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine and its client")]
 fn a_main_container_that_is_out_of_memory_is_named_as_the_reason() {
-    // The shell itself grows, as soon as it must not.
+    // The shell itself uses up the memory, as soon as it may.
     let command = "echo running; until [[ -e /tmp/go ]]; do sleep 0.1; done
                    while :; do all+=$all$(head -c 1000000 /dev/zero | tr '\\0' x); done";
     let finished = run(command, |job| {
@@ -102,7 +102,7 @@ fn a_command_whose_shell_is_killed_or_ends_says_so() {
     }
 }
 
-/// A socket that leads to the engine. What leads to a container's terminal can be cut by itself.
+/// A socket that forwards to the engine. Only the connections to terminals can be cut.
 struct Wire {
     socket: PathBuf,
     terminals: Arc<Mutex<Vec<UnixStream>>>,
@@ -116,8 +116,8 @@ impl Wire {
         std::thread::spawn(move || {
             for near in listener.incoming() {
                 let (near, terminals) = (near.unwrap(), Arc::clone(&shared));
-                // However it ends, it has ended.
-                std::thread::spawn(move || drop(lead(&near, &terminals)));
+                // Any error means that the connection has ended.
+                std::thread::spawn(move || drop(forward_connection(&near, &terminals)));
             }
         });
         Self { socket, terminals }
@@ -127,13 +127,13 @@ impl Wire {
         let terminals = std::mem::take(&mut *self.terminals.lock().unwrap());
         assert!(!terminals.is_empty(), "no terminal");
         for stream in terminals {
-            // Its other end may have been faster.
+            // Fails if the peer has already closed the connection.
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
 }
 
-fn lead(near: &UnixStream, terminals: &Mutex<Vec<UnixStream>>) -> io::Result<()> {
+fn forward_connection(near: &UnixStream, terminals: &Mutex<Vec<UnixStream>>) -> io::Result<()> {
     let far = UnixStream::connect("/var/run/docker.sock")?;
     let mut first = [0; 4096];
     let length = (&*near).read(&mut first)?;
@@ -153,7 +153,7 @@ fn forward(from: &UnixStream, to: &UnixStream) {
     let _ = to.shutdown(Shutdown::Write);
 }
 
-/// The variable that has an agent use the engine behind this socket.
+/// Returns the variable that makes an agent use the engine at this socket.
 fn at(socket: &Path) -> (&'static str, String) {
     ("DOCKER_HOST", format!("unix://{}", socket.display()))
 }
@@ -172,8 +172,8 @@ fn a_terminal_whose_connection_is_cut_is_named_as_the_reason() {
     running.wait_for_output("running\n");
     wire.cut_terminals();
     let why = why(&running.finish());
-    assert_eq!(left_of(&job), [""; 0]);
-    // Neither the engine nor the container has ended.
+    assert_eq!(leftovers_of(&job), [""; 0]);
+    // Both the engine and the container still run.
     assert!(!why.contains("is gone"), "{why}");
     assert_says(&why, &["connection", "stream", "terminal"]);
 }

@@ -1,4 +1,4 @@
-//! What a job prints while the agent waits for its shell takes none of the agent's memory.
+//! Output of a job that comes while the agent waits for the job's shell is not kept in memory.
 
 use std::fs;
 use std::process::Stdio;
@@ -9,19 +9,18 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use test_support::World;
-use test_support::docker::{file, job, left_of};
+use test_support::docker::{file, job, leftovers_of};
 
-/// How much a job prints, and how much the agent may need for it and all else.
+/// Size of the job's output, and the agent's memory limit during that.
 const PRINTED: &str = "150000000";
 const MOST_KB: u64 = 100_000;
 
-/// Prints that much into the job's terminal.
+/// Returns a command that prints that much to the job's terminal.
 fn flood() -> String {
     format!("head -c {PRINTED} /dev/zero | tr '\\0' y >/dev/tty")
 }
 
-/// Runs a job to its end, however that is; answers the most that the agent ever had in memory, in kB. The log
-/// goes nowhere.
+/// Runs a job to its end, with any result. Returns the agent's peak memory, in kB. The log is discarded.
 fn peak_of(job: &Value) -> u64 {
     let world = World::new();
     let mut agent = world.agent();
@@ -33,26 +32,26 @@ fn peak_of(job: &Value) -> u64 {
     let mut peak = 0;
     while agent.try_wait().unwrap().is_none() {
         let text = fs::read_to_string(&status).unwrap_or_default();
-        // One that has just ended has none.
+        // A process that has just ended has no peak.
         let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
         let size = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
         peak = peak.max(size.unwrap_or(0));
         let hangs = SystemTime::now() > deadline;
         if peak > MOST_KB || hangs {
-            // Whatever else it would do does not matter.
+            // The result of the job does not matter any more.
             kill(pid, Signal::SIGTERM).unwrap();
             agent.wait().unwrap();
         }
         assert!(!hangs, "the job does not end");
     }
-    assert_eq!(left_of(job), [""; 0]);
+    assert_eq!(leftovers_of(job), [""; 0]);
     peak
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_shell_that_floods_its_terminal_before_it_takes_a_script_is_not_kept_in_memory() {
-    // A line editor shows what is typed, so what comes before the shell answers is looked through.
+fn output_before_a_script_is_accepted_is_not_kept_in_memory() {
+    // With a line editor, input is echoed, so the agent searches all output before the shell's response.
     let flood = flood().replace('\'', "'\\''");
     let trap =
         format!("trap '[[ $BASH_COMMAND != *take* ]] || {{ trap - DEBUG; {flood}; }}' DEBUG");
@@ -62,14 +61,14 @@ fn a_shell_that_floods_its_terminal_before_it_takes_a_script_is_not_kept_in_memo
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_container_that_floods_its_terminal_while_a_file_is_injected_is_not_kept_in_memory() {
+fn output_during_the_injection_of_a_file_is_not_kept_in_memory() {
     let mut job = job("bash", &["echo next"]);
-    // As soon as a part of the file is there, the shell is held up until all is printed.
+    // As soon as a part of the file exists, the shell is paused until everything is printed.
     let hold_up = format!(
         "until [ -s /root/f ]; do usleep 1000; done; kill -STOP $shell; {}; kill -CONT $shell",
         flood()
     );
-    // The shell takes the place of who runs this.
+    // The shell gets the process ID of this script.
     let entrypoint = format!("read shell rest </proc/self/stat; ( {hold_up} ) & exec \"$@\"");
     let quoted = entrypoint.replace('\'', r"'\''");
     job["compose"]["containers"][0]["entrypoint"] = format!("sh -c '{quoted}' -").into();

@@ -1,11 +1,11 @@
-//! Modes of files in containers that chmod refuses.
+//! File modes that chmod in a container refuses.
 
 use serde_json::json;
 
 use test_support::World;
 use test_support::docker::{container, file, job, job_in};
 
-/// Output and exit code of the step that injects a file with this mode.
+/// Returns output and exit code of the step that injects a file with this mode.
 fn injected(mut job: serde_json::Value, mode: &str) -> (String, i32) {
     job["files"] = json!([file("f", b"x", mode)]);
     let finished = World::new().run(&job.to_string());
@@ -18,7 +18,7 @@ fn injected(mut job: serde_json::Value, mode: &str) -> (String, i32) {
 /// Clients compare this step's output line by line.
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_refused_mode_is_told_in_exactly_one_line() {
+fn a_refused_mode_is_reported_in_exactly_one_line() {
     for mode in ["wrong", "0999", "'; touch /tmp/x; '"] {
         let expected =
             format!("Injecting f with file mode {mode}\nFailed to set file mode to {mode}\n");
@@ -28,7 +28,7 @@ fn a_refused_mode_is_told_in_exactly_one_line() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn it_is_the_same_line_beside_other_containers_and_for_another_user() {
+fn a_refused_mode_gives_the_same_line_with_side_containers_and_other_users() {
     let containers = json!([container("main", "bash:dev"), container("side", "service")]);
     let expected = "Injecting f with file mode wrong\nFailed to set file mode to wrong\n";
     assert_eq!(injected(job_in(containers, &["true"]), "wrong"), (expected.into(), 1));

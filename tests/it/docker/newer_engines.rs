@@ -1,5 +1,5 @@
-//! Engines that speak a newer API, whose answers lack what older ones have: this machine's engine behind a
-//! socket that rewrites what is said.
+//! Engines with a newer API, whose responses lack some fields: this machine's engine, behind a socket that
+//! rewrites the messages.
 
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -8,15 +8,15 @@ use std::path::Path;
 use serde_json::json;
 
 use test_support::World;
-use test_support::docker::{container, file, job_in, left_of};
+use test_support::docker::{container, file, job_in, leftovers_of};
 
 const ENGINE: &str = "/var/run/docker.sock";
 
-/// What is said instead of what, as long as that is: to the engine, and by it.
+/// Replacements of the same length, in requests and in responses.
 const TO_ENGINE: [(&str, &str); 1] = [("/v1.52/", "/v1.41/")];
 const BY_ENGINE: [(&str, &str); 6] = [
     (r#""ApiVersion":"1.41""#, r#""ApiVersion":"1.52""#),
-    // Gone since Engines 25 to 29.
+    // Fields that were removed in Engines 25 to 29.
     (r#""VirtualSize":"#, r#""NoSuchField":"#),
     (r#""AttachStderr":"#, r#""NoSuchField_":"#),
     (r#""Bridge":"#, r#""NoSuch":"#),
@@ -41,7 +41,7 @@ fn rewrite(from: &mut UnixStream, to: &mut UnixStream, words: &[(&str, &str)]) {
             break;
         }
     }
-    // It may have ended by itself.
+    // Fails if the connection has already ended.
     let _ = to.shutdown(std::net::Shutdown::Write);
 }
 
@@ -76,5 +76,5 @@ fn a_job_runs_on_a_newer_engine_and_leaves_nothing() {
     let finished = running.finish();
     assert_eq!(finished.result(), "passed", "{:#?}", finished.steps());
     assert!(finished.output().ends_with("from a file\n"), "{finished:#?}");
-    assert_eq!(left_of(&job), [""; 0]);
+    assert_eq!(leftovers_of(&job), [""; 0]);
 }

@@ -1,4 +1,5 @@
-//! Names and passwords of registries as they come out of files and of `echo | base64`.
+//! Names and passwords for registries as they come from files and `echo
+//! base64`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -9,23 +10,23 @@ use test_support::docker::{file, job, variables};
 use test_support::registry::answering;
 use test_support::{Finished, World, base64};
 
-/// What a value may have behind it that is no part of it.
+/// Line ends that may follow a value and are not part of it.
 const LINE_ENDS: [&str; 4] = ["", "\n", "\r\n", "\n\n"];
 
-/// A registry that only wants to know who is there. Answers its address.
+/// Starts a registry that only checks the credentials. Returns its address.
 fn registry(user: &str, password: &str) -> String {
     let wanted = format!("Basic {}", base64(format!("{user}:{password}").as_bytes()));
     answering(move |request| {
-        // What the tests encode is not padded.
-        let is_it = |value: &str| value.trim_end_matches('=') == wanted;
+        // The tests' own encoder adds no padding.
+        let is_wanted = |value: &str| value.trim_end_matches('=') == wanted;
         let mut headers = request.headers.iter();
-        let is_known = headers.any(|(name, value)| name == "authorization" && is_it(value));
+        let is_known = headers.any(|(name, value)| name == "authorization" && is_wanted(value));
         let status = if is_known { "200 OK" } else { "401 Unauthorized" };
         (status, "WWW-Authenticate: Basic realm=\"tests\"", "")
     })
 }
 
-/// Runs a job that needs these credentials.
+/// Runs a job with these credentials.
 #[expect(clippy::needless_pass_by_value, reason = "written where it is passed")]
 fn run_with(world: &World, credentials: Value, path: &str) -> Finished {
     let mut job = job("bash", &["echo hi"]);
@@ -43,7 +44,7 @@ fn path() -> String {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn line_ends_behind_a_name_and_a_password_are_not_sent() {
+fn line_ends_after_a_name_or_password_are_not_sent() {
     let registry = registry("me", " two words ");
     for end in LINE_ENDS {
         let given = |value: &str| format!("{value}{end}").into_bytes();
@@ -60,7 +61,7 @@ fn line_ends_behind_a_name_and_a_password_are_not_sent() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn line_ends_behind_a_google_key_are_not_sent_and_those_in_it_are() {
+fn line_ends_after_a_google_key_are_not_sent_and_those_within_are() {
     let key = "{\n\"private_key\": \"a\\n\"\n}";
     let registry = registry("_json_key", key);
     for end in LINE_ENDS {
@@ -78,7 +79,7 @@ fn line_ends_behind_a_google_key_are_not_sent_and_those_in_it_are() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn amazons_program_gets_a_key_without_line_ends() {
+fn the_aws_program_gets_a_key_without_line_ends() {
     for end in LINE_ENDS {
         let world = World::new();
         let aws = world.home().join("aws");
@@ -96,8 +97,8 @@ fn amazons_program_gets_a_key_without_line_ends() {
         ]) });
         let path = format!("{}:{}", world.home().display(), path());
         let finished = run_with(&world, credentials, &path);
-        let asked = fs::read_to_string(world.home().join("asked"));
-        let asked = asked.unwrap_or_else(|error| panic!("{error}: {finished:#?}"));
-        assert_eq!(asked, "<eu-west-9><id><key>", "{end:?}");
+        let recorded = fs::read_to_string(world.home().join("asked"));
+        let recorded = recorded.unwrap_or_else(|error| panic!("{error}: {finished:#?}"));
+        assert_eq!(recorded, "<eu-west-9><id><key>", "{end:?}");
     }
 }

@@ -1,17 +1,17 @@
-//! The shell in a container, whose scripts are typed: jobs, images and users that subvert it.
+//! The shell in a container, whose scripts are typed into a terminal: jobs, images and users that subvert it.
 
 use std::sync::Mutex;
 
 use serde_json::json;
 
 use test_support::changed_shell::with_startup_file;
-use test_support::docker::{file, job, left_of, variables};
+use test_support::docker::{file, job, leftovers_of, variables};
 use test_support::serve::ServeAgent;
 use test_support::{Finished, World};
 
 fn run(job: &serde_json::Value) -> Finished {
     let finished = World::new().run(&job.to_string());
-    assert_eq!(left_of(job), [""; 0]);
+    assert_eq!(leftovers_of(job), [""; 0]);
     finished
 }
 
@@ -23,7 +23,7 @@ fn ok(output: &str) -> (String, i32) {
     (output.into(), 0)
 }
 
-/// Does this with each of `cases`, a few at a time.
+/// Runs `test` for each of `cases`, a few at a time.
 fn for_each<T: Send>(cases: impl IntoIterator<Item = T>, test: impl Fn(T) + Sync) {
     let cases: Mutex<Vec<T>> = Mutex::new(cases.into_iter().collect());
     let next = || cases.lock().unwrap().pop();
@@ -34,7 +34,7 @@ fn for_each<T: Send>(cases: impl IntoIterator<Item = T>, test: impl Fn(T) + Sync
     });
 }
 
-/// Runs `subversion` between commands that must work as ever; answers what it printed.
+/// Runs `subversion` between commands that must still work. Returns all outputs.
 fn subvert(subversion: &str) -> Vec<(String, i32)> {
     let mut long = "builtin echo after; (builtin exit 0) #".to_owned();
     long.push_str(&" long".repeat(2000));
@@ -160,7 +160,7 @@ fn background_jobs_may_print_at_any_time() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn startup_files_of_the_container_print_nothing_into_the_log() {
+fn the_output_of_startup_files_in_the_container_is_not_in_the_log() {
     let startup = [
         "PS0='ps0> '; PS1='prompt> '; PROMPT_COMMAND+=('echo one' 'echo two'); MAILCHECK=0",
         "echo welcome; set -xv",
@@ -194,7 +194,7 @@ fn startup_files_of_the_container_print_nothing_into_the_log() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_startup_file_that_ends_the_shell_fails_the_start_with_what_it_printed() {
+fn a_startup_file_that_ends_the_shell_fails_the_start_and_shows_its_output() {
     let world = World::new();
     let host = world.file("bashrc", "yes | head -100000; echo no such luck; exit 3\n");
     let agent = ServeAgent::start_with(&world, |command| {
@@ -209,7 +209,7 @@ fn a_startup_file_that_ends_the_shell_fails_the_start_with_what_it_printed() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_user_that_the_image_does_not_know_has_a_shell_and_files() {
+fn a_user_id_unknown_to_the_image_has_a_shell_and_files() {
     let mut job = job("bash", &["id -u; id -g; pwd; cat /tmp/f; stat -c %u:%g /tmp/f"]);
     job["compose"]["containers"][0]["user"] = "1234:5678".into();
     job["files"] = json!([file("/tmp/f", b"content\n", "0600")]);
@@ -219,7 +219,7 @@ fn a_user_that_the_image_does_not_know_has_a_shell_and_files() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_variable_that_the_shell_refuses_fails_its_step_with_the_shells_words() {
+fn a_variable_that_the_shell_refuses_fails_its_step_with_the_shells_message() {
     let mut job = job("bash", &["echo not reached"]);
     job["env_vars"] = variables(&[("A", b"a"), ("FROZEN", b"1")]);
     with_startup_file(&mut job, "readonly FROZEN=0");
@@ -233,7 +233,7 @@ fn a_variable_that_the_shell_refuses_fails_its_step_with_the_shells_words() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn nothing_that_was_typed_can_be_found_in_the_shell() {
+fn the_agents_input_can_not_be_found_in_the_shell() {
     let secret = "canary-of-a-variable";
     let mut job = job(
         "bash",

@@ -1,35 +1,35 @@
-//! The other containers of a job: found by name, waited for, and explained if they are of no use.
+//! The side containers of a job: found by name, awaited, and explained if they fail.
 
 use serde_json::{Value, json};
 
-use test_support::docker::{container, docker_prints, job_in, left_of, variables};
+use test_support::docker::{container, docker_prints, job_in, leftovers_of, variables};
 use test_support::{Finished, World};
 
 const START: &str = "Starting the docker image...";
 
 const FETCH: &str = "wget -q -O - http://web:8080";
 
-/// Runs a job that must leave nothing on the engine.
+/// Runs a job, and asserts that nothing of it is left on the engine.
 fn run(job: &Value) -> Finished {
     let finished = World::new().run(&job.to_string());
-    assert_eq!(left_of(job), [""; 0]);
+    assert_eq!(leftovers_of(job), [""; 0]);
     finished
 }
 
-/// A job that fetches what this container called `web` serves.
+/// Returns a job that fetches a page from this container, called `web`.
 #[expect(clippy::needless_pass_by_value, reason = "written where it is passed")]
 fn job_with(web: Value) -> Value {
     job_in(json!([container("main", "bash"), web]), &[FETCH])
 }
 
-/// One of this image that runs a script.
+/// Returns a container of this image that runs a script.
 fn scripted(image: &str, script: &str) -> Value {
     let mut web = container("web", image);
     web["command"] = format!("sh -c \"{script}\"").into();
     web
 }
 
-/// What the start of the containers showed after its first line.
+/// Returns the output of the start of the containers, without its first line.
 fn shown_at_start(finished: &Finished) -> String {
     let steps = finished.steps();
     let (_, output, exit_code) = steps.iter().find(|(title, ..)| title == START).unwrap();
@@ -39,7 +39,7 @@ fn shown_at_start(finished: &Finished) -> String {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn commands_begin_when_exposed_ports_accept_connections() {
+fn commands_start_when_exposed_ports_accept_connections() {
     let late = "sleep 2; echo late >/www/index.html; exec httpd -f -p 8080 -h /www";
     let finished = run(&job_with(scripted("service", late)));
     assert_eq!(finished.commands(), [("late\n".into(), 0)]);
@@ -48,7 +48,7 @@ fn commands_begin_when_exposed_ports_accept_connections() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn commands_begin_when_health_checks_are_content() {
+fn commands_start_when_health_checks_succeed() {
     let finished = run(&job_with(container("web", "service:healthy-later")));
     assert_eq!(finished.commands(), [("service\n".into(), 0)]);
     assert_eq!(shown_at_start(&finished), "");
@@ -56,7 +56,7 @@ fn commands_begin_when_health_checks_are_content() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn an_unhealthy_container_is_a_warning_with_its_last_lines_and_the_job_goes_on() {
+fn an_unhealthy_container_gives_a_warning_with_its_last_lines_and_the_job_continues() {
     let script = "exec >&2; seq 30; echo 'out of memory'; exec httpd -f -p 8080 -h /www";
     let finished = run(&job_with(scripted("service:sick", script)));
     let shown = shown_at_start(&finished);
@@ -70,7 +70,7 @@ fn an_unhealthy_container_is_a_warning_with_its_last_lines_and_the_job_goes_on()
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_container_that_ends_at_once_is_a_warning_with_its_output_and_the_job_goes_on() {
+fn a_container_that_ends_at_once_gives_a_warning_with_its_output_and_the_job_continues() {
     let finished = run(&job_with(scripted("service", "echo no license; exit 3")));
     let expected = "Warning: web has ended with exit code 3; its last output:\n  no license\n";
     assert_eq!(shown_at_start(&finished), expected);
@@ -80,7 +80,7 @@ fn a_container_that_ends_at_once_is_a_warning_with_its_output_and_the_job_goes_o
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_port_that_accepts_nothing_is_a_warning_and_the_job_goes_on() {
+fn a_port_without_a_listener_gives_a_warning_and_the_job_continues() {
     let mut job = job_with(scripted("service", "echo thinking; exec sleep 1000"));
     job["commands"][0]["directive"] = "echo on".into();
     let finished = run(&job);
@@ -106,18 +106,18 @@ fn a_container_that_can_not_start_fails_the_job_with_its_name() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn command_entrypoint_user_and_variables_are_those_of_compose() {
+fn command_entrypoint_user_and_variables_work_as_in_compose() {
     let script = "(id -un; echo \\\"$0,$1,$2,$A,$ENTRYPOINT_RAN\\\"; echo \\\"$B\\\" | xxd -p) \
                   >/tmp/index.html; exec httpd -f -p 8080 -h /tmp";
     let script = format!("sh -c \"{script}\"");
-    // An entrypoint and a command: both are the job's.
+    // With an entrypoint and a command, both are the job's.
     let mut both = container("web", "service");
     both["entrypoint"] = script.clone().into();
     both["command"] = "zero 'one word' \"two \\\"words\\\"\"".into();
-    // A command only: the image's entrypoint stays.
+    // With only a command, the image's entrypoint stays.
     let mut command = container("web", "bash:entrypoint");
     command["command"] = format!("{script} zero").into();
-    // An entrypoint only: the image's command is gone, or it would be in `$0`.
+    // With only an entrypoint, the image's command is dropped; otherwise it would be in `$0`.
     let mut entrypoint = container("web", "service");
     entrypoint["entrypoint"] = script.into();
     for (mut web, expected) in [
@@ -128,7 +128,7 @@ fn command_entrypoint_user_and_variables_are_those_of_compose() {
         web["user"] = "dev".into();
         web["env_vars"] = variables(&[("A", b"a=b c"), ("B", b"'\"$x\n\\n")]);
         let mut job = job_with(web);
-        // Nobody waits for a port that the image doesn't tell of.
+        // The agent does not wait for ports that the image does not expose.
         let fetch = format!("until {FETCH} 2>/tmp/x; do sleep 0.1; done");
         job["commands"][0]["directive"] = fetch.into();
         let expected = format!("dev\n{expected}\n272224780a5c6e0a\n");
@@ -143,9 +143,12 @@ fn side_containers_have_neither_the_engine_nor_the_jobs_variables() {
     let mut job = job_with(scripted("service", tell));
     job["env_vars"] = variables(&[("CANARY", b"of the job")]);
     let finished = run(&job);
-    let (told, exit_code) = &finished.commands()[0];
-    assert!(*exit_code == 0 && told.contains("PATH="), "{told}");
-    assert!(!told.contains("docker.sock") && !told.contains("CANARY"), "{told}");
+    let (environment, exit_code) = &finished.commands()[0];
+    assert!(*exit_code == 0 && environment.contains("PATH="), "{environment}");
+    assert!(
+        !environment.contains("docker.sock") && !environment.contains("CANARY"),
+        "{environment}"
+    );
 }
 
 #[test]
@@ -185,7 +188,7 @@ fn two_jobs_at_once_do_not_see_each_other() {
     first.wait_for_output("running\n");
     second.wait_for_output("running\n");
     for job in [&one, &two] {
-        let main = left_of(job).into_iter().find_map(|line| {
+        let main = leftovers_of(job).into_iter().find_map(|line| {
             let name = line.split(' ').nth(1)?;
             name.ends_with("-main").then(|| name.to_owned())
         });
@@ -196,6 +199,6 @@ fn two_jobs_at_once_do_not_see_each_other() {
         let finished = running.finish();
         assert_eq!(finished.result(), "passed", "{finished:#?}");
         assert_eq!(finished.output(), format!("{text}\nservice\n"));
-        assert_eq!(left_of(job), [""; 0]);
+        assert_eq!(leftovers_of(job), [""; 0]);
     }
 }

@@ -1,4 +1,4 @@
-//! The engine's socket, which makes a job root on the agent's machine: who does not want that says so.
+//! The engine's socket gives a job root access to the agent's machine; operators can withhold it.
 
 use std::process::Command;
 
@@ -9,13 +9,13 @@ use test_support::docker::{job, make_images};
 use test_support::serve::{self, ServeAgent};
 use test_support::start::{self, Hub, SOON, StartAgent};
 
-/// Passes where there is a socket.
+/// Returns a job that passes where the socket exists.
 fn needs_socket() -> Value {
     make_images();
     job("docker", &["[[ -S /var/run/docker.sock ]]", "docker version >/dev/null"])
 }
 
-/// The options that say so, and whether there is a socket then.
+/// Values of the option, and whether jobs then have the socket.
 const CASES: [(&[&str], &str); 3] = [
     (&[], "passed"),
     (&["--docker-socket", "always"], "passed"),
@@ -24,7 +24,7 @@ const CASES: [(&[&str], &str); 3] = [
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn jobs_of_agent_serve_have_the_socket_unless_they_must_never() {
+fn jobs_of_agent_serve_have_the_socket_unless_it_is_withheld() {
     for (options, result) in CASES {
         let agent = ServeAgent::start_with(&World::new(), |command| {
             command.args(options);
@@ -32,14 +32,14 @@ fn jobs_of_agent_serve_have_the_socket_unless_they_must_never() {
         let finished = agent.run_to_end(&needs_socket());
         assert_eq!(finished.result(), result, "{options:?}: {finished:#?}");
         let commands = finished.commands();
-        // The shell is there, and only the socket is not.
+        // The shell works; only the socket is missing.
         assert_eq!(commands[0], (String::new(), i32::from(result == "failed")), "{options:?}");
     }
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn jobs_of_agent_start_have_the_socket_unless_they_must_never() {
+fn jobs_of_agent_start_have_the_socket_unless_it_is_withheld() {
     for (options, expected) in CASES {
         let control_plane = Hub::start(SOON);
         let agent = StartAgent::start_with(&World::new(), &control_plane, |command| {
@@ -54,7 +54,7 @@ fn jobs_of_agent_start_have_the_socket_unless_they_must_never() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn jobs_of_files_have_the_socket_unless_they_must_never() {
+fn jobs_from_files_have_the_socket_unless_it_is_withheld() {
     for (options, expected) in CASES {
         let world = World::new();
         let path = world.file("job.json", needs_socket().to_string());
@@ -68,7 +68,7 @@ fn jobs_of_files_have_the_socket_unless_they_must_never() {
 }
 
 #[test]
-fn a_wrong_word_for_the_socket_names_those_that_are_right() {
+fn an_invalid_socket_setting_is_refused_with_the_valid_values() {
     let wrong = |command: &mut Command| {
         command.args(["--docker-socket", "sometimes"]);
     };

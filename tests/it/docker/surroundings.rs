@@ -1,4 +1,4 @@
-//! What agents and their machines add to jobs in containers: commands before them, files, hooks.
+//! Additions of agents and their machines to jobs in containers: setup commands, files, hooks.
 
 use std::fs;
 use std::path::Path;
@@ -7,17 +7,18 @@ use actors::log::event::LogEvent;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use test_support::docker::{Owned, container, job, job_in, left_of, make_images, variables};
+use test_support::docker::{Owned, container, job, job_in, leftovers_of, make_images, variables};
 use test_support::serve::ServeAgent;
 use test_support::start::{Hub, SOON, StartAgent};
 use test_support::{
-    Finished, RUN_FOR_EVER, RUNNING, Running, World, lives_with, unique, wait_for_file, wait_until,
+    Finished, RUN_FOR_EVER, RUNNING, Running, World, processes_with, unique, wait_for_file,
+    wait_until,
 };
 
 const PRE_JOB: &str = "Running the pre-job hook configured in the agent";
 const POST_JOB: &str = "Running the post-job hook configured in the agent";
 
-/// A job that has these run on the agent's machine first.
+/// Returns a job with host setup commands, which run on the agent's machine.
 fn after(setup: &[&str], commands: &[&str]) -> Value {
     let mut job = job("bash", commands);
     let setup: Value = setup.iter().map(|text| json!({ "directive": text })).collect();
@@ -25,7 +26,7 @@ fn after(setup: &[&str], commands: &[&str]) -> Value {
     job
 }
 
-/// A run of this job by an agent all of whose processes have a marker.
+/// Starts this job with an agent all of whose processes have a marker.
 fn start_marked(world: &World, job: &Value) -> (Running, String) {
     let value = unique();
     let path = world.file("job.json", job.to_string());
@@ -53,7 +54,7 @@ fn host_setup_commands_run_on_the_machine_before_anything_is_pulled() {
     let world = World::new();
     let finished = world.run(&job.to_string());
     assert_eq!(finished.result(), "passed", "{finished:#?}");
-    // They have no place in the log.
+    // Host setup commands are not in the job's log.
     assert_eq!(finished.steps()[0].0, "Pulling docker images...");
     let home = world.home().canonicalize().unwrap();
     assert_eq!(fs::read_to_string(home.join("where")).unwrap(), format!("{}\n", home.display()));
@@ -78,13 +79,13 @@ fn a_host_setup_command_that_fails_fails_the_job_and_its_output_is_in_the_agents
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_host_setup_command_is_over_when_it_ends_whatever_it_leaves_running() {
+fn a_host_setup_command_ends_whatever_it_leaves_running() {
     let job = after(&["sleep 1000 & echo started"], &["echo hi"]);
     let world = World::new();
     let (running, marker) = start_marked(&world, &job);
     let finished = running.finish();
     assert_eq!(finished.commands(), [("hi\n".into(), 0)]);
-    assert_eq!(lives_with(&marker), [""; 0]);
+    assert_eq!(processes_with(&marker), [""; 0]);
 }
 
 #[test]
@@ -96,8 +97,8 @@ fn a_stop_ends_a_host_setup_command_with_all_that_it_started() {
     wait_for_file(&world.home().join("running"));
     running.signal(Signal::SIGTERM);
     assert_eq!(running.finish().result(), "stopped");
-    // What was killed needs a moment to be gone.
-    wait_until(|| lives_with(&marker).is_empty(), || format!("{:?}", lives_with(&marker)));
+    // A killed process takes a moment to vanish.
+    wait_until(|| processes_with(&marker).is_empty(), || format!("{:?}", processes_with(&marker)));
     assert!(!world.home().join("next").exists());
 }
 
@@ -133,7 +134,7 @@ fn the_main_container_has_the_agents_files_and_a_missing_one_is_a_warning() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_missing_file_that_must_be_there_fails_the_job_without_another_word() {
+fn a_missing_mandatory_file_fails_the_job_without_further_messages() {
     let world = World::new();
     let missing = world.home().join("missing");
     let control_plane = Hub::start(SOON);
@@ -150,15 +151,15 @@ fn a_missing_file_that_must_be_there_fails_the_job_without_another_word() {
     assert!(matches!(log.events[0], LogEvent::JobStarted { .. }), "{log:?}");
     agent.wait_for_own_log(&missing.display().to_string());
     assert!(!hook.exists());
-    assert_eq!(left_of(&unlucky), [""; 0]);
-    // It is there for the next one.
+    assert_eq!(leftovers_of(&unlucky), [""; 0]);
+    // The file exists for the next job.
     fs::write(&missing, "now").unwrap();
     let id = control_plane.queue(job("bash", &["cat /opt/missing"]));
     let log = control_plane.finish(&id);
     assert_eq!(log.commands(), [("now".into(), 0)]);
 }
 
-/// Scripts that only the container has at this path.
+/// Writes hooks whose path only exists in the container.
 fn with_hooks(world: &World, pre: &str, post: &str) -> String {
     let files = [("pre", pre), ("post", post)].map(|(name, script)| {
         let host = world.file(&format!("hook-{name}"), script);
@@ -221,9 +222,9 @@ fn hooks_of_agent_start_run_in_the_container_even_after_a_stop() {
     let log = control_plane.finish(&id);
     assert_eq!(log.result(), "passed", "{log:#?}");
     assert!(step(&log, PRE_JOB).0.ends_with("pre dev\n"), "{log:#?}");
-    // A process of its own in the job's shell.
+    // The hook is a process of its own in the job's shell.
     assert_eq!(post(&log), "post dev of the job too\nf\n");
-    assert_eq!(left_of(&job), [""; 0]);
+    assert_eq!(leftovers_of(&job), [""; 0]);
 
     let job = request(&["export B=too; touch ~/f", RUN_FOR_EVER, "echo never"]);
     let id = control_plane.queue(job.clone());
@@ -234,7 +235,7 @@ fn hooks_of_agent_start_run_in_the_container_even_after_a_stop() {
     assert_eq!(post(&log), "post dev of the job\n");
     let titles: Vec<_> = log.steps().into_iter().map(|(title, ..)| title).collect();
     assert_eq!(titles[titles.len() - 2..], [RUN_FOR_EVER, POST_JOB]);
-    assert_eq!(left_of(&job), [""; 0]);
+    assert_eq!(leftovers_of(&job), [""; 0]);
 }
 
 #[test]
@@ -247,13 +248,13 @@ fn a_job_of_agent_start_is_gone_from_the_engine_before_its_result_is_reported() 
         let job = job_in(json!([container("main", "bash"), container("web", "service")]), commands);
         let id = control_plane.queue(job.clone());
         control_plane.finish(&id);
-        assert_eq!(left_of(&job), [""; 0]);
+        assert_eq!(leftovers_of(&job), [""; 0]);
     }
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn the_machines_kvm_is_for_jobs_of_agent_serve_unless_it_is_told_otherwise() {
+fn jobs_of_agent_serve_have_the_kvm_device_unless_it_is_withheld() {
     let there = Path::new("/dev/kvm").exists();
     for (flag, expected) in [("true", there), ("false", false)] {
         let world = World::new();

@@ -1,12 +1,12 @@
-//! Variables of containers, whatever their names are, and variables of jobs that must not be in the agent's
-//! own way.
+//! Variables of containers with any name, and variables of jobs that must not affect the agent's own
+//! operations in the container.
 
 use serde_json::{Value, json};
 
-use test_support::docker::{container, file, job, job_in, left_of, variables};
+use test_support::docker::{container, file, job, job_in, leftovers_of, variables};
 use test_support::{Finished, World};
 
-/// Names that no shell takes, but `docker run -e` does.
+/// Names that no shell accepts, but `docker run -e` does.
 const STRANGE: [(&str, &[u8]); 6] = [
     ("discovery.type", b"single-node"),
     ("my-var", b"1"),
@@ -16,14 +16,14 @@ const STRANGE: [(&str, &[u8]); 6] = [
     ("%s$(id)'\"", b"\""),
 ];
 
-/// Runs a job of which nothing may be left.
+/// Runs a job, and asserts that nothing of it is left.
 fn run(job: &Value) -> Finished {
     let finished = World::new().run(&job.to_string());
-    assert_eq!(left_of(job), [""; 0]);
+    assert_eq!(leftovers_of(job), [""; 0]);
     finished
 }
 
-/// Each of these is a line of this environment.
+/// Asserts that each of these is a line of this environment.
 fn assert_has_strange_ones(environment: &str) {
     for (name, value) in STRANGE {
         let expected = format!("{name}={}", String::from_utf8_lossy(value));
@@ -36,7 +36,7 @@ fn assert_has_strange_ones(environment: &str) {
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
 fn a_service_has_variables_of_any_name_that_docker_run_takes() {
     let mut web = container("web", "service");
-    // Not `env`: busybox's shell passes on only what it could have set itself.
+    // Not `env`: busybox's shell drops variables with names that it does not accept.
     let script = "tr '\\\\000' '\\\\n' </proc/1/environ >/www/index.html; \
                   exec httpd -f -p 8080 -h /www";
     web["command"] = format!("sh -c \"{script}\"").into();
@@ -57,7 +57,7 @@ fn the_main_container_has_variables_of_any_name_that_docker_run_takes() {
     assert_has_strange_ones(&finished.output());
 }
 
-/// A job with a file in a directory that is not there yet, read without any program.
+/// Returns a job with a file in a new directory; the job reads the file without any program.
 fn with_file(variables: Value) -> Value {
     let read = "builtin cd ~; [[ -x new/place/f ]] && builtin echo \"$(<new/place/f)\"";
     let mut job = job("bash:dev", &[read]);
@@ -68,7 +68,7 @@ fn with_file(variables: Value) -> Value {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn files_arrive_whatever_programs_the_jobs_path_leads_to() {
+fn files_arrive_whatever_the_jobs_path_is() {
     for path in ["/nowhere", "", ".", "/proc/self"] {
         let finished = run(&with_file(variables(&[("PATH", path.as_bytes())])));
         assert_eq!(finished.commands(), [("content\n".into(), 0)], "{path:?}: {finished:#?}");
@@ -77,7 +77,7 @@ fn files_arrive_whatever_programs_the_jobs_path_leads_to() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn files_arrive_though_the_environment_is_too_large_for_any_program() {
+fn files_arrive_although_the_environment_is_too_large_to_start_a_program() {
     let one_too_long = vec![b'x'; 200_000];
     let finished = run(&with_file(variables(&[("LONG", &one_too_long)])));
     assert_eq!(finished.commands(), [("content\n".into(), 0)], "one long value");
@@ -91,9 +91,9 @@ fn files_arrive_though_the_environment_is_too_large_for_any_program() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn programs_that_the_image_puts_first_have_no_part_in_a_files_injection() {
+fn programs_of_the_image_are_not_used_for_the_injection_of_files() {
     let mut job = with_file(json!([]));
-    // Where the image's PATH looks first.
+    // A directory at the beginning of the image's PATH.
     let plant = "for each in mkdir chmod chown cat mv touch tar dd base64; do \
                  printf '#!/bin/sh\\nexit 9\\n' >/tmp/$each; busybox chmod 755 /tmp/$each; done; \
                  PATH=/tmp:$PATH; export PATH; exec \"$@\"";

@@ -1,14 +1,14 @@
-//! Job files that can't be run: a clear word about it, exit code 2, and nothing done.
+//! Job files that can't be run: the agent says why, exits with code 2, and executes nothing.
 
 use std::fs::File;
 use std::process::{Command, Output, Stdio};
 
 use test_support::{World, base64, feed, wait_for_end};
 
-/// What no variable's value and no file's content may show up as.
+/// A canary: no message may contain the value of a variable or the content of a file.
 const SECRET: &str = "hunter2";
 
-/// The end of every job here: proof that it ran.
+/// The end of every job here: a command that proves that the job ran.
 pub(super) const MARK: &str = "commands: [{directive: touch ~/executed}]\n";
 
 /// Runs the agent with these arguments in the directory beside HOME.
@@ -23,15 +23,15 @@ pub(super) fn spawn(command: &mut Command) -> std::process::Child {
     command.spawn().unwrap()
 }
 
-/// Asserts that the agent refused to do anything; answers what it said.
+/// Asserts that the agent refused the job and did nothing. Returns the message.
 pub(super) fn refusal(world: &World, output: &Output) -> String {
     let stderr = String::from_utf8(output.stderr.clone()).unwrap();
     assert_eq!(output.status.code(), Some(2), "{stderr}");
     assert_eq!(output.stdout, b"", "{stderr}");
     assert!(stderr.starts_with("error: "), "{stderr}");
-    assert!(!stderr.contains(SECRET), "a value is shown: {stderr}");
+    assert!(!stderr.contains(SECRET), "a secret is shown: {stderr}");
     assert_eq!(names_in(&world.home()), [""; 0], "something ran: {stderr}");
-    assert!(!world.state().exists(), "something began: {stderr}");
+    assert!(!world.state().exists(), "a state directory was created: {stderr}");
     stderr
 }
 
@@ -41,7 +41,7 @@ pub(super) fn names_in(directory: &std::path::Path) -> Vec<String> {
     entries.map(|entry| name(entry).to_string_lossy().into_owned()).collect()
 }
 
-/// Each job is refused with a message that holds all of these parts.
+/// Asserts that each job is refused with a message that contains all of these parts.
 fn all_refused(jobs: &[(&str, &str, &[&str])]) {
     for (case, job, expected) in jobs {
         let world = World::new();
@@ -53,7 +53,7 @@ fn all_refused(jobs: &[(&str, &str, &[&str])]) {
     }
 }
 
-/// Each job passes after warnings that are exactly these.
+/// Asserts that each job passes after exactly these warnings.
 fn all_warned(jobs: &[(&str, &str, &[&str])]) {
     for (case, job, expected) in jobs {
         let world = World::new();
@@ -84,7 +84,7 @@ fn files_that_cannot_be_read() {
         ("home", "home: is a directory"),
         ("home/", "home/: is a directory"),
         ("binary/x", "binary/x: can't be read: Not a directory"),
-        // Its first byte belongs to no page, for root too.
+        // Reading its first byte fails even for root, because that address is not mapped.
         ("/proc/self/mem", "/proc/self/mem: can't be read: "),
         ("binary", "binary: is not text: byte 10 is not UTF-8"),
         ("job.yaml", "job.yaml: is larger than 32 MiB"),
@@ -97,7 +97,7 @@ fn files_that_cannot_be_read() {
 }
 
 #[test]
-fn the_largest_file_is_run_and_one_byte_more_is_not() {
+fn a_job_file_of_the_maximum_size_runs_and_a_larger_one_does_not() {
     let world = World::new();
     let mut job = format!("job_id: x\n{MARK}#");
     job.extend(std::iter::repeat_n('x', 32 * 1024 * 1024 - job.len()));
@@ -195,7 +195,7 @@ fn wrong_types_are_shown_with_path_line_and_column() {
     ]);
 }
 
-/// A variable's value may stand where a message shows what it found.
+/// Messages may quote the job file, but never the value of a variable.
 #[test]
 fn values_of_variables_are_never_shown() {
     all_refused(&[
@@ -237,7 +237,7 @@ fn values_that_are_numbers_in_json_are_not_shown_either() {
 }
 
 #[test]
-fn bombs_go_off_nowhere() {
+fn alias_bombs_are_refused() {
     let list = |i| vec![format!("*a{i}"); 10].join(", ");
     let line = |i| format!("a{}: &a{} [{}]", i + 1, i + 1, list(i));
     let lines: Vec<_> = (0..11).map(line).collect();
@@ -252,7 +252,7 @@ fn bombs_go_off_nowhere() {
     ]);
 }
 
-/// A small file whose strings have no room in memory once each alias is a copy.
+/// The file is small, but its strings would not fit into memory if each alias were a copy.
 #[test]
 fn an_alias_bomb_of_long_strings_is_refused_before_memory_is_full() {
     let world = World::new();
@@ -269,9 +269,9 @@ fn an_alias_bomb_of_long_strings_is_refused_before_memory_is_full() {
     assert!(stderr.contains("job.yaml: "), "{stderr}");
 }
 
-/// Brackets alone must not keep the agent busy: `agent` gives up after a while.
+/// Deep nesting must not keep the agent busy: `agent` has a time limit.
 #[test]
-fn nesting_without_end_is_refused_soon() {
+fn deep_nesting_is_refused_quickly() {
     let job = format!("job_id: {}", "[".repeat(200_000));
     all_refused(&[("200 KB of brackets", &job, &["job.yaml: "])]);
 }
@@ -292,7 +292,7 @@ fn jobs_without_id_or_anything() {
 }
 
 #[test]
-fn executors_that_are_not_there() {
+fn unknown_or_incomplete_executors() {
     all_refused(&[
         (
             "an unknown one",
@@ -340,7 +340,7 @@ fn names_values_and_modes_that_are_invalid() {
     ] {
         let job =
             format!("job_id: x\nenv_vars:\n- value: aHVudGVyMg==\n  name: \"{name}\"\n{MARK}");
-        // What follows a `=` may be a value in the wrong place.
+        // The text after a `=` may be a value in the wrong place, and must not be shown.
         let shown = name.split_once('=').map_or(name.to_owned(), |(name, _)| format!("{name}=…"));
         let expected = format!("job.yaml:4: env_vars[0].name: invalid variable name `{shown}`");
         all_refused(&[(name, &job, &[&expected])]);
@@ -387,7 +387,7 @@ fn all_problems_are_named_at_once() {
 }
 
 #[test]
-fn unknown_fields_are_only_a_warning_where_that_is_asked_for() {
+fn unknown_fields_are_only_a_warning_in_lenient_mode() {
     all_warned(&[
         (
             "misspelt",
@@ -420,9 +420,9 @@ fn unknown_fields_are_only_a_warning_where_that_is_asked_for() {
     ]);
 }
 
-/// Known fields of other places are no help.
+/// Fields that are known elsewhere must not be suggested.
 #[test]
-fn a_hint_names_a_field_of_the_same_place() {
+fn a_suggested_field_is_valid_in_the_same_place() {
     all_warned(&[
         (
             "a job has commands",
@@ -457,21 +457,21 @@ commands:
     all_warned(&[("twice", job, &[expected])]);
 }
 
-/// Control planes join several lists: files of theirs may repeat a lot.
+/// Control planes merge several lists, whose files may repeat many entries.
 #[test]
-fn many_warnings_cost_little() {
+fn many_warnings_are_cheap() {
     let mut job = format!("job_id: x\n{MARK}env_vars:\n");
     for _ in 0..5000 {
         job.push_str("- {name: A, value: MQ==}\n");
     }
     let world = World::new();
     world.file("job.yaml", job);
-    // `agent` gives up long before anything quadratic is through with these.
+    // `agent` has a time limit, which a quadratic algorithm would exceed.
     let output = agent(&world, &["run", "job.yaml"]);
     assert_eq!(output.status.code(), Some(0));
 }
 #[test]
-fn a_byte_order_mark_is_no_problem() {
+fn a_byte_order_mark_is_accepted() {
     for job in [
         format!("\u{feff}job_id: x\n{MARK}"),
         format!(

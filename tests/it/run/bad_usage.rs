@@ -1,4 +1,4 @@
-//! Arguments that make no sense run nothing.
+//! Invalid command lines execute nothing.
 
 use std::fs::File;
 use std::os::unix::process::CommandExt as _;
@@ -9,7 +9,7 @@ use test_support::{World, wait_for_end};
 use super::bad_input::{MARK, agent, names_in, refusal, spawn};
 
 #[test]
-fn arguments_that_make_no_sense() {
+fn invalid_arguments() {
     for (arguments, expected) in [
         (&["run", "--fast", "job.yaml"][..], "--fast"),
         (&["run", "job.yaml", "other.yaml"], "other.yaml"),
@@ -27,7 +27,7 @@ fn arguments_that_make_no_sense() {
 }
 
 #[test]
-fn no_arguments_at_all_show_the_help() {
+fn no_arguments_show_the_help() {
     let world = World::new();
     let output = agent(&world, &[]);
     let stderr = String::from_utf8(output.stderr).unwrap();
@@ -35,7 +35,7 @@ fn no_arguments_at_all_show_the_help() {
     assert!(stderr.contains("Usage: agent <COMMAND>"), "{stderr}");
 }
 
-/// The exit code says what happened even when nothing can be said.
+/// The exit code is right even when no message can be written.
 #[test]
 fn a_full_disk_below_standard_error_changes_no_exit_code() {
     let world = World::new();
@@ -52,7 +52,7 @@ fn a_full_disk_below_standard_error_changes_no_exit_code() {
 }
 
 #[test]
-fn the_jobs_first_process_is_nothing_to_call() {
+fn job_init_can_not_be_called_by_hand() {
     let world = World::new();
     let mut command = world.agent();
     command.arg("job-init").arg0("agent");

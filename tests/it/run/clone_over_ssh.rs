@@ -1,4 +1,4 @@
-//! What jobs are for: get a repository with a key that came with the job, and run its tests.
+//! The typical job: clone a repository with a key from the job, and run its tests.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,9 +20,9 @@ fn repository(directory: &Path) -> PathBuf {
     directory.join("project.git")
 }
 
-/// A server with a repository, and a key that opens it.
+/// An SSH server with a repository, and the key for it.
 struct Forge {
-    // Fields go in this order: the server before its files.
+    // Fields are dropped in this order: the server must end before its files are deleted.
     server: SshServer,
     _directory: tempfile::TempDir,
     repository: PathBuf,
@@ -43,9 +43,9 @@ impl Forge {
         }
     }
 
-    /// A job that gets the repository with an injected key of this mode, and runs its tests.
+    /// Returns a job that clones the repository with an injected key of this mode, and runs its tests.
     fn job(&self, mode: &str) -> String {
-        // ssh asks the system for the home directory, not $HOME, so every path is given.
+        // ssh ignores $HOME and looks up the home directory, so every path is given.
         let ssh = format!(
             "ssh -F none -i ~/.ssh/id_rsa -p {} -o IdentitiesOnly=yes -o BatchMode=yes \
              -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null",
@@ -71,7 +71,7 @@ impl Forge {
         .to_string()
     }
 
-    /// Runs the job; nothing of the key may be in what the agent prints.
+    /// Runs the job, and asserts that the agent's output contains no part of the key.
     fn run_job(&self, world: &World, mode: &str) -> Finished {
         let job = world.file("job.json", self.job(mode));
         let mut command = world.agent();
@@ -102,7 +102,7 @@ fn a_job_clones_with_its_key_and_runs_the_tests() {
     assert_eq!(fs::read_to_string(world.home().join(".ssh/id_rsa")).unwrap(), forge.private_key);
 }
 
-/// ssh is particular about modes; this shows that the one asked for is the one a file gets.
+/// ssh checks the modes of keys, which shows that an injected file has the requested mode.
 #[test]
 #[cfg_attr(not(has_ssh), ignore = "needs sshd, ssh, ssh-keygen and git")]
 fn a_key_that_others_can_read_is_refused_by_ssh() {

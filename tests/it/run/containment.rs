@@ -1,31 +1,31 @@
-//! Nothing a job starts outlives it.
+//! No process that a job starts outlives the job.
 
 use std::path::Path;
 
 use nix::sys::signal::Signal;
 
-use test_support::{Finished, World, job_of, lives_with};
+use test_support::{Finished, World, job_of, processes_with};
 
-/// Ways to get away from a shell; each prints `away` when it has.
+/// Ways to escape from a shell; each prints `away` when it has.
 const ESCAPES: [&str; 8] = [
     "sleep 1000 & echo away",
     "nohup sleep 1000 >/dev/null 2>&1 & echo away",
     "setsid sleep 1000 >/dev/null 2>&1 </dev/null & echo away",
     // A daemon: forked twice, in a session of its own.
     "(setsid bash -c 'sleep 1000 & exec sleep 1000' >/dev/null 2>&1 </dev/null &) ; echo away",
-    // Ignores all that can be ignored.
+    // Ignores all signals that can be ignored.
     "bash -c \"trap '' HUP INT TERM QUIT; echo away; while :; do sleep 1000; done\" & wait -n & read -r <> <(:) -t 0.2; true",
     "setsid -f bash -c \"trap '' HUP INT TERM QUIT; sleep 1000; sleep 1000\"; echo away",
-    // A stopped process heeds nothing but SIGKILL and SIGCONT.
+    // A stopped process only reacts to SIGKILL and SIGCONT.
     "sleep 1000 & kill -STOP $!; disown -a; echo away",
-    // Without its environment, under another name.
+    // Without its environment, and under another name.
     "(exec -a innocent env -i setsid sleep 1000 >/dev/null 2>&1 </dev/null &); echo away",
 ];
 
-/// A user without privileges.
+/// An unprivileged user.
 const NOBODY: u32 = 65534;
 
-/// A job of these commands, as JSON, all of whose processes have a marker.
+/// Returns a job of these commands as JSON text, and the marker of all its processes.
 fn marked(commands: &[&str]) -> (String, String) {
     let (job, marker) = test_support::marked(serde_json::from_str(&job_of(commands)).unwrap());
     (job.to_string(), marker)
@@ -36,14 +36,14 @@ fn nothing_survives_the_normal_end() {
     let (job, marker) = marked(&ESCAPES);
     let finished = World::new().run(&job);
     assert_eq!(finished.result(), "passed", "{finished:?}");
-    assert_eq!(lives_with(&marker), [""; 0]);
+    assert_eq!(processes_with(&marker), [""; 0]);
 }
 
 #[test]
-fn nothing_survives_where_the_agent_has_no_privileges() {
+fn nothing_survives_without_privileges() {
     use std::os::unix::process::CommandExt as _;
     if !nix::unistd::geteuid().is_root() {
-        // Then all the other tests are this one.
+        // Without root, all other tests already run unprivileged.
         return;
     }
     let mut commands = ESCAPES.to_vec();
@@ -66,7 +66,7 @@ fn nothing_survives_where_the_agent_has_no_privileges() {
     let finished = Finished::of(&agent.output().unwrap());
     assert_eq!(finished.result(), "passed", "{finished:?}");
     assert_eq!(finished.commands().last().unwrap().0, "65534\n");
-    assert_eq!(lives_with(&marker), [""; 0]);
+    assert_eq!(processes_with(&marker), [""; 0]);
 }
 
 #[test]
@@ -78,17 +78,17 @@ fn nothing_survives_a_stop() {
         let world = World::new();
         let mut running = world.start(&job);
         running.wait_for_output("running\n");
-        assert!(!lives_with(&marker).is_empty());
+        assert!(!processes_with(&marker).is_empty());
         running.signal(signal);
         let finished = running.finish();
         assert_eq!((finished.result(), finished.exit_code), ("stopped", Some(130)), "{signal}");
-        assert_eq!(lives_with(&marker), [""; 0]);
+        assert_eq!(processes_with(&marker), [""; 0]);
         assert!(!world.home().join("deployed").exists());
     }
 }
 
 #[test]
-fn nothing_survives_the_agents_own_violent_death() {
+fn nothing_survives_when_the_agent_is_killed() {
     let mut commands = ESCAPES.to_vec();
     commands.push("echo running; sleep 1000");
     let (job, marker) = marked(&commands);
@@ -97,52 +97,52 @@ fn nothing_survives_the_agents_own_violent_death() {
     running.wait_for_output("running\n");
     running.signal(Signal::SIGKILL);
     running.child.wait().unwrap();
-    // Nobody is left to tell when the clean-up is done, so it is watched.
-    wait_until(|| lives_with(&marker).is_empty());
+    // The agent can't report the end of the clean-up, so the test watches the processes.
+    wait_until(|| processes_with(&marker).is_empty());
     wait_until(|| std::fs::read_dir(world.state()).unwrap().count() == 0);
 }
 
 #[test]
-fn nothing_survives_the_death_of_the_jobs_first_process() {
+fn nothing_survives_the_death_of_job_init() {
     let mut commands = ESCAPES.to_vec();
     commands.push("kill -9 $PPID; sleep 1000; touch ~/deployed");
     let (job, marker) = marked(&commands);
     let world = World::new();
     let finished = world.run(&job);
     assert_eq!(finished.result(), "failed");
-    assert_eq!(lives_with(&marker), [""; 0]);
+    assert_eq!(processes_with(&marker), [""; 0]);
     assert!(!world.home().join("deployed").exists());
 }
 
 #[test]
-fn a_shell_that_ended_leaves_nothing_either() {
+fn nothing_survives_a_shell_that_ended_by_itself() {
     let mut commands = ESCAPES.to_vec();
     commands.push("exec sleep 0");
     let (job, marker) = marked(&commands);
     assert_eq!(World::new().run(&job).result(), "failed");
-    assert_eq!(lives_with(&marker), [""; 0]);
+    assert_eq!(processes_with(&marker), [""; 0]);
 }
 
 #[test]
-fn a_tree_of_hundreds_is_ended() {
+fn a_tree_of_hundreds_of_processes_is_ended() {
     let tree = "b() { (($1 > 0)) || exec sleep 1000; b $(($1 - 1)) & b $(($1 - 1)) & wait; }";
     let plant = format!("{tree}; trap '' TERM; b 7 >/dev/null 2>&1 & echo planted");
     let (job, marker) = marked(&[&plant]);
     assert_eq!(World::new().run(&job).result(), "passed");
-    assert_eq!(lives_with(&marker), [""; 0]);
+    assert_eq!(processes_with(&marker), [""; 0]);
 }
 
 #[test]
-fn a_moving_target_is_ended() {
-    // Each process leaves a successor behind and ends.
+fn a_chain_of_short_lived_processes_is_ended() {
+    // Each process starts a successor and ends.
     let relay = "trap '' TERM HUP; m() { (sleep 0.002; m) & }; m >/dev/null 2>&1; echo off";
     let (job, marker) = marked(&[relay]);
     assert_eq!(World::new().run(&job).result(), "passed");
-    assert_eq!(lives_with(&marker), [""; 0]);
+    assert_eq!(processes_with(&marker), [""; 0]);
 }
 
 #[test]
-fn a_polite_process_is_asked_first() {
+fn processes_get_sigterm_before_sigkill() {
     let world = World::new();
     let server = "bash -c 'trap \"echo asked >~/asked; exit\" TERM; touch ~/ready; while :; do sleep 0.01; done' &";
     let ready = "until [[ -e ~/ready ]]; do sleep 0.01; done";
@@ -170,7 +170,7 @@ fn no_control_group_is_left() {
 
 fn directories_called(below: &Path, ending: &str) -> Vec<String> {
     let mut found = Vec::new();
-    // Control groups of others come and go.
+    // Control groups of other programs come and go during the walk.
     let Ok(entries) = std::fs::read_dir(below) else { return found };
     for entry in entries.flatten().filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir())) {
         let path = entry.path();
@@ -183,7 +183,7 @@ fn directories_called(below: &Path, ending: &str) -> Vec<String> {
 }
 
 #[test]
-fn what_a_power_cut_left_is_removed_by_the_next_agent() {
+fn leftovers_of_a_power_cut_are_removed_by_the_next_agent() {
     let world = World::new();
     world.run_commands(&["true"]);
     let left = world.state().join("job-0123456789ab/scratch");
@@ -194,7 +194,7 @@ fn what_a_power_cut_left_is_removed_by_the_next_agent() {
 }
 
 #[test]
-fn the_directory_of_a_running_job_is_nobody_elses_to_remove() {
+fn another_agent_does_not_remove_the_directory_of_a_running_job() {
     let world = World::new();
     let mut running = world
         .start(&job_of(&["echo running; until [[ -e ~/go ]]; do sleep 0.01; done", "echo next"]));
@@ -204,7 +204,7 @@ fn the_directory_of_a_running_job_is_nobody_elses_to_remove() {
 }
 
 #[test]
-fn a_state_directory_that_others_can_read_is_refused_and_left_as_it_is() {
+fn a_state_directory_that_others_can_read_is_refused_and_not_changed() {
     use std::os::unix::fs::PermissionsExt as _;
     let world = World::new();
     std::fs::create_dir(world.state()).unwrap();

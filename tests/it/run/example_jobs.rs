@@ -1,12 +1,12 @@
-//! The jobs in `config/jobs`: each runs anywhere, ends as it says, and leaves nothing.
+//! The jobs in `config/jobs`: each runs anywhere, ends as it says, and leaves nothing behind.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use test_support::{Finished, World, lives_with, wait_for_end};
+use test_support::{Finished, World, processes_with, wait_for_end};
 
-/// What bash makes in a home directory by itself.
+/// Files that bash itself creates in a home directory.
 const BASHS_OWN: [&str; 1] = [".bash_history"];
 
 fn examples() -> Vec<PathBuf> {
@@ -17,14 +17,14 @@ fn examples() -> Vec<PathBuf> {
     paths
 }
 
-/// Those in containers need images that not every machine can get; they have tests of their own.
+/// Returns the examples for a shell. Those for containers need images, and have tests of their own.
 fn examples_without_containers() -> impl Iterator<Item = PathBuf> {
     let in_containers =
         |path: &PathBuf| fs::read_to_string(path).unwrap().contains("\nexecutor: dockercompose\n");
     examples().into_iter().filter(move |path| !in_containers(path))
 }
 
-/// `passed`, `failed` or `stopped`, from the first line.
+/// Returns the result in the first line of an example: `passed`, `failed` or `stopped`.
 fn expected_result(job: &str) -> Option<&str> {
     job.lines().next()?.strip_prefix("# Expected result: ")
 }
@@ -65,13 +65,13 @@ fn every_example_ends_as_it_says_and_leaves_nothing() {
             assert_eq!(names_in(&directory), [""; 0], "{shown}");
         }
         let marker = format!("HOME={}", world.home().display());
-        assert_eq!(lives_with(&marker), [""; 0], "{shown}");
+        assert_eq!(processes_with(&marker), [""; 0], "{shown}");
     }
 }
 
-/// What an example says will not run would say so.
+/// The commands that an example describes as skipped would print this.
 #[test]
-fn no_example_runs_what_it_says_will_not_run() {
+fn no_example_runs_commands_that_it_describes_as_skipped() {
     for path in examples_without_containers() {
         let world = World::new();
         let printed = run(&world, &path, &world.home()).output();

@@ -1,4 +1,4 @@
-//! What a job does at its end by itself: traps of its shell and of its programs, and how long they may take.
+//! Clean-up by the job itself at its end: traps of its shell and programs, and the time that they have.
 
 use std::fs;
 use std::path::Path;
@@ -10,14 +10,14 @@ use tokio::time::Instant;
 
 use test_support::serve::{ServeAgent, refusal};
 use test_support::start::{Hub, SOON, StartAgent};
-use test_support::{World, job, job_of, lives_with, marked, start, wait_for_end};
+use test_support::{World, job, job_of, marked, processes_with, start, wait_for_end};
 
 const VARIABLE: &str = "SEMAPHORE_AGENT_GRACE_PERIOD";
 
-/// Heeds no request to end.
+/// A program that ignores all requests to end.
 const STUBBORN: &str = "(trap '' TERM HUP; exec sleep 1000) & echo begun";
 
-/// A program that needs so many seconds to end when it is asked to.
+/// Returns a program that takes this many seconds to end after SIGTERM.
 fn ends_after(seconds: u32) -> String {
     format!(
         "bash -c 'trap \"sleep {seconds}; echo cleaned >~/cleaned; exit\" TERM; echo running; \
@@ -37,7 +37,7 @@ fn the_exit_trap_of_the_shell_runs_to_its_end() {
         let (job, marker) = marked(serde_json::from_str(&job_of(commands)).unwrap());
         let finished = world.run(&job.to_string());
         assert!(has(&world.home().join("bye"), "bye\n"), "{commands:?}: {finished:?}");
-        assert_eq!(lives_with(&marker), [""; 0], "{commands:?}");
+        assert_eq!(processes_with(&marker), [""; 0], "{commands:?}");
     }
 }
 
@@ -60,7 +60,7 @@ fn the_running_directives_own_trap_runs_when_a_job_is_stopped() {
 }
 
 #[test]
-fn who_needs_longer_to_end_gets_the_time_that_the_operator_allows() {
+fn slow_traps_get_the_grace_period_of_the_configuration() {
     let command = ends_after(4);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -101,7 +101,7 @@ fn who_needs_longer_to_end_gets_the_time_that_the_operator_allows() {
     });
 }
 
-/// From the request to the end of a stubborn job, with this grace period.
+/// Returns the time from the stop request to the end of a stubborn job, with this grace period.
 fn time_to_end(grace: &str) -> Duration {
     let world = World::new();
     let (job, marker) =
@@ -111,22 +111,22 @@ fn time_to_end(grace: &str) -> Duration {
         agent.args(["--grace-period", grace]);
     });
     running.wait_for_output("running\n");
-    let asked = Instant::now();
+    let asked_at = Instant::now();
     running.signal(Signal::SIGTERM);
     assert_eq!(running.finish().result(), "stopped");
-    assert_eq!(lives_with(&marker), [""; 0]);
-    asked.elapsed()
+    assert_eq!(processes_with(&marker), [""; 0]);
+    asked_at.elapsed()
 }
 
 #[test]
-fn without_a_grace_period_what_is_stubborn_is_killed_at_once() {
-    // A busy machine can hold up any of them, but hardly each.
+fn without_a_grace_period_stubborn_processes_are_killed_at_once() {
+    // A busy machine may delay some of the runs, but hardly all of them.
     let shortest = (0..5).map(|_| time_to_end("0")).min().unwrap();
     assert!(shortest < Duration::from_millis(1500), "{shortest:?}");
     assert!(time_to_end("3") >= Duration::from_secs(3));
 }
 
-/// What `agent run` says to this option or variable.
+/// Returns the message with which `agent run` refuses this option or variable.
 fn refusal_of_run(adapt: impl FnOnce(&mut Command)) -> String {
     let world = World::new();
     let mut agent = world.agent();
@@ -140,7 +140,7 @@ fn refusal_of_run(adapt: impl FnOnce(&mut Command)) -> String {
 }
 
 #[test]
-fn a_grace_period_that_is_no_time_is_refused() {
+fn an_invalid_grace_period_is_refused() {
     for value in ["-1", "soon", "1.5", "99999999999999999999999"] {
         let option = format!("--grace-period={value}");
         let world = World::new();
@@ -168,7 +168,7 @@ fn a_grace_period_that_is_no_time_is_refused() {
 }
 
 #[test]
-fn no_trap_makes_a_stopped_shell_go_on() {
+fn no_trap_lets_a_stopped_shell_continue() {
     for trap in [
         "trap : HUP INT TERM EXIT",
         "trap : 41",

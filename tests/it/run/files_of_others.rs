@@ -1,5 +1,5 @@
-//! Files that come with a job are often keys. Where other users of the machine have put something in their
-//! place, these users do not get to read them, nor does anything get written to what they chose.
+//! Files of a job are often keys. If another user has planted something at a file's path, that user can't
+//! read the job's file, and the agent does not write to the planted target.
 
 use std::fs::{self, File, Permissions};
 use std::io::{Read as _, Seek as _};
@@ -12,33 +12,33 @@ use serde_json::{Value, json};
 
 use test_support::docker::file;
 use test_support::surroundings::{
-    OPERATOR, STRANGER, as_user, done_by, has_other_users, open_to_all,
+    OPERATOR, STRANGER, as_user, bash_as, can_switch_user, world_writable_directory,
 };
 use test_support::{Finished, World, job_of, wait_for_end};
 
-/// What is in a file of the job.
+/// The content of the job's file.
 const CONTENT: &str = "private key";
 
-/// Ways to plant something, in a directory that is open to all, where a job's file `keys/deploy.pem` or
-/// `deploy.pem` is to be: the script of the other user, and the path of the job's file.
+/// Ways to plant something in a world-writable directory at the path of a job's file (`keys/deploy.pem` or
+/// `deploy.pem`): the script of the other user, and the path of the job's file.
 const PLANTS: [(&str, &str); 6] = [
-    // A file of their own that everybody may write.
+    // A file that everybody may write.
     ("echo mine > deploy.pem; chmod 666 deploy.pem", "deploy.pem"),
-    // The same in a directory of their own, into which others may put files, or not.
+    // A file in a directory of the other user, with or without write permission for all.
     ("mkdir keys; echo mine > keys/deploy.pem; chmod 666 keys/deploy.pem", "keys/deploy.pem"),
     (
         "mkdir keys; chmod 1777 keys; echo mine > keys/deploy.pem; chmod 666 keys/deploy.pem",
         "keys/deploy.pem",
     ),
-    // A link to a file of their own.
+    // A link to a file of the other user.
     ("echo mine > target; chmod 666 target; ln -s target deploy.pem", "deploy.pem"),
-    // A link to nothing yet.
+    // A dangling link.
     ("mkdir theirs; chmod 777 theirs; ln -s theirs/target deploy.pem", "deploy.pem"),
-    // A pipe, with somebody at its other end.
+    // A pipe that the other user has opened.
     ("mkfifo deploy.pem; chmod 666 deploy.pem", "deploy.pem"),
 ];
 
-/// A job that shows a file that came with it.
+/// Returns a job that prints a file that came with it.
 fn job_with(path: &Path) -> Value {
     let show = format!("cat '{}'", path.display());
     let mut job: Value = serde_json::from_str(&job_of(&[&show])).unwrap();
@@ -46,7 +46,7 @@ fn job_with(path: &Path) -> Value {
     job
 }
 
-/// Runs a job by an agent of this user.
+/// Runs a job with an agent of this user.
 fn run_as(world: &World, user: u32, job: &Value) -> Finished {
     let file = world.file("job.json", job.to_string());
     let mut agent = world.agent();
@@ -58,7 +58,7 @@ fn run_as(world: &World, user: u32, job: &Value) -> Finished {
     Finished::of(&wait_for_end(child))
 }
 
-/// The file is as it was asked for; or there is none, and the log says which.
+/// Asserts that the file is as requested, or that it is missing and the log names it.
 fn assert_safe_or_refused(finished: &Finished, path: &Path, user: u32, planted: &str) {
     if finished.result() == "passed" {
         assert_eq!(finished.output(), CONTENT, "{planted}");
@@ -69,25 +69,26 @@ fn assert_safe_or_refused(finished: &Finished, path: &Path, user: u32, planted: 
     }
     let path = path.display().to_string();
     let steps = finished.steps();
-    let (_, told, code) = steps.iter().find(|(title, ..)| title == "Injecting Files").unwrap();
-    let mut lines = told.lines().filter(|line| !line.starts_with("Injecting "));
-    assert!(lines.any(|line| line.contains(&path)), "{planted}: {told}");
+    let (_, output, code) = steps.iter().find(|(title, ..)| title == "Injecting Files").unwrap();
+    let mut lines = output.lines().filter(|line| !line.starts_with("Injecting "));
+    assert!(lines.any(|line| line.contains(&path)), "{planted}: {output}");
     assert_ne!(*code, 0, "{planted}");
 }
 
 #[test]
-fn who_has_put_something_in_the_place_of_a_jobs_file_can_not_read_it() {
-    if !has_other_users() {
+fn a_user_who_planted_a_file_can_not_read_the_jobs_file() {
+    if !can_switch_user() {
         return;
     }
     for user in [0, OPERATOR] {
         for (planted, path) in PLANTS {
             println!("user {user}: {planted}");
-            let directory = open_to_all(0);
+            let directory = world_writable_directory(0);
             let go_there = format!("cd '{}'; umask 022", directory.path().display());
-            done_by(STRANGER, &format!("set -e; {go_there}; {planted}"));
+            bash_as(STRANGER, &format!("set -e; {go_there}; {planted}"));
             let path = directory.path().join(path);
-            // As if they had opened it before, for reading; a pipe for both, as it would wait otherwise.
+            // Open the planted file before the job runs. A pipe is opened for both directions, as a reader
+            // would block.
             let mut options = File::options();
             let is_file = fs::metadata(&path).is_ok_and(|found| found.is_file());
             options.read(true).write(!is_file).custom_flags(O_NONBLOCK);
@@ -99,27 +100,27 @@ fn who_has_put_something_in_the_place_of_a_jobs_file_can_not_read_it() {
             let search =
                 "shopt -s nullglob; for file in * */*; do [[ ! -f $file ]] || cat \"$file\"; done";
             let search = format!("{go_there}; {search} 2>/dev/null; true");
-            let seen = done_by(STRANGER, &search);
+            let seen = bash_as(STRANGER, &search);
             assert!(!seen.contains(CONTENT), "{planted}: {seen}");
             let mut seen = Vec::new();
             if let Some(open_before) = &mut open_before {
                 let _ = open_before.rewind();
-                // A pipe that nothing came through says that there is nothing yet.
+                // Reading an empty pipe fails with `WouldBlock`.
                 let _ = open_before.read_to_end(&mut seen);
             }
             let seen = String::from_utf8_lossy(&seen).into_owned();
-            assert!(!seen.contains(CONTENT), "{planted}: in what was open before: {seen}");
+            assert!(!seen.contains(CONTENT), "{planted}: in a file opened before: {seen}");
         }
     }
 }
 
 #[test]
-fn what_a_planted_link_leads_to_is_not_changed() {
-    if !has_other_users() {
+fn the_target_of_a_planted_link_is_not_changed() {
+    if !can_switch_user() {
         return;
     }
     for user in [0, OPERATOR] {
-        let directory = open_to_all(0);
+        let directory = world_writable_directory(0);
         let world = World::new();
         let victims = world.home().join("victims");
         fs::create_dir(&victims).unwrap();
@@ -131,7 +132,7 @@ fn what_a_planted_link_leads_to_is_not_changed() {
             victim.display(),
             victims.display(),
         );
-        done_by(STRANGER, &plant);
+        bash_as(STRANGER, &plant);
         for name in ["file", "directory/new", "directory/victim"] {
             let path: PathBuf = directory.path().join(name);
             let finished = run_as(&world, user, &job_with(&path));
@@ -143,7 +144,7 @@ fn what_a_planted_link_leads_to_is_not_changed() {
 }
 
 #[test]
-fn files_go_where_the_agents_own_user_has_files_and_links() {
+fn files_and_links_of_the_agents_own_user_are_followed() {
     let world = World::new();
     let home = world.home();
     fs::create_dir_all(home.join("there/below")).unwrap();
@@ -152,8 +153,8 @@ fn files_go_where_the_agents_own_user_has_files_and_links() {
         fs::write(home.join(path), "a longer text than that of the job\n").unwrap();
         fs::set_permissions(home.join(path), Permissions::from_mode(mode)).unwrap();
     }
-    // In a directory like /tmp too, if what is there is the own user's.
-    let temporary = open_to_all(nix::unistd::geteuid().as_raw());
+    // Also in a directory like /tmp, if the existing file belongs to the agent's user.
+    let temporary = world_writable_directory(nix::unistd::geteuid().as_raw());
     fs::write(temporary.path().join("own"), "old\n").unwrap();
     let own = temporary.path().join("own");
     let names = ["open", "locked", "link/new", "link/old", "link/below/deep/new", "new"];

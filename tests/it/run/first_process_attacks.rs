@@ -1,5 +1,5 @@
-//! A job runs as the same user as its first process, the parent of its shell, and as the agent. It can kill
-//! them, and stop them; it can not look into them, and nothing of it is left in the end.
+//! A job runs as the same user as the agent and as job-init, the guard of a shell job. The job can kill and
+//! stop both, but can't read their memory; and in the end, the job's processes are always removed.
 
 use std::fs;
 use std::path::Path;
@@ -14,18 +14,18 @@ use tokio::time::Instant;
 use test_support::daemon::spawned;
 use test_support::serve::ServeAgent;
 use test_support::surroundings::{
-    OPERATOR, as_user, has_other_users, in_shell, without_control_groups,
+    OPERATOR, as_user, can_switch_user, in_shell, without_control_groups,
 };
 use test_support::{
-    Finished, KilledOnFailure, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, World, job, job_of, lives_with,
-    marked, wait_for_end, wait_until,
+    Finished, KilledOnFailure, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, World, job, job_of, marked,
+    processes_with, wait_for_end, wait_until,
 };
 
-/// Sets `$agent` in a job; its first process is `$PPID`.
+/// Sets `$agent` in a job. The job-init process is `$PPID`.
 const FIND_AGENT: &str = "agent=$(awk '/^PPid:/ {print $2}' /proc/$PPID/status)";
 
-/// A job that tries to get at its first process and at the agent, and prints what it could do.
-fn looking() -> String {
+/// Returns a job that tries to inspect its job-init and the agent, and prints what succeeded.
+fn inspecting_job() -> String {
     let ptrace = |request: u32| {
         let number = libc::SYS_ptrace;
         format!("perl -e 'exit(syscall({number}, {request}, $ARGV[0] + 0, 0, 0) == -1)' $1")
@@ -49,7 +49,7 @@ fn looking() -> String {
     )
 }
 
-/// Fails if the job of [`looking`] got anywhere.
+/// Asserts that the job of [`inspecting_job`] could not inspect any process.
 fn assert_blind(output: &str) {
     assert!(output.contains("job-init"), "its parent is another: {output}");
     if output.contains("no perl") {
@@ -60,22 +60,22 @@ fn assert_blind(output: &str) {
 }
 
 #[test]
-fn a_served_job_can_not_look_into_its_first_process_or_the_agent() {
-    if !has_other_users() {
+fn a_served_job_can_not_inspect_job_init_or_the_agent() {
+    if !can_switch_user() {
         return;
     }
     let world = World::new();
     let agent = ServeAgent::start_with(&world, |command| as_user(&world, OPERATOR, command));
-    assert_blind(&agent.run_to_end(&job("1", &[&looking()])).output());
+    assert_blind(&agent.run_to_end(&job("1", &[&inspecting_job()])).output());
 }
 
 #[test]
-fn a_job_of_a_file_can_not_look_into_its_first_process_or_the_agent() {
-    if !has_other_users() {
+fn a_job_from_a_file_can_not_inspect_job_init_or_the_agent() {
+    if !can_switch_user() {
         return;
     }
     let world = World::new();
-    let file = world.file("job.json", job_of(&[&looking()]));
+    let file = world.file("job.json", job_of(&[&inspecting_job()]));
     let mut agent = world.agent();
     agent.args(["run", "--output", "json"]).arg(file);
     as_user(&world, OPERATOR, &mut agent);
@@ -83,17 +83,17 @@ fn a_job_of_a_file_can_not_look_into_its_first_process_or_the_agent() {
     assert_blind(&Finished::of(&wait_for_end(agent)).output());
 }
 
-/// A number that a job has written.
+/// Returns the process ID that a job has written to a file.
 fn number_in(world: &World, name: &str) -> Pid {
     let path = world.home().join(name);
     let read = || fs::read_to_string(&path).ok()?.trim().parse().ok();
-    wait_until(|| read().is_some(), || format!("there is no number in {name}"));
+    wait_until(|| read().is_some(), || format!("{name} contains no process ID"));
     Pid::from_raw(read().unwrap())
 }
 
 #[test]
-fn the_first_process_holds_nothing_of_the_agents_own_output() {
-    if !has_other_users() {
+fn job_init_does_not_hold_the_agents_output_open() {
+    if !can_switch_user() {
         return;
     }
     let world = World::new();
@@ -107,14 +107,14 @@ fn the_first_process_holds_nothing_of_the_agents_own_output() {
 }
 
 #[test]
-fn memory_is_taken_from_the_job_first_and_from_its_first_moment_on() {
+fn the_kernel_kills_job_processes_first_when_memory_is_short() {
     let look = "cat /proc/$$/oom_score_adj";
     let surroundings: [fn(&World, &mut Command); 3] = [
         |_, _| {},
         |_, command| in_shell(command, "echo 77 > /proc/self/oom_score_adj"),
         |world, command| {
             in_shell(command, "echo 77 > /proc/self/oom_score_adj");
-            if has_other_users() {
+            if can_switch_user() {
                 as_user(world, OPERATOR, command);
             }
         },
@@ -132,11 +132,11 @@ fn memory_is_taken_from_the_job_first_and_from_its_first_moment_on() {
         let printed: Vec<_> = finished.commands().into_iter().map(|(output, _)| output).collect();
         assert_eq!(printed, ["500\n".into(), "500\n".into(), format!("{own}{own}")]);
         let at_first = fs::read_to_string(world.home().join("at-first")).unwrap();
-        assert_eq!(at_first, "500\n", "its login profile runs already");
+        assert_eq!(at_first, "500\n", "the adjustment comes too late for the login profile");
     }
 }
 
-/// Whether a process has ended, waited for or not.
+/// Returns whether a process has ended, even if it is a zombie.
 fn is_gone(process: Pid) -> bool {
     let stat = fs::read_to_string(format!("/proc/{process}/stat"));
     stat.map_or(true, |stat| {
@@ -145,11 +145,11 @@ fn is_gone(process: Pid) -> bool {
     })
 }
 
-/// Has a job bring down its first process and its agent in this way, and sees to it that the next agent, in the
-/// same surroundings, leaves nothing of it.
+/// Lets a job kill its job-init and its agent with `attack`, and asserts that the next agent, started in the
+/// same surroundings, removes the job's processes and files.
 fn assert_cleaned_up_after(attack: &str, surroundings: fn(&World, &mut Command)) {
     let world = World::new();
-    // Also what has no variable of the job: nothing is left even if this test fails.
+    // Also kills the process without the job's variables, so that a failed test leaves nothing behind.
     let _killed = KilledOnFailure(format!("HOME={}", world.home().display()));
     let detached = "setsid -f bash -c 'trap \"\" HUP TERM; echo $$ > ~/sleeper; exec sleep 1000'";
     let commands = [
@@ -167,39 +167,40 @@ fn assert_cleaned_up_after(attack: &str, surroundings: fn(&World, &mut Command))
     drop(first_agent);
 
     let agent = ServeAgent::start_with(&world, |command| surroundings(&world, command));
-    let left = || (is_gone(sleeper), is_gone(first), lives_with(&marker), job_directories(&world));
+    let left =
+        || (is_gone(sleeper), is_gone(first), processes_with(&marker), job_directories(&world));
     let nothing = (true, true, Vec::new(), Vec::new());
     wait_until(|| left() == nothing, || format!("left after {attack}: {:?}", left()));
     assert_eq!(agent.run_to_end(&job("2", &["echo next"])).output(), "next\n");
 }
 
-/// What the agent keeps about jobs, alive or dead.
+/// Returns the names of all job directories, of living and dead jobs.
 fn job_directories(world: &World) -> Vec<String> {
     let names = fs::read_dir(world.state()).unwrap();
     let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     names.filter(|name| name.contains("job-")).collect()
 }
 
-/// All at once.
+/// Kills job-init and the agent at once.
 const KILL_BOTH: &str = "kill -STOP $agent; kill -9 $PPID $agent";
 
-/// The one who would clean up can't.
+/// Stops job-init, which would clean up, before the agent is killed.
 const STOP_ONE_AND_KILL_THE_OTHER: &str = "kill -STOP $PPID; kill -9 $agent";
 
 #[test]
-fn the_next_agent_ends_what_a_job_has_left_that_killed_all_above_it() {
+fn the_next_agent_cleans_up_after_a_job_that_killed_its_guard_and_agent() {
     assert_cleaned_up_after(KILL_BOTH, |_, _| {});
 }
 
 #[test]
-fn the_next_agent_ends_a_job_that_has_removed_all_that_was_kept_about_it() {
+fn the_next_agent_ends_a_job_that_removed_its_job_directory() {
     let attack = format!("rm -rf ~/../state/job-*; {STOP_ONE_AND_KILL_THE_OTHER}");
     assert_cleaned_up_after(&attack, |_, _| {});
 }
 
 #[test]
-fn the_next_agent_does_so_without_control_groups_too() {
-    if !has_other_users() {
+fn the_next_agent_cleans_up_without_control_groups() {
+    if !can_switch_user() {
         return;
     }
     assert_cleaned_up_after(KILL_BOTH, |_, command| without_control_groups(command));
@@ -207,9 +208,9 @@ fn the_next_agent_does_so_without_control_groups_too() {
 }
 
 #[test]
-fn the_next_agent_ends_a_first_process_that_the_job_has_stopped() {
+fn the_next_agent_ends_a_stopped_job_init() {
     assert_cleaned_up_after(STOP_ONE_AND_KILL_THE_OTHER, |_, _| {});
-    if has_other_users() {
+    if can_switch_user() {
         assert_cleaned_up_after(STOP_ONE_AND_KILL_THE_OTHER, |world, command| {
             as_user(world, OPERATOR, command);
         });
@@ -217,8 +218,8 @@ fn the_next_agent_ends_a_first_process_that_the_job_has_stopped() {
 }
 
 #[test]
-fn a_first_process_that_is_stopped_again_and_again_does_not_keep_the_job_alive() {
-    /// As long as it may take, and some time for a busy machine.
+fn a_job_init_that_is_stopped_repeatedly_does_not_keep_the_job_alive() {
+    /// The usual time for a teardown, and a reserve for a busy machine.
     const TEARDOWN: Duration = Duration::from_secs(25);
     let stops = "while kill -STOP $PPID 2>/dev/null; do :; done";
     let stops = stops.replace("$PPID", "\"$1\"");
@@ -238,7 +239,7 @@ fn a_first_process_that_is_stopped_again_and_again_does_not_keep_the_job_alive()
         }
         agent.finish("1");
         assert!(began.elapsed() < TEARDOWN, "{last}: {:?}", began.elapsed());
-        assert_eq!(lives_with(&marker), [""; 0], "{last}");
+        assert_eq!(processes_with(&marker), [""; 0], "{last}");
         assert_eq!(agent.run_to_end(&job("2", &["echo next"])).output(), "next\n");
     }
 }

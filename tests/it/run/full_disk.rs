@@ -1,4 +1,4 @@
-//! The file system of the agent's state directory is full: before a job comes, or while it runs.
+//! The file system of the agent's state directory is full before a job comes, or fills up while it runs.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write as _};
@@ -13,19 +13,19 @@ use test_support::serve::ServeAgent;
 use test_support::start::{Hub, SOON, StartAgent};
 use test_support::{Finished, World, job, wait_for_file, wait_until};
 
-/// What the system calls it.
+/// The system's message for ENOSPC.
 const FULL: &str = "No space left";
 
-/// How large it is, and whose.
+/// Mount options: size and mode of the file system.
 const SIZE: &str = "size=4m,mode=700";
 
-/// A small file system of its own for the state directory; gone with this value.
+/// A small file system for the state directory, unmounted on drop.
 struct SmallDisk {
     mounted_at: PathBuf,
 }
 
 impl SmallDisk {
-    /// Nothing where it can't be mounted. That is said.
+    /// Mounts the file system. If that is not possible, prints so and returns `None`.
     fn mount(world: &World) -> Option<Self> {
         let mounted_at = world.state();
         fs::create_dir(&mounted_at).unwrap();
@@ -42,7 +42,7 @@ impl SmallDisk {
         self.mounted_at.join("filler")
     }
 
-    /// Leaves not a byte.
+    /// Fills the file system to the last byte.
     fn fill(&self) {
         let mut filler = File::create(self.filler()).unwrap();
         for size in [1 << 16, 1 << 12, 1] {
@@ -55,7 +55,7 @@ impl SmallDisk {
         }
     }
 
-    /// A command that does the same, and says nothing.
+    /// Returns a command that silently fills the file system.
     fn filling(&self) -> String {
         let dd =
             |size| format!("dd if=/dev/zero bs={size} >>'{}' 2>/dev/null", self.filler().display());
@@ -69,18 +69,18 @@ impl SmallDisk {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        // Somebody may still be at work there if the test failed.
+        // If the test failed, a process may still use the file system.
         let _ = Command::new("umount").arg("--lazy").arg(&self.mounted_at).status();
     }
 }
 
-/// Prints more than there can be room for in a log that was begun.
+/// Prints more than fits into a log on this file system.
 const MUCH: &str = "head -c 5000000 /dev/zero | tr '\\0' x | fold -w 100";
 
-/// The log tells the reason in the words of people, and to its end.
-fn assert_failed_for_want_of_space(finished: &Finished) {
+/// Asserts that the job's log is complete and names the reason in plain words.
+fn assert_failed_for_lack_of_space(finished: &Finished) {
     assert_eq!(finished.result(), "failed");
-    let told: Vec<_> = finished
+    let texts: Vec<_> = finished
         .events
         .iter()
         .filter_map(|event| match event {
@@ -92,8 +92,8 @@ fn assert_failed_for_want_of_space(finished: &Finished) {
         })
         .filter(|text| !text.starts_with("xxx"))
         .collect();
-    assert!(told.iter().any(|text| text.contains(FULL)), "{told:?}");
-    assert!(!told.concat().to_lowercase().contains("internal error"), "{told:?}");
+    assert!(texts.iter().any(|text| text.contains(FULL)), "{texts:?}");
+    assert!(!texts.concat().to_lowercase().contains("internal error"), "{texts:?}");
 }
 
 #[test]
@@ -116,38 +116,38 @@ fn agent_serve_takes_no_job_while_its_disk_is_full() {
 }
 
 #[test]
-fn a_job_that_fills_the_disk_fails_with_the_reason_and_the_agent_goes_on() {
+fn a_job_that_fills_the_disk_fails_with_the_reason_and_the_agent_continues() {
     let world = World::new();
     let Some(disk) = SmallDisk::mount(&world) else { return };
     let agent = ServeAgent::start(&world);
-    // One whose output finds no room.
+    // A command whose output does not fit.
     let mut filling = job("1", &[&disk.filling(), MUCH, "touch ~/went-on"]);
     filling["epilogue_always_commands"] = json!([{ "directive": "touch ~/epilogue-1" }]);
     agent.post_job(&filling).of_status(200);
     let finished = agent.finish("1");
-    assert_failed_for_want_of_space(&finished);
+    assert_failed_for_lack_of_space(&finished);
     assert!(world.home().join("epilogue-1").exists(), "{finished:?}");
     assert!(!world.home().join("went-on").exists());
     disk.free();
     assert_eq!(agent.run_to_end(&job("2", &["true"])).result(), "passed");
-    // And one that is not whole when the disk is full, of which nothing is printed.
+    // A command whose script does not fit, so that the command prints nothing.
     let mut filling = job("3", &[&disk.filling(), "touch ~/second"]);
     let epilogue = json!([{ "directive": "touch ~/epilogue-3" }]);
     filling["epilogue_always_commands"] = epilogue;
     agent.post_job(&filling).of_status(200);
     let finished = agent.finish("3");
     if finished.result() == "passed" {
-        // There was room for all that it needed.
+        // The script fitted, so the command ran.
         assert!(world.home().join("second").exists(), "{finished:?}");
     } else {
-        assert_failed_for_want_of_space(&finished);
+        assert_failed_for_lack_of_space(&finished);
     }
     assert!(world.home().join("epilogue-3").exists(), "{finished:?}");
     disk.free();
     assert_eq!(agent.run_to_end(&job("4", &["true"])).result(), "passed");
 }
 
-/// Whether the agent has asked for a job.
+/// Returns whether the agent has asked for a job.
 fn has_asked(hub: &Hub) -> bool {
     hub.states().iter().any(|state| state.starts_with("waiting-for-jobs"))
 }
@@ -169,7 +169,7 @@ fn an_agent_of_a_control_plane_asks_for_no_job_while_its_disk_is_full() {
 }
 
 #[test]
-fn a_job_that_filled_the_disk_is_followed_by_none_until_there_is_space() {
+fn after_a_job_filled_the_disk_no_job_is_fetched_until_there_is_space() {
     let world = World::new();
     let Some(disk) = SmallDisk::mount(&world) else { return };
     let hub = Hub::start(SOON);
@@ -184,15 +184,15 @@ fn a_job_that_filled_the_disk_is_followed_by_none_until_there_is_space() {
 }
 
 #[test]
-fn the_log_that_filled_the_disk_makes_room_for_the_next_job() {
+fn a_log_that_filled_the_disk_is_dropped_for_the_next_job() {
     let world = World::new();
     let Some(_disk) = SmallDisk::mount(&world) else {
         return;
     };
     let agent = ServeAgent::start(&world);
     let loud = agent.run_to_end(&job("loud", &["yes | head -c 20000000"]));
-    assert_failed_for_want_of_space(&loud);
-    // Refused at first: the log is in somebody's hands for a moment longer.
+    assert_failed_for_lack_of_space(&loud);
+    // Refused at first: a log reader still holds the old log for a moment.
     let next = job("next", &["echo next"]);
     wait_until(|| agent.post_job(&next).status == 200, || "no job is taken any more".into());
     assert_eq!(agent.finish("next").output(), "next\n");

@@ -1,4 +1,4 @@
-//! Output of every shape arrives byte for byte.
+//! Output of every kind arrives byte for byte.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use test_support::{Finished, World};
 
 const SIZE: usize = 16 * 1024 * 1024;
 
-/// Has a job print `content` from a file; answers all of its output.
+/// Runs a job that prints `content` from a file. Returns its output.
 fn printed(content: &[u8]) -> String {
     let world = World::new();
     let file = world.file("content", content);
@@ -29,7 +29,7 @@ fn check_lines(finished: &Finished) {
 }
 
 fn assert_same(found: &str, expected: &str) {
-    // Not assert_eq: a failure would print both.
+    // Not `assert_eq!`, which would print both texts.
     let differ = found.bytes().zip(expected.bytes()).position(|(a, b)| a != b);
     assert!(
         found.len() == expected.len() && differ.is_none(),
@@ -70,7 +70,7 @@ fn progress_bars_and_carriage_returns_arrive() {
 }
 
 #[test]
-fn control_bytes_and_looks_like_frames_arrive() {
+fn control_bytes_and_text_that_resembles_marks_arrive() {
     let text = repeated(
         "\u{1}0123456789abcdef0123456789abcdef 0 h passed\u{1}\u{1}\u{1b}[31m\u{7}\u{8}\\\"",
     );
@@ -78,8 +78,8 @@ fn control_bytes_and_looks_like_frames_arrive() {
 }
 
 #[test]
-fn random_bytes_arrive_as_text_with_a_replacement_for_each_that_is_none() {
-    // A plain linear congruential generator: the same bytes in each run.
+fn random_bytes_arrive_with_a_replacement_for_each_invalid_one() {
+    // A linear congruential generator: the same bytes in each run.
     let mut state = 1_u64;
     let bytes: Vec<u8> = std::iter::repeat_with(|| {
         state =

@@ -1,4 +1,4 @@
-//! A slip of the pen in a job file is an error, not another job.
+//! A typing error in a job file is an error, and does not run a different job.
 
 use std::fs;
 use std::process::{Output, Stdio};
@@ -8,7 +8,7 @@ use serde_json::json;
 use test_support::serve::ServeAgent;
 use test_support::{Finished, World, job, wait_for_end};
 
-/// The end of every job here: proof that it ran.
+/// The end of every job here: a command that proves that the job ran.
 const MARK: &str = "commands: [{directive: touch ~/executed}]\n";
 
 fn run(world: &World, job: &str, options: &[&str]) -> Output {
@@ -18,22 +18,22 @@ fn run(world: &World, job: &str, options: &[&str]) -> Output {
     wait_for_end(agent.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
 }
 
-/// Each job is refused before anything of it runs, with a message that holds all of these parts.
+/// Asserts that each job is refused before it runs, with a message that contains all of these parts.
 fn assert_refused(jobs: &[(&str, &[&str])]) {
     for (job, parts) in jobs {
         let world = World::new();
         let output = run(&world, job, &[]);
-        let told = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(2), "{job}: {told}");
-        assert!(output.stdout.is_empty() && told.starts_with("error: "), "{job}: {told}");
-        assert_eq!(fs::read_dir(world.home()).unwrap().count(), 0, "{job} ran: {told}");
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{job}: {message}");
+        assert!(output.stdout.is_empty() && message.starts_with("error: "), "{job}: {message}");
+        assert_eq!(fs::read_dir(world.home()).unwrap().count(), 0, "{job} ran: {message}");
         for part in *parts {
-            assert!(told.contains(part), "{job}: no {part:?} in {told}");
+            assert!(message.contains(part), "{job}: no {part:?} in {message}");
         }
     }
 }
 
-/// Runs a job about which nothing is to be told.
+/// Runs a job that must pass without any message.
 fn pass(job: &str) -> Finished {
     let world = World::new();
     let output = run(&world, job, &["--output", "json"]);
@@ -78,7 +78,7 @@ fn an_unknown_field_is_an_error_with_its_line_and_the_nearest_known_one() {
             &["job.yaml:2: ", "`comands`", "`commands`"],
         ),
         (
-            // Of another tool, but not under a name that is free.
+            // A field of another tool, whose name does not begin with `x-`.
             &format!("job_id: x\nz: {{a: 1}}\n{MARK}"),
             &["job.yaml:2: ", "`z`"],
         ),
@@ -86,26 +86,26 @@ fn an_unknown_field_is_an_error_with_its_line_and_the_nearest_known_one() {
 }
 
 #[test]
-fn unknown_fields_and_other_problems_are_named_at_once() {
+fn unknown_fields_are_reported_together_with_other_problems() {
     let job =
         format!("job_id: x\nexecuter: shell\nenv_vars: [{{name: 1, value: MQ==}}]\nzzz: 1\n{MARK}");
     assert_refused(&[(&job, &["job.yaml:2: ", "job.yaml:3: ", "job.yaml:4: ", "--lenient"])]);
 }
 
 #[test]
-fn where_it_is_asked_for_an_unknown_field_is_only_a_warning() {
+fn in_lenient_mode_an_unknown_field_is_only_a_warning() {
     let world = World::new();
     let job = format!("job_id: x\nexecuter: shell\n{MARK}");
     let output = run(&world, &job, &["--lenient"]);
-    let told = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(0), "{told}");
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{message}");
     let expected = "warning: job.yaml:2: unknown field `executer`; did you mean `executor`?\n";
-    assert_eq!(told, expected);
+    assert_eq!(message, expected);
     assert!(world.home().join("executed").exists());
 }
 
 #[test]
-fn fields_of_other_tools_are_free_under_names_that_begin_with_x() {
+fn fields_whose_names_begin_with_x_are_ignored() {
     for job in [
         format!("job_id: x\nx-owner: {{team: ci}}\n{MARK}"),
         format!("x-all: [1, {{a: b}}]\njob_id: x\n{MARK}"),
@@ -133,12 +133,12 @@ fn a_job_without_any_command_is_an_error() {
 
 /// Platforms may send such jobs.
 #[test]
-fn a_request_without_a_command_is_a_job_all_the_same() {
+fn a_request_without_commands_is_valid() {
     let agent = ServeAgent::start(&World::new());
     assert_eq!(agent.run_to_end(&json!({ "job_id": "1" })).result(), "passed");
 }
 
-/// What a job prints with these variables, whose names and values are written as a job file has them.
+/// Returns the output of a job with these variables, whose names and values are given as in a job file.
 fn printed(job: &str) -> String {
     pass(job).output()
 }
@@ -148,11 +148,11 @@ const SHOW: &str = r#"commands: [{directive: 'echo "$A,$B,$C"'}]"#;
 #[test]
 fn a_merge_key_merges_mappings() {
     for (merge, expected) in [
-        // What is written out wins, before and after it.
+        // Explicit keys override merged ones, whether they come before or after the merge key.
         ("{<<: *b, value: MQ==}", "1,,\n"),
         ("{value: MQ==, <<: *b}", "1,,\n"),
         ("{<<: *b}", "2,,\n"),
-        // Of a list the earlier wins.
+        // In a list, earlier mappings override later ones.
         ("{<<: [*b, *c]}", "2,,\n"),
         ("{<<: [*c, *b]}", "3,,\n"),
         ("{<<: [*n, *c]}", "3,,\n"),
@@ -167,14 +167,14 @@ fn a_merge_key_merges_mappings() {
 }
 
 #[test]
-fn merged_mappings_may_have_merged_themselves() {
+fn merged_mappings_may_contain_merge_keys() {
     let job = format!(
         "x-name: &name {{name: A}}\nx-both: &both\n  <<: *name\n  value: MQ==\n\
          x-job: &job\n  job_id: x\n  env_vars:\n  - *both\n  - <<: *both\n    name: B\n\
          <<: *job\n{SHOW}\n"
     );
     assert_eq!(printed(&job), "1,1,\n");
-    // Lists are not merged, nor is what is in mappings.
+    // Lists are not merged, nor are nested mappings.
     let job = format!(
         "x-base: &base\n  job_id: x\n  env_vars: [{{name: A, value: MQ==}}]\n\
          <<: *base\nenv_vars: [{{name: B, value: Mg==}}]\n{SHOW}\n"
@@ -183,23 +183,23 @@ fn merged_mappings_may_have_merged_themselves() {
 }
 
 #[test]
-fn what_can_not_be_merged_is_an_error() {
+fn merging_something_else_than_mappings_is_an_error() {
     for merge in ["3", "text", "[3]", "[[{job_id: y}]]", "[{job_id: y}, text]"] {
         let job = format!("job_id: x\n<<: {merge}\n{MARK}");
         assert_refused(&[(&job, &["job.yaml", "<<"])]);
     }
-    // What is merged is looked at like all else.
+    // Merged fields are checked like all others.
     let job = format!("job_id: x\nx-base: &base {{exekutor: shell}}\n<<: *base\n{MARK}");
     assert_refused(&[(&job, &["job.yaml:", "`exekutor`", "`executor`"])]);
 }
 
-/// The lines of an agent's own log that hold one of these.
+/// Returns the lines of an agent's own log that contain one of these parts.
 fn lines_with<'a>(log: &'a str, parts: &[&str]) -> Vec<&'a str> {
     log.lines().filter(|line| parts.iter().any(|part| line.contains(part))).collect()
 }
 
 #[test]
-fn unknown_fields_of_a_request_are_ignored_and_noted_without_their_values() {
+fn unknown_fields_of_a_request_are_ignored_and_logged_without_their_values() {
     let agent = ServeAgent::start(&World::new());
     let mut request = job("1", &["echo hi"]);
     request["unheard_of"] = json!({ "token": "canary" });
@@ -209,14 +209,14 @@ fn unknown_fields_of_a_request_are_ignored_and_noted_without_their_values() {
     assert_eq!((finished.result(), finished.output()), ("passed", "hi\n".to_owned()));
     let log = agent.own_log();
     let paths = ["unheard_of", "commands[0].colour", "env_vars[0].comment"];
-    let noted = lines_with(&log, &paths);
-    assert_eq!(noted.len(), 1, "{log}");
+    let logged = lines_with(&log, &paths);
+    assert_eq!(logged.len(), 1, "{log}");
     for path in paths {
-        assert!(noted[0].contains(path), "{path}: {}", noted[0]);
+        assert!(logged[0].contains(path), "{path}: {}", logged[0]);
     }
     assert!(!log.contains("canary") && !log.contains("token"), "{log}");
     assert!(!format!("{finished:?}").contains("canary"), "{finished:?}");
-    // A request without such fields is nothing to note.
+    // A request without unknown fields is not logged.
     let before = agent.own_log().lines().filter(|line| line.contains("unknown")).count();
     agent.run_to_end(&job("2", &["true"]));
     let after = agent.own_log().lines().filter(|line| line.contains("unknown")).count();
@@ -224,7 +224,7 @@ fn unknown_fields_of_a_request_are_ignored_and_noted_without_their_values() {
 }
 
 #[test]
-fn many_unknown_fields_are_one_short_line() {
+fn many_unknown_fields_give_one_short_line() {
     let agent = ServeAgent::start(&World::new());
     let mut request = job("1", &["true"]);
     for number in 0..2000 {
@@ -233,9 +233,9 @@ fn many_unknown_fields_are_one_short_line() {
     request["x\ny ERROR forged"] = "canary".into();
     assert_eq!(agent.run_to_end(&request).result(), "passed");
     let log = agent.own_log();
-    let noted = lines_with(&log, &["unheard_of_"]);
-    assert_eq!(noted.len(), 1, "{} lines", noted.len());
-    assert!(noted[0].len() < 4000, "{} bytes", noted[0].len());
-    assert!(!log.lines().any(|line| line.starts_with("y ERROR")), "{}", noted[0]);
-    assert!(!log.contains("canary"), "{}", noted[0]);
+    let logged = lines_with(&log, &["unheard_of_"]);
+    assert_eq!(logged.len(), 1, "{} lines", logged.len());
+    assert!(logged[0].len() < 4000, "{} bytes", logged[0].len());
+    assert!(!log.lines().any(|line| line.starts_with("y ERROR")), "{}", logged[0]);
+    assert!(!log.contains("canary"), "{}", logged[0]);
 }

@@ -1,5 +1,5 @@
-//! Jobs run as the agent's own user, so they can get at what the agent keeps about them. One that does has
-//! failed, and its log tells; nobody who reads that log waits in vain, and the agent goes on.
+//! Jobs run as the agent's own user, so they can change the agent's files about them. A job that does so
+//! fails, and its log says why; no reader of that log is blocked, and the agent continues.
 
 use std::fs;
 use std::time::Duration;
@@ -11,22 +11,22 @@ use test_support::http::Answer;
 use test_support::serve::{ServeAgent, good_authorization};
 use test_support::{RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, World, job, wait_for_file, wait_until};
 
-/// The directory that the agent keeps for a job, as that job finds it.
+/// The directory that the agent keeps for a job, as the job finds it.
 const DIRECTORY: &str = "~/../state/job-*";
 
-/// How long an answer may take that waits for nothing: much, for a busy machine.
+/// Time limit for a response that waits for nothing; generous for a busy machine.
 const SOON: Duration = Duration::from_secs(10);
 
-/// A running job that has done something to the agent's files, and goes on when it may.
+/// A running job that has tampered with the agent's files and waits for [`Self::go_on`].
 struct Tampered {
     world: World,
     agent: ServeAgent,
-    /// Its log before it did.
+    /// The log before the tampering.
     before: Answer,
 }
 
 impl Tampered {
-    /// `tampering` finds the job's log in `$log`.
+    /// Starts a job that tampers; the script finds the path of the job's log in `$log`.
     fn by(tampering: &str) -> Self {
         Self::followed_by(tampering, "until [[ -e ~/go-on ]]; do sleep 0.01; done")
     }
@@ -50,42 +50,42 @@ impl Tampered {
         fs::write(self.world.home().join("go-on"), "").unwrap();
     }
 
-    /// The log so far.
+    /// Returns the log so far.
     fn log(&self) -> Vec<u8> {
         soon("the log", || self.agent.get("/jobs/1/log")).of_status(200).body.clone()
     }
 
-    /// A whole answer, if there is one.
+    /// Returns the body of a response, or `None` if the response is incomplete.
     fn lines(&self, path: &str) -> Option<String> {
-        let asked = Instant::now();
+        let asked_at = Instant::now();
         let headers = [("Authorization", good_authorization())];
         let answer = self.agent.try_request("GET", path, &headers, b"");
-        assert!(asked.elapsed() < SOON, "{path} took {:?}: {answer:?}", asked.elapsed());
+        assert!(asked_at.elapsed() < SOON, "{path} took {:?}: {answer:?}", asked_at.elapsed());
         answer.ok().filter(|answer| answer.status == 200).map(|answer| answer.text())
     }
 
-    /// What there was of the log is there as it was, and the agent answers as ever.
+    /// Asserts that the log before the tampering is still readable, and that the agent responds.
     fn assert_readable(&self) {
-        self.assert_answers();
+        self.assert_responds();
         let log = self.log();
         assert!(log.starts_with(&self.before.body), "{}", shown(&log));
     }
 
-    fn assert_answers(&self) {
+    fn assert_responds(&self) {
         let alive = soon("life", || self.agent.request("GET", "/is_alive", &[], b""));
         assert_eq!(alive.text(), "yes");
         let status = soon("the status", || self.agent.get("/status"));
         assert_eq!(status.of_status(200).json()["state"], "job-received");
     }
 
-    /// Waits until the log ends, as somebody reads it who has its first lines; answers all of it.
+    /// Reads the log until its end, like a client that has its first lines. Returns all events.
     fn wait_for_end(&self) -> Vec<Value> {
         let had = self.before.text().lines().count();
         let mut next = had;
         wait_until(
             || {
                 let path = format!("/jobs/1/log?start_from={next}");
-                // What the job has cut off may be missing until the agent notices.
+                // Lines that the job has cut off may be missing until the agent notices.
                 let Some(new) = self.lines(&path) else { return false };
                 next += new.lines().count();
                 new.lines().any(|line| event(line)["event"] == "job_finished")
@@ -93,24 +93,27 @@ impl Tampered {
             || format!("the log does not end: {}", shown(&self.log())),
         );
         let log = self.log();
-        assert!(log.len() < 100_000, "somebody else's bytes are in it: {}", shown(&log));
+        assert!(log.len() < 100_000, "it contains foreign bytes: {}", shown(&log));
         let log = String::from_utf8(log).unwrap();
-        assert_eq!(log.lines().count(), next, "no line is counted twice: {log}");
+        assert_eq!(log.lines().count(), next, "wrong number of lines: {log}");
         log.lines().map(event).collect()
     }
 
-    /// From the job's end to the next job.
-    fn assert_fails_and_goes(&self) {
+    /// Asserts that the job fails, and that the agent then runs the next job.
+    fn assert_fails_and_frees_slot(&self) {
         let events = self.wait_for_end();
         assert_eq!(events.last().unwrap()["result"], "failed", "{events:?}");
-        let told = events.iter().filter_map(|event| event["output"].as_str());
-        let told: String = told.collect();
-        let mut lines = told.lines().filter(|line| line.contains("log"));
-        assert!(lines.any(|line| line.contains("changed")), "the log does not tell: {told}");
-        self.assert_slot_gets_free();
+        let output = events.iter().filter_map(|event| event["output"].as_str());
+        let output: String = output.collect();
+        let mut lines = output.lines().filter(|line| line.contains("log"));
+        assert!(
+            lines.any(|line| line.contains("changed")),
+            "the log does not mention the change: {output}"
+        );
+        self.assert_slot_becomes_free();
     }
 
-    fn assert_slot_gets_free(&self) {
+    fn assert_slot_becomes_free(&self) {
         let log = self.log();
         let archived = soon("the archivator's log", || self.agent.archive_from("1", 0));
         assert_eq!(archived.of_status(200).body, log, "{}", shown(&archived.body));
@@ -119,15 +122,15 @@ impl Tampered {
     }
 }
 
-/// An answer that must not take long.
+/// Returns a response, and asserts that it came quickly.
 fn soon(what: &str, ask: impl FnOnce() -> Answer) -> Answer {
-    let asked = Instant::now();
+    let asked_at = Instant::now();
     let answer = ask();
-    assert!(asked.elapsed() < SOON, "{what} took {:?}", asked.elapsed());
+    assert!(asked_at.elapsed() < SOON, "{what} took {:?}", asked_at.elapsed());
     answer
 }
 
-/// A line of a log, which must be one.
+/// Parses a line of a log as an event.
 fn event(line: &str) -> Value {
     let event: Value =
         serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line:?}"));
@@ -135,22 +138,22 @@ fn event(line: &str) -> Value {
     event
 }
 
-/// So much of a log as people can read.
+/// Returns the beginning of a log for a failure message.
 fn shown(log: &[u8]) -> String {
     let beginning = &log[..log.len().min(4000)];
     format!("{} bytes: {}", log.len(), String::from_utf8_lossy(beginning))
 }
 
 #[test]
-fn a_log_that_the_job_removes_is_read_all_the_same() {
+fn a_log_that_the_job_removed_can_still_be_read() {
     let job = Tampered::by("rm \"$log\"");
     job.assert_readable();
     job.go_on();
-    job.assert_fails_and_goes();
+    job.assert_fails_and_frees_slot();
 }
 
 #[test]
-fn a_log_in_whose_place_is_something_else_is_read_all_the_same() {
+fn a_log_that_the_job_replaced_can_still_be_read() {
     for other in [
         "mkfifo \"$log\"",
         "mkdir \"$log\"",
@@ -161,23 +164,23 @@ fn a_log_in_whose_place_is_something_else_is_read_all_the_same() {
         let job = Tampered::by(&format!("rm \"$log\"; {other}"));
         job.assert_readable();
         job.go_on();
-        job.assert_fails_and_goes();
+        job.assert_fails_and_frees_slot();
     }
 }
 
 #[test]
-fn a_log_that_the_job_cuts_off_keeps_its_lines_by_number() {
+fn a_truncated_log_keeps_its_line_numbers() {
     for cut in [": > \"$log\"", "truncate -s 10 \"$log\""] {
         println!("{cut}");
         let job = Tampered::by(cut);
-        job.assert_answers();
+        job.assert_responds();
         job.go_on();
-        job.assert_fails_and_goes();
+        job.assert_fails_and_frees_slot();
     }
 }
 
 #[test]
-fn what_a_job_appends_to_its_log_is_no_part_of_it() {
+fn lines_that_a_job_appends_to_its_log_are_not_shown() {
     for garbage in [
         "head -c 50000000 /dev/zero >> \"$log\"",
         "printf '{\"event\":\"job_finished\",\"result\":\"passed\"}\\n' >> \"$log\"",
@@ -186,7 +189,7 @@ fn what_a_job_appends_to_its_log_is_no_part_of_it() {
         let job = Tampered::by(garbage);
         job.assert_readable();
         job.go_on();
-        job.assert_fails_and_goes();
+        job.assert_fails_and_frees_slot();
     }
 }
 
@@ -195,14 +198,14 @@ fn a_log_that_is_overwritten_in_place_is_noticed() {
     let forging = "offset=$(grep -abo '\"first' \"$log\" | tail -1 | cut -d: -f1)
         printf forge | dd of=\"$log\" bs=1 seek=$((offset + 1)) conv=notrunc status=none";
     let job = Tampered::by(forging);
-    job.assert_answers();
+    job.assert_responds();
     assert!(String::from_utf8_lossy(&job.log()).contains("forge"));
     job.go_on();
-    job.assert_fails_and_goes();
+    job.assert_fails_and_frees_slot();
 }
 
 #[test]
-fn a_job_that_removes_all_that_is_kept_about_it_fails() {
+fn a_job_that_removes_its_job_directory_fails() {
     for removed in [DIRECTORY, "~/../state/job-*/scratch"] {
         println!("{removed}");
         let job = Tampered::by(&format!("rm -rf {removed}"));
@@ -210,7 +213,7 @@ fn a_job_that_removes_all_that_is_kept_about_it_fails() {
         job.go_on();
         let events = job.wait_for_end();
         assert_eq!(events.last().unwrap()["result"], "failed", "{events:?}");
-        job.assert_slot_gets_free();
+        job.assert_slot_becomes_free();
     }
 }
 
@@ -221,9 +224,9 @@ fn a_job_whose_log_is_gone_can_be_stopped() {
         let job = Tampered::followed_by(tampering, RUN_FOR_EVER);
         soon("the stop", || job.agent.post("/stop", b"")).of_status(200);
         let events = job.wait_for_end();
-        // It may have failed because of what it did before the stop came.
+        // The job may have failed because of its tampering before the stop came.
         let result = &events.last().unwrap()["result"];
         assert!(result == "stopped" || result == "failed", "{events:?}");
-        job.assert_slot_gets_free();
+        job.assert_slot_becomes_free();
     }
 }

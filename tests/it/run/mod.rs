@@ -1,4 +1,4 @@
-//! Jobs as `agent run` has them, and what holds for jobs in a shell whoever hands them in.
+//! Jobs of `agent run`, and properties of all jobs in a shell.
 
 mod bad_input;
 mod bad_usage;

@@ -1,4 +1,4 @@
-//! The agent's user may have no more processes, and threads count as such.
+//! The agent's user has reached the limit of processes, which also counts threads.
 
 use std::fs::{self, File};
 
@@ -7,18 +7,18 @@ use serde_json::{Value, json};
 
 use test_support::callbacks::CallbackServer;
 use test_support::serve::ServeAgent;
-use test_support::surroundings::{as_user, done_by, has_other_users, in_shell};
+use test_support::surroundings::{as_user, bash_as, can_switch_user, in_shell};
 use test_support::{RUN_UNTIL_GO, RUNNING, World, job};
 
-/// Users who run nothing else on this machine, one for each test: what they run is counted.
+/// Users who run nothing else on this machine, one for each test, because their processes are counted.
 const NARROW: u32 = 12_361;
 const GREEDY: u32 = 12_362;
 
-/// Starts processes until there can be no more, and says so.
+/// Starts processes up to the limit, and then prints a message.
 const TAKE_ALL: &str =
     "perl -e 'while (defined(my $p = fork)) { $p or exec \"sleep\", 1000 } print \"none left\\n\"'";
 
-fn telling(server: &CallbackServer, mut job: Value) -> Value {
+fn with_callbacks(server: &CallbackServer, mut job: Value) -> Value {
     job["callbacks"] = json!({
         "finished": server.url("/finished"),
         "teardown_finished": server.url("/teardown_finished"),
@@ -26,7 +26,7 @@ fn telling(server: &CallbackServer, mut job: Value) -> Value {
     job
 }
 
-/// An agent of this user whose standard error goes to a file.
+/// Starts an agent of this user, whose standard error goes to a file.
 fn start(world: &World, user: u32, first: &str) -> ServeAgent {
     let errors = File::create(world.home().with_file_name("errors")).unwrap();
     ServeAgent::start_with(world, |command| {
@@ -36,7 +36,7 @@ fn start(world: &World, user: u32, first: &str) -> ServeAgent {
     })
 }
 
-/// The job is over for everybody, and the agent ends when it is asked to.
+/// Asserts that the job ends with all callbacks, and that the agent then ends on request.
 fn assert_ends_well(world: &World, agent: &mut ServeAgent, server: &CallbackServer, id: &str) {
     let finished = agent.finish(id);
     assert_eq!(finished.result(), "passed", "{finished:?}");
@@ -51,31 +51,31 @@ fn assert_ends_well(world: &World, agent: &mut ServeAgent, server: &CallbackServ
 }
 
 #[test]
-fn an_agent_that_can_start_no_thread_ends_its_job_and_itself() {
-    if !has_other_users() {
+fn an_agent_that_can_not_start_threads_still_ends_its_job_and_itself() {
+    if !can_switch_user() {
         return;
     }
     let world = World::new();
     let server = CallbackServer::start();
     let mut agent = start(&world, NARROW, "true");
-    agent.post_job(&telling(&server, job("1", &[RUN_UNTIL_GO]))).of_status(200);
+    agent.post_job(&with_callbacks(&server, job("1", &[RUN_UNTIL_GO]))).of_status(200);
     agent.wait_for_log("1", RUNNING);
-    // From now on the agent itself can start nothing, whatever the job does.
-    done_by(NARROW, &format!("prlimit --nproc=1:1 --pid {}", agent.pid()));
+    // From now on the agent itself can't start any process or thread.
+    bash_as(NARROW, &format!("prlimit --nproc=1:1 --pid {}", agent.pid()));
     fs::write(world.home().join("go"), "").unwrap();
     assert_ends_well(&world, &mut agent, &server, "1");
 }
 
 #[test]
 fn a_job_that_takes_all_processes_ends_like_any_other() {
-    if !has_other_users() {
+    if !can_switch_user() {
         return;
     }
     let world = World::new();
     let server = CallbackServer::start();
-    // Enough for the agent itself.
+    // The limit leaves enough for the agent itself.
     let mut agent = start(&world, GREEDY, "ulimit -u 100");
-    agent.post_job(&telling(&server, job("1", &[TAKE_ALL]))).of_status(200);
+    agent.post_job(&with_callbacks(&server, job("1", &[TAKE_ALL]))).of_status(200);
     agent.wait_for_log("1", "none left");
     assert_ends_well(&world, &mut agent, &server, "1");
 }

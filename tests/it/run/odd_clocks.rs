@@ -1,4 +1,4 @@
-//! Clocks that are wrong, and clocks that are set while a job runs.
+//! Wrong clocks, and clocks that are set while a job runs.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -7,7 +7,7 @@ use actors::log::event::LogEvent;
 
 use test_support::{Finished, World, job_of, wait_for_end};
 
-/// A library that shows programs another time of day: as many seconds off as a file says.
+/// A library that shifts the clock for programs, by the number of seconds in a file.
 const CLOCK: &str = r#"
 #define _GNU_SOURCE
 #include <stdio.h>
@@ -28,7 +28,7 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
 }
 "#;
 
-/// A world whose agents have this clock, and the file that says how far off it is.
+/// Returns a world, the library, and the file with the clock's offset.
 fn world_with_clock(off: i64) -> (World, PathBuf, PathBuf) {
     let world = World::new();
     let source = world.file("clock.c", CLOCK);
@@ -44,14 +44,14 @@ fn adapt(command: &mut Command, library: &Path, clock: &Path) {
     command.env("LD_PRELOAD", library).env("TEST_CLOCK", clock);
 }
 
-/// In 1969, whatever time it is.
+/// An offset that leads to 1969.
 const BEFORE_1970: i64 = -100 * 365 * 86400;
 
 const HOUR: i64 = 3600;
 
-/// Neither certificates nor the dates of HTTP can be had then.
+/// Certificates and HTTP dates can't express such a time.
 #[test]
-fn agents_that_speak_http_refuse_a_clock_before_1970() {
+fn agents_with_http_refuse_a_clock_before_1970() {
     let (world, library, clock) = world_with_clock(BEFORE_1970);
     let modes: [&[&str]; 2] = [
         &["serve", "--auth-token-secret", "a-secret-of-a-test", "--port", "0"],
@@ -62,9 +62,9 @@ fn agents_that_speak_http_refuse_a_clock_before_1970() {
         adapt(agent.args(mode), &library, &clock);
         let child = agent.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let ended = wait_for_end(child);
-        let told = String::from_utf8_lossy(&ended.stderr).into_owned();
-        assert_eq!(ended.status.code(), Some(1), "{told}");
-        assert!(told.contains("clock") && !told.contains("panicked"), "{told}");
+        let message = String::from_utf8_lossy(&ended.stderr).into_owned();
+        assert_eq!(ended.status.code(), Some(1), "{message}");
+        assert!(message.contains("clock") && !message.contains("panicked"), "{message}");
     }
 }
 
@@ -78,12 +78,12 @@ fn a_clock_before_1970_stops_no_job() {
         adapt(&mut agent, &library, &clock);
         let child = agent.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let ended = wait_for_end(child);
-        let told = String::from_utf8_lossy(&ended.stderr).into_owned();
-        assert_eq!((ended.status.code(), told.as_str()), (Some(0), ""));
+        let message = String::from_utf8_lossy(&ended.stderr).into_owned();
+        assert_eq!((ended.status.code(), message.as_str()), (Some(0), ""));
     }
 }
 
-/// Runs a job during which the clock is set an hour back, or forth.
+/// Runs a job during which the clock is set by `jump` seconds.
 fn run_over_a_jump(jump: i64) -> Finished {
     let (world, library, clock) = world_with_clock(0);
     let jump = format!("echo {jump} >{0}.new; mv {0}.new {0}", clock.display());
@@ -94,7 +94,7 @@ fn run_over_a_jump(jump: i64) -> Finished {
     finished
 }
 
-/// Clients subtract one from the other.
+/// Clients compute durations from two timestamps.
 #[test]
 fn a_clock_that_is_set_changes_no_duration() {
     for jump in [-HOUR, HOUR] {

@@ -1,4 +1,4 @@
-//! What people and programs see of a job: its log in each form, its exit code, broken readers.
+//! The output of `agent run`: the job's log in each format, exit codes, broken readers.
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read as _};
@@ -9,11 +9,11 @@ use nix::pty::{OpenptyResult, openpty};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use test_support::{World, job_of, lives_with, wait_for_end, wait_for_file};
+use test_support::{World, job_of, processes_with, wait_for_end, wait_for_file};
 
 const COLOURFUL: &str = r"printf '\033[31mred\033[0m and \033[2Kcleared\n'";
 
-/// `agent run` on a job of these commands, beside whose file it leaves everything else open.
+/// Returns a command for `agent run` with a job of these commands.
 fn agent_run(world: &World, commands: &[&str], arguments: &[&str]) -> Command {
     let path = world.file("job.json", job_of(commands));
     let mut command = world.agent();
@@ -30,7 +30,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_owned()).unwrap()
 }
 
-/// The same with `TIME` for all durations.
+/// Replaces all durations by `TIME`.
 fn timeless(output: &str) -> String {
     let is_unit = |word: &str| matches!(word.trim_end_matches(','), "ms" | "s" | "min");
     let mut lines = Vec::new();
@@ -50,16 +50,16 @@ fn timeless(output: &str) -> String {
     lines.join("\n")
 }
 
-/// Runs the agent with a terminal as its standard output; answers what appeared there.
+/// Runs the agent with a terminal as its standard output. Returns the text on the terminal.
 fn on_a_terminal(mut command: Command) -> (String, Output) {
     let OpenptyResult { master, slave } = openpty(None, None).unwrap();
     let child = command.stdout(slave).spawn().unwrap();
-    // It still holds the slave: without another holder the end of the agent is the end of output.
+    // `command` still holds the slave end: without it, the output ends with the agent.
     drop(command);
     let mut master = File::from(master);
     let reader = std::thread::spawn(move || {
         let mut shown = Vec::new();
-        // The end of a terminal is an error.
+        // Reading from a terminal whose slave end is closed fails.
         let _ = master.read_to_end(&mut shown);
         shown
     });
@@ -69,9 +69,9 @@ fn on_a_terminal(mut command: Command) -> (String, Output) {
     (shown.replace("\r\n", "\n"), output)
 }
 
-fn exists_nothing_of(world: &World) {
+fn assert_nothing_left(world: &World) {
     let marker = format!("HOME={}", world.home().display());
-    assert_eq!(lives_with(&marker), [""; 0]);
+    assert_eq!(processes_with(&marker), [""; 0]);
     assert_eq!(std::fs::read_dir(world.state()).unwrap().count(), 0);
 }
 
@@ -99,17 +99,17 @@ b
     assert!(shown.starts_with(steps), "{shown}");
     assert!(shown.contains("\nJob failed in TIME, 3 steps"), "{shown}");
     assert_eq!(text(&output.stderr), "");
-    exists_nothing_of(&world);
+    assert_nothing_left(&world);
 }
 
 #[test]
-fn without_a_terminal_all_but_json_is_plain() {
+fn without_a_terminal_every_format_but_json_is_plain() {
     let world = World::new();
     let show = |arguments: &[&str]| {
         let output = finished(agent_run(&world, &[COLOURFUL], arguments));
         assert_eq!(output.status.code(), Some(0));
         let shown = timeless(&text(&output.stdout));
-        // The order of the slowest steps is no matter here.
+        // The order of the slowest steps may vary.
         shown.split_once("\nJob passed").unwrap().0.to_owned()
     };
     let plain = show(&["--output", "plain"]);
@@ -161,7 +161,7 @@ fn a_terminal_gets_colours() {
 }
 
 #[test]
-fn a_terminal_gets_what_was_asked_for() {
+fn a_terminal_gets_the_requested_format() {
     let world = World::new();
     let (shown, _) = on_a_terminal(agent_run(&world, &[COLOURFUL], &["--output", "plain"]));
     assert!(shown.contains("red and cleared\n"), "{shown:?}");
@@ -182,7 +182,7 @@ fn no_color_is_honoured_on_a_terminal() {
     let shown = run("1");
     assert!(shown.contains("▶ echo hi\nhi\n✓ exit code 0, "), "{shown:?}");
     assert!(!shown.contains('\x1b'), "{shown:?}");
-    // An empty value is none: https://no-color.org
+    // An empty value counts as unset: https://no-color.org
     assert!(run("").contains("\x1b[1;36m▶"));
 }
 
@@ -223,16 +223,16 @@ fn exit_codes_are_results() {
         assert!(shown.contains(&format!("Job {result} in ")), "{shown}");
         assert_eq!(text(&output.stderr), "");
         assert!(!world.home().join("next").exists(), "{shown}");
-        exists_nothing_of(&world);
+        assert_nothing_left(&world);
     }
 }
 
 #[test]
-fn a_job_that_cannot_be_begun_is_a_failure_with_a_reason() {
+fn a_job_that_cannot_start_fails_with_a_reason() {
     let world = World::new();
     let path = world.file("job.yaml", job_of(&["touch ~/executed"]));
     let mut command = world.agent();
-    // A file is in the way of the state directory.
+    // A file at the path of the state directory.
     command.arg("run").arg("--state-dir").arg(path.join("state")).arg(&path);
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let output = finished(command);
@@ -264,7 +264,7 @@ fn a_job_without_epilogues_shows_its_own_steps_only() {
     assert_eq!(shown.matches("✓ exit code").count(), 1, "{shown}");
 }
 
-/// Reads up to the line `last`; the pipe closes with the answer.
+/// Reads up to the line `last`. Dropping the result closes the pipe.
 fn read_up_to(child: &mut Child, last: &str) -> BufReader<std::process::ChildStdout> {
     let mut lines = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
@@ -287,11 +287,11 @@ fn a_reader_that_leaves_stops_a_job_that_goes_on_printing() {
         assert_eq!(output.status.code(), Some(130));
         assert_eq!(text(&output.stderr), "");
         assert!(!world.home().join("next").exists());
-        exists_nothing_of(&world);
+        assert_nothing_left(&world);
     }
 }
 
-/// One failed write is enough to know that nobody reads.
+/// One failed write is enough to notice the closed pipe.
 #[test]
 fn a_reader_that_leaves_stops_a_job_that_prints_once_more() {
     let world = World::new();
@@ -302,11 +302,11 @@ fn a_reader_that_leaves_stops_a_job_that_prints_once_more() {
     let output = wait_for_end(child);
     assert_eq!(output.status.code(), Some(130));
     assert!(!world.home().join("next").exists());
-    exists_nothing_of(&world);
+    assert_nothing_left(&world);
 }
 
 #[test]
-fn a_full_disk_below_standard_output_ends_the_job_with_a_word_about_it() {
+fn a_full_disk_below_standard_output_ends_the_job_with_a_message() {
     let world = World::new();
     let mut command = agent_run(&world, &["echo first; yes", "touch ~/next"], &[]);
     command.stdout(File::options().write(true).open("/dev/full").unwrap());
@@ -315,18 +315,18 @@ fn a_full_disk_below_standard_output_ends_the_job_with_a_word_about_it() {
     let stderr = text(&output.stderr);
     assert!(stderr.contains("No space left on device"), "{stderr}");
     assert!(!world.home().join("next").exists());
-    exists_nothing_of(&world);
+    assert_nothing_left(&world);
 }
 
-/// More than any pipe holds.
+/// More output than fits into a pipe.
 const MUCH: &str = "seq 200000";
 
 #[test]
-fn a_slow_reader_gets_everything_and_holds_up_nothing() {
+fn a_slow_reader_gets_everything_and_does_not_delay_the_job() {
     let world = World::new();
     let commands = [MUCH, "touch ~/done"];
     let mut child = agent_run(&world, &commands, &["--output", "plain"]).spawn().unwrap();
-    // The job is through before anything is read.
+    // The job has ended before anything is read.
     wait_for_file(&world.home().join("done"));
     let mut stdout = child.stdout.take().unwrap();
     let mut shown = Vec::new();
@@ -345,7 +345,7 @@ fn a_slow_reader_gets_everything_and_holds_up_nothing() {
     assert!(shown.contains("\nJob passed in "));
 }
 
-/// Durations are the job's, not the reader's.
+/// The shown durations are those of the job, not of the reader.
 #[test]
 fn a_slow_reader_changes_no_duration() {
     let world = World::new();
@@ -363,9 +363,9 @@ fn a_third_signal_ends_an_agent_whose_reader_is_stuck() {
     wait_for_file(&world.home().join("done"));
     let pid = Pid::from_raw(child.id().try_into().unwrap());
     let mut child = child;
-    // Kept open, never read.
+    // Kept open, but never read.
     let stuck = child.stdout.take().unwrap();
-    // Three different ones: the same one thrice may arrive as one.
+    // Three different signals: identical ones may be merged.
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         kill(pid, signal).unwrap();
     }
@@ -382,9 +382,9 @@ fn a_job_takes_no_longer_than_its_commands() {
         let output = finished(agent_run(&world, &["true"], &[]));
         assert_eq!(output.status.code(), Some(0));
     }
-    // Ten times the grace that a job's leftovers have: there are none here.
+    // Ten times the grace period, which these jobs do not need.
     let took = start.elapsed().unwrap();
-    assert!(took.as_secs() < 15, "{took:?} for 10 jobs of nothing");
+    assert!(took.as_secs() < 15, "{took:?} for 10 empty jobs");
 }
 
 #[test]
@@ -404,7 +404,7 @@ fn the_version_is_printed() {
 }
 
 #[test]
-fn the_help_tells_the_exit_codes_and_what_there_is() {
+fn the_help_lists_exit_codes_and_commands() {
     let world = World::new();
     for arguments in [&["--help"][..], &["-h"], &["help"], &["run", "--help"], &["run", "-h"]] {
         let mut command = world.agent();

@@ -1,5 +1,5 @@
-//! Paths in `/tmp` that everybody knows: other users of the machine may have been there first. What they have
-//! put there is neither used nor changed, and the agent goes on without it.
+//! Well-known paths in `/tmp`, at which other users of the machine may have planted files. The agent neither
+//! uses nor changes these files, and continues without its own.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -14,13 +14,13 @@ use tempfile::TempDir;
 
 use test_support::serve::ServeAgent;
 use test_support::surroundings::{
-    OPERATOR, STRANGER, as_user, done_by, has_other_users, open_to_all,
+    OPERATOR, STRANGER, as_user, bash_as, can_switch_user, world_writable_directory,
 };
 use test_support::{RUN_UNTIL_GO, RUNNING, World, base64, job, wait_until};
 
 const KEY: &str = "ssh-ed25519 AAAA of-the-job";
 
-/// What another user can put at a path, given as `$1`, so that everybody may write to it.
+/// Ways to plant a world-writable file or link at the path `$1`.
 const PLANTS: [&str; 4] = [
     "echo mine > \"$1\"; chmod 666 \"$1\"",
     "echo mine > \"$1.target\"; chmod 666 \"$1.target\"; ln -s \"$1.target\" \"$1\"",
@@ -28,12 +28,12 @@ const PLANTS: [&str; 4] = [
     "mkdir \"$1\"; chmod 777 \"$1\"",
 ];
 
-/// Has the other user put something at this path.
+/// Plants something at this path as the other user.
 fn plant(how: &str, path: &Path) {
-    done_by(STRANGER, &format!("set -e; set -- '{}'; {how}", path.display()));
+    bash_as(STRANGER, &format!("set -e; set -- '{}'; {how}", path.display()));
 }
 
-/// All that can be told of what is at a path, and of what a link there leads to.
+/// Describes the file at a path, and the target of a link.
 fn look(path: &Path) -> String {
     let of = |path: &Path| {
         let Ok(found) = fs::symlink_metadata(path) else { return "nothing".to_owned() };
@@ -43,7 +43,7 @@ fn look(path: &Path) -> String {
             format!("{} files", fs::read_dir(path).unwrap().count())
         } else if found.file_type().is_fifo() {
             let mut content = String::new();
-            // Nothing comes if nobody has it open.
+            // Opening a pipe without a writer must not block.
             let mut fifo = File::options().read(true).custom_flags(O_NONBLOCK).open(path).unwrap();
             let _ = fifo.read_to_string(&mut content);
             content
@@ -61,7 +61,7 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     path.into()
 }
 
-/// A place like `/tmp`, where the script for people who log in is to be.
+/// A directory like `/tmp`, which holds the SSH access script.
 struct Place {
     world: World,
     script: PathBuf,
@@ -70,12 +70,12 @@ struct Place {
 
 impl Place {
     fn new() -> Self {
-        let directory = open_to_all(0);
+        let directory = world_writable_directory(0);
         let script = directory.path().join("ssh_jump_point");
         Self { world: World::new(), script, _directory: directory }
     }
 
-    /// An agent of a user who can't remove what is another's.
+    /// Starts an agent whose user can't remove files of other users.
     fn start(&self) -> ServeAgent {
         ServeAgent::start_with(&self.world, |command| {
             command.arg("--ssh-jump-point-path").arg(&self.script);
@@ -89,7 +89,7 @@ impl Place {
     }
 }
 
-/// A job with a key that runs until it may end.
+/// Returns a job with a key, which runs until the file `go` exists.
 fn job_with_key() -> Value {
     let mut request = job("1", &["id -u", RUN_UNTIL_GO]);
     request["ssh_public_keys"] = json!([base64(KEY.as_bytes())]);
@@ -97,8 +97,8 @@ fn job_with_key() -> Value {
 }
 
 #[test]
-fn no_key_opens_where_somebody_else_has_the_place_of_the_script() {
-    if !has_other_users() {
+fn no_key_is_installed_if_another_user_holds_the_scripts_path() {
+    if !can_switch_user() {
         return;
     }
     for planted in PLANTS {
@@ -115,19 +115,19 @@ fn no_key_opens_where_somebody_else_has_the_place_of_the_script() {
         assert_eq!((finished.result(), finished.commands()[0].0.as_str()), ("passed", "12345\n"));
         assert_eq!(look(&place.script), before);
         let path = place.script.display().to_string();
-        let tells = |event: &LogEvent| match event {
+        let explains = |event: &LogEvent| match event {
             LogEvent::CmdOutput { output, .. } => {
                 output.lines().any(|line| line.contains("SSH") && line.contains(&path))
             }
             _ => false,
         };
-        assert!(finished.events.iter().any(tells), "{:?}", finished.events);
+        assert!(finished.events.iter().any(explains), "{:?}", finished.events);
     }
 }
 
 #[test]
-fn the_place_of_the_script_is_the_agents_as_long_as_it_lives() {
-    if !has_other_users() {
+fn the_agent_holds_the_scripts_path_as_long_as_it_lives() {
+    if !can_switch_user() {
         return;
     }
     let place = Place::new();
@@ -153,7 +153,7 @@ fn the_place_of_the_script_is_the_agents_as_long_as_it_lives() {
     assert_eq!(look(&place.script), "nothing; nothing");
 }
 
-/// An agent whose own log is to be in this file.
+/// Starts an agent whose own log goes to this file.
 fn logging_to(world: &World, path: &Path, user: Option<u32>) -> ServeAgent {
     ServeAgent::start_with(world, |command| {
         command.env("SEMAPHORE_AGENT_LOG_FILE_PATH", path);
@@ -164,20 +164,20 @@ fn logging_to(world: &World, path: &Path, user: Option<u32>) -> ServeAgent {
 }
 
 #[test]
-fn the_agents_own_log_is_not_written_to_what_somebody_else_owns() {
-    if !has_other_users() {
+fn the_agents_own_log_is_not_written_to_files_of_other_users() {
+    if !can_switch_user() {
         return;
     }
-    // Who owns such a directory can do more there than others.
+    // The owner of such a directory has more rights in it than other users.
     for (user, owner) in
         [(Some(OPERATOR), 0), (Some(OPERATOR), STRANGER), (None, 0), (None, STRANGER)]
     {
         for planted in PLANTS {
             println!("{user:?} in a directory of {owner}: {planted}");
-            let directory = open_to_all(owner);
+            let directory = world_writable_directory(owner);
             let path = directory.path().join("agent_log");
             plant(planted, &path);
-            // Open as a pipe's other end, so that what is written comes to it.
+            // Keep a pipe open for reading, so that the agent could write to it.
             let pipe = File::options().read(true).write(true).custom_flags(O_NONBLOCK).open(&path);
             let before = look(&path);
             let world = World::new();
@@ -193,7 +193,7 @@ fn the_agents_own_log_is_not_written_to_what_somebody_else_owns() {
 }
 
 #[test]
-fn the_agents_own_log_comes_back_when_it_is_removed() {
+fn the_agents_own_log_is_created_again_when_it_is_removed() {
     let world = World::new();
     let path = world.home().with_file_name("agent_log");
     let agent = ServeAgent::start(&world);

@@ -1,84 +1,84 @@
-//! Nothing that a job or a profile defines changes what the session itself types or calls: the next commands
-//! run exactly, and a failing one fails the job.
+//! Definitions of a job or a profile do not change the words that the session itself uses: the next commands
+//! run unchanged, and a failing command fails the job.
 
 use std::process::Command;
 
 use serde_json::{Value, json};
 
 use test_support::changed_shell::{
-    DOCKER_JOB, SECOND, SHORT_JOB, THIRD, assert_none, harm, harmed, harmed_by, run_within,
-    silent_harm, with_change, with_startup_file, without_change, words_of_bash,
+    DOCKER_JOB, SECOND, SHORT_JOB, THIRD, assert_none, failed_cases, failed_changes, failure,
+    run_within, unexplained_failure, with_change, with_startup_file, without_change, words_of_bash,
 };
-use test_support::docker::{job, left_of};
+use test_support::docker::{job, leftovers_of};
 use test_support::{World, job_of};
 
 fn shell_job(commands: &[&str]) -> Value {
     serde_json::from_str(&job_of(commands)).unwrap()
 }
 
-/// What goes wrong in a shell job after a command that makes this change.
-fn harm_of(change: &str) -> Option<String> {
+/// Returns the failure of a shell job after a command that makes this change.
+fn failure_of(change: &str) -> Option<String> {
     let job = shell_job(&with_change(change));
-    harm(run_within(&World::new(), SHORT_JOB, &job, |_| {}).as_ref(), true)
+    failure(run_within(&World::new(), SHORT_JOB, &job, |_| {}).as_ref(), true)
 }
 
-/// The same, if nobody is told.
-fn silent_harm_of(change: &str) -> Option<String> {
+/// Returns the failure of such a job, unless its log explains it.
+fn unexplained_failure_of(change: &str) -> Option<String> {
     let job = shell_job(&with_change(change));
-    silent_harm(run_within(&World::new(), SHORT_JOB, &job, |_| {}).as_ref())
+    unexplained_failure(run_within(&World::new(), SHORT_JOB, &job, |_| {}).as_ref())
 }
 
-/// What goes wrong in a shell job after a profile that makes this change.
-fn harm_of_profile(change: &str) -> Option<String> {
+/// Returns the failure of a shell job after a profile that makes this change.
+fn failure_of_profile(change: &str) -> Option<String> {
     let world = World::new();
     std::fs::write(world.home().join(".bash_profile"), format!("{change}\n")).unwrap();
     let mut job = shell_job(&without_change());
     job["env_vars"] = json!([{ "name": "V", "value": "dmFsdWU=" }]);
-    harm(run_within(&world, SHORT_JOB, &job, |_| {}).as_ref(), false)
+    failure(run_within(&world, SHORT_JOB, &job, |_| {}).as_ref(), false)
 }
 
-/// What goes wrong in a shell job below such an environment.
-fn harm_of_environment(change: &Command) -> Option<String> {
+/// Returns the failure of a shell job of an agent with such an environment.
+fn failure_of_environment(change: &Command) -> Option<String> {
     let job = shell_job(&without_change());
     let adapt = |agent: &mut Command| {
         let variables = change.get_envs().filter_map(|(name, value)| Some((name, value?)));
         agent.envs(variables);
     };
-    harm(run_within(&World::new(), SHORT_JOB, &job, adapt).as_ref(), false)
+    failure(run_within(&World::new(), SHORT_JOB, &job, adapt).as_ref(), false)
 }
 
-/// What goes wrong in a Docker job after a command that makes this change: short scripts and long ones.
-fn harm_in_container(change: &str) -> Option<String> {
+/// Returns the failure of a Docker job with short and long scripts, after a command that makes this change.
+fn failure_in_container(change: &str) -> Option<String> {
     let mut commands = with_change(change).map(str::to_owned);
     commands[2] = format!("{SECOND} # {}", "long ".repeat(2000));
     let job = job("bash", &commands.each_ref().map(String::as_str));
     let finished = run_within(&World::new(), DOCKER_JOB, &job, |_| {});
-    harm(finished.as_ref(), true).or_else(|| left(&job))
+    failure(finished.as_ref(), true).or_else(|| left(&job))
 }
 
-/// The same, if nobody is told.
-fn silent_harm_in_container(change: &str) -> Option<String> {
+/// Returns the failure of such a job, unless its log explains it.
+fn unexplained_failure_in_container(change: &str) -> Option<String> {
     let job = job("bash", &with_change(change));
     let finished = run_within(&World::new(), DOCKER_JOB, &job, |_| {});
-    silent_harm(finished.as_ref()).or_else(|| left(&job))
+    unexplained_failure(finished.as_ref()).or_else(|| left(&job))
 }
 
-/// What goes wrong in a Docker job after a startup file that makes this change.
-fn harm_of_startup_file(change: &str) -> Option<String> {
+/// Returns the failure of a Docker job after a startup file that makes this change.
+fn failure_of_startup_file(change: &str) -> Option<String> {
     let mut job = job("bash", &without_change());
     with_startup_file(&mut job, change);
     job["env_vars"] = json!([{ "name": "V", "value": "dmFsdWU=" }]);
     job["files"] = json!([{ "path": "a/f", "content": "eA==", "mode": "0600" }]);
     let finished = run_within(&World::new(), DOCKER_JOB, &job, |_| {});
-    harm(finished.as_ref(), false).or_else(|| left(&job))
+    failure(finished.as_ref(), false).or_else(|| left(&job))
 }
 
 fn left(job: &Value) -> Option<String> {
-    let left = left_of(job);
+    let left = leftovers_of(job);
     (!left.is_empty()).then(|| format!("left: {left:?}"))
 }
 
-/// All that stands first in a command and is not the name of a program.
+/// Returns all words that can begin a command and are not names of programs.
 fn words() -> Vec<String> {
     let mut words = words_of_bash("builtin");
     words.extend(words_of_bash("keyword"));
@@ -96,7 +96,7 @@ fn function_of(word: &String) -> String {
 
 fn aliases_of(words: &[String]) -> String {
     let changes: Vec<_> = words.iter().map(alias_of).collect();
-    // All of it is read before anything is changed, or its own words would be changed.
+    // The whole list is read before it is executed; otherwise the aliases would change it.
     format!("{{ shopt -s expand_aliases; {}; }}", changes.join("; "))
 }
 
@@ -117,7 +117,8 @@ fn all_ways() -> [String; 4] {
     [all_aliases(), all_functions(), all_exported_functions(), both]
 }
 
-/// The names of the session in the shell, its functions' and those that they use, as far as a job can see them.
+/// A script that sets `$names` to the session's functions and variables in the shell, as far as a job can see
+/// them.
 const NAMES_OF_THE_SESSION: &str = "names=$({ compgen -A function; compgen -v; declare -f; } | grep -oE '\\b_+agent[a-z_]*' | sort -u)";
 
 fn changes_of_the_sessions_own_names() -> Vec<String> {
@@ -142,7 +143,8 @@ fn changes_of_the_sessions_own_names() -> Vec<String> {
     .into()
 }
 
-/// Every option of this bash, on and off, but those whose meaning is to show commands or to end the shell.
+/// Returns commands that set or clear every option of bash, except those that print commands or end the
+/// shell.
 fn options() -> Vec<String> {
     let ends_or_shows = ["errexit", "onecmd", "xtrace", "verbose"];
     let set = words_of_bash("setopt").into_iter();
@@ -151,7 +153,7 @@ fn options() -> Vec<String> {
     let mut changes: Vec<_> =
         set.flat_map(|o| [format!("set -o {o}"), format!("set +o {o}")]).collect();
     changes.extend(shopt.flat_map(|o| [format!("shopt -s {o}"), format!("shopt -u {o}")]));
-    // Some are not to be changed, which is an error that the job may ignore.
+    // Some options can't be changed; the job ignores these errors.
     let changes: Vec<_> =
         changes.into_iter().map(|change| format!("{change} 2>/dev/null; true")).collect();
     assert!(changes.len() > 100, "{changes:?}");
@@ -167,7 +169,7 @@ const SEVERAL_OPTIONS: [&str; 6] = [
     "set -E -T -o posix; shopt -s extdebug",
 ];
 
-/// Variables that mean something to the shell, in ways that would change what it does.
+/// Variables with a meaning for the shell, set so that they would change its behaviour.
 const VARIABLES: [&str; 34] = [
     "IFS=0123456789",
     "IFS=abcdefghijklmnopqrstuvwxyz_",
@@ -227,63 +229,66 @@ fn owned(cases: &[&str]) -> Vec<String> {
     cases.iter().map(|case| (*case).to_owned()).collect()
 }
 
-/// A few at a time, so that it does not take long.
-fn some_at_a_time(words: &[String], change_of: impl Fn(&String) -> String) -> Vec<String> {
+/// Makes changes of a few words at a time, to run fewer jobs.
+fn in_groups(words: &[String], change_of: impl Fn(&String) -> String) -> Vec<String> {
     let all = |words: &[String]| words.iter().map(&change_of).collect::<Vec<_>>().join("\n");
     words.chunks(4).map(all).collect()
 }
 
 #[test]
-fn no_alias_changes_what_the_session_types() {
-    // An alias with a space at its end has the next word looked up, too.
+fn no_alias_changes_the_sessions_input() {
+    // An alias that ends with a space makes bash expand the next word, too.
     let first = ["builtin", "command", "{", "[[", "!", "if", "while", ".", "eval", "source"];
     let chain: String = first.iter().map(|word| format!("alias '{word}={word} '; ")).collect();
     let rest = words().into_iter().filter(|word| !first.contains(&word.as_str()));
     let rest: Vec<_> = rest.map(|word| alias_of(&word)).collect();
     let chain = format!("{{ {chain} {}; }}", rest.join("; "));
     let aliases = words().chunks(4).map(aliases_of).chain([chain]).collect::<Vec<_>>();
-    assert_none(&harmed_by(aliases, harm_of));
+    assert_none(&failed_changes(aliases, failure_of));
 }
 
 #[test]
-fn no_function_changes_what_the_session_calls() {
-    assert_none(&harmed_by(some_at_a_time(&words(), function_of), harm_of));
+fn no_function_changes_the_sessions_calls() {
+    assert_none(&failed_changes(in_groups(&words(), function_of), failure_of));
 }
 
 #[test]
-fn all_words_at_once_change_nothing_of_the_session() {
-    assert_none(&harmed_by(all_ways(), harm_of));
-    assert_none(&harmed_by(all_ways(), harm_of_profile));
+fn redefining_all_words_at_once_does_not_change_the_session() {
+    assert_none(&failed_changes(all_ways(), failure_of));
+    assert_none(&failed_changes(all_ways(), failure_of_profile));
 }
 
 #[test]
-fn redefining_the_sessions_own_names_does_no_harm_in_silence() {
-    assert_none(&harmed_by(changes_of_the_sessions_own_names(), silent_harm_of));
+fn redefining_the_sessions_own_names_works_or_is_reported() {
+    assert_none(&failed_changes(changes_of_the_sessions_own_names(), unexplained_failure_of));
 }
 
 #[test]
-fn options_of_the_shell_change_nothing_of_the_session() {
+fn shell_options_do_not_change_the_session() {
     let changes = options().into_iter().chain(owned(&SEVERAL_OPTIONS));
-    assert_none(&harmed_by(changes, harm_of));
+    assert_none(&failed_changes(changes, failure_of));
 }
 
 #[test]
-fn variables_hash_entries_and_traps_change_nothing_of_the_session() {
-    assert_none(&harmed_by(owned(&VARIABLES).into_iter().chain(owned(&HASHES_AND_TRAPS)), harm_of));
+fn variables_hash_entries_and_traps_do_not_change_the_session() {
+    assert_none(&failed_changes(
+        owned(&VARIABLES).into_iter().chain(owned(&HASHES_AND_TRAPS)),
+        failure_of,
+    ));
 }
 
 #[test]
-fn a_profile_changes_nothing_of_the_session() {
+fn a_profile_does_not_change_the_session() {
     let own_words = [".", "builtin", "eval", "source", "[[", "{", "read", "printf", "set", "unset"];
     let aliases = owned(&own_words).iter().map(alias_of).collect::<Vec<_>>();
     let several = owned(&SEVERAL_OPTIONS).into_iter().chain(owned(&VARIABLES));
     let changes = aliases.into_iter().chain(several).chain(owned(&HASHES_AND_TRAPS));
-    // What it never gets ready for is another matter.
-    assert_none(&harmed_by(changes, harm_of_profile));
+    // Profiles after which the shell never gets ready are tested elsewhere.
+    assert_none(&failed_changes(changes, failure_of_profile));
 }
 
 #[test]
-fn what_the_agent_inherits_changes_nothing_of_the_session() {
+fn the_agents_environment_does_not_change_the_session() {
     let hijack = "() { /bin/echo hijacked; }";
     let mut all = Command::new("all");
     all.envs(words().iter().map(|word| (format!("BASH_FUNC_{word}%%"), hijack)));
@@ -305,7 +310,7 @@ fn what_the_agent_inherits_changes_nothing_of_the_session() {
         change
     });
     let changes = variables.into_iter().chain([all]).map(Environment);
-    assert_none(&harmed(changes, |change| harm_of_environment(&change.0)));
+    assert_none(&failed_cases(changes, |change| failure_of_environment(&change.0)));
 }
 
 struct Environment(Command);
@@ -319,9 +324,9 @@ impl std::fmt::Display for Environment {
     }
 }
 
-/// What plain bash does is right.
+/// The job's own commands behave as in plain bash.
 #[test]
-fn what_a_job_redefines_counts_for_its_own_commands() {
+fn redefinitions_of_a_job_apply_to_its_own_commands() {
     let commands = [
         "alias .=pwd echo='/bin/echo aliased'; printf() { /bin/echo function \"$@\"; }",
         "cd /; echo it; printf it; .",
@@ -336,7 +341,7 @@ fn what_a_job_redefines_counts_for_its_own_commands() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn commands_in_a_container_change_nothing_of_the_session() {
+fn commands_in_a_container_do_not_change_the_session() {
     let own = ["alias .=pwd", "alias builtin=/bin/true", "alias '[[=/bin/true'", "set -k"];
     let others = [
         "FUNCNEST=1",
@@ -346,28 +351,28 @@ fn commands_in_a_container_change_nothing_of_the_session() {
         "set -T; trap ': $((x++))' DEBUG",
     ];
     let changes = all_ways().into_iter().chain(owned(&own)).chain(owned(&others));
-    assert_none(&harmed_by(changes, harm_in_container));
+    assert_none(&failed_changes(changes, failure_in_container));
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn redefining_the_sessions_own_names_in_a_container_does_no_harm_in_silence() {
+fn redefining_the_sessions_own_names_in_a_container_works_or_is_reported() {
     let changes = changes_of_the_sessions_own_names();
-    assert_none(&harmed_by(changes.into_iter().step_by(3), silent_harm_in_container));
+    assert_none(&failed_changes(changes.into_iter().step_by(3), unexplained_failure_in_container));
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_startup_file_of_a_container_changes_nothing_of_the_session() {
+fn a_startup_file_of_a_container_does_not_change_the_session() {
     let own = ["alias .=pwd builtin=/bin/true", "set -k", "FUNCNEST=1", "readonly IFS=/0a"];
     let hashes = ["hash -p /bin/false mkdir chmod cat stty", "set -f -u -a -C -T -E"];
     let changes = all_ways().into_iter().chain(owned(&own)).chain(owned(&hashes));
-    assert_none(&harmed_by(changes, harm_of_startup_file));
+    assert_none(&failed_changes(changes, failure_of_startup_file));
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn the_environment_of_a_container_changes_nothing_of_the_session() {
+fn the_environment_of_a_container_does_not_change_the_session() {
     let hijack = "() { /bin/echo hijacked; }";
     let named = |name: &str, value: &str| json!({ "name": name, "value": test_support::base64(value.as_bytes()) });
     let environments = [
@@ -380,10 +385,10 @@ fn the_environment_of_a_container_changes_nothing_of_the_session() {
         json!([named("SHELLOPTS", "keyword:nounset:noglob"), named("FUNCNEST", "1")]),
         json!([named("POSIXLY_CORRECT", "1"), named("TMOUT", "1"), named("BASH_ENV", "/nowhere")]),
     ];
-    assert_none(&harmed(environments, |environment| {
+    assert_none(&failed_cases(environments, |environment| {
         let mut job = job("bash", &["/bin/echo before", SECOND, THIRD, "/bin/echo not reached"]);
         job["compose"]["containers"][0]["env_vars"] = environment.clone();
         let finished = run_within(&World::new(), DOCKER_JOB, &job, |_| {});
-        harm(finished.as_ref(), false).or_else(|| left(&job))
+        failure(finished.as_ref(), false).or_else(|| left(&job))
     }));
 }

@@ -1,35 +1,37 @@
-//! What a session can't support: the command fails with a line that says so, and nothing waits for ever.
+//! Changes that a session can't support: the command fails with an explanation, and the job does not hang.
 
 use serde_json::Value;
 
 use test_support::changed_shell::{
-    DOCKER_JOB, SHORT_JOB, VAIN_WAIT, assert_none, harmed_by, run_within, silent_harm, with_change,
-    words_of_bash,
+    DOCKER_JOB, SHORT_JOB, VAIN_WAIT, assert_none, failed_changes, run_within, unexplained_failure,
+    with_change, words_of_bash,
 };
-use test_support::docker::{job, left_of};
+use test_support::docker::{job, leftovers_of};
 use test_support::{World, job_of};
 
 fn shell_job(commands: &[&str]) -> Value {
     serde_json::from_str(&job_of(commands)).unwrap()
 }
 
-/// What goes wrong without a word in a shell job that makes this change.
-fn harm_of(change: &str) -> Option<String> {
+/// Returns the failure of a shell job after this change, unless its log explains it.
+fn failure_of(change: &str) -> Option<String> {
     let job = shell_job(&with_change(change));
-    silent_harm(run_within(&World::new(), SHORT_JOB, &job, |_| {}).as_ref())
+    unexplained_failure(run_within(&World::new(), SHORT_JOB, &job, |_| {}).as_ref())
 }
 
-fn harm_in_container(change: &str) -> Option<String> {
+fn failure_in_container(change: &str) -> Option<String> {
     let job = job("bash", &with_change(change));
-    let harm = silent_harm(run_within(&World::new(), DOCKER_JOB, &job, |_| {}).as_ref());
-    harm.or_else(|| Some(left_of(&job)).filter(|left| !left.is_empty()).map(|left| left.join("\n")))
+    let failure = unexplained_failure(run_within(&World::new(), DOCKER_JOB, &job, |_| {}).as_ref());
+    failure.or_else(|| {
+        Some(leftovers_of(&job)).filter(|left| !left.is_empty()).map(|left| left.join("\n"))
+    })
 }
 
 fn owned(cases: &[&str]) -> Vec<String> {
     cases.iter().map(|case| (*case).to_owned()).collect()
 }
 
-/// Of every builtin in turn, and of all at once. Without `return`, bash itself complains.
+/// Disables each builtin in turn, and all at once. Without `return`, bash itself complains.
 fn disabled_builtins() -> Vec<String> {
     let mut builtins = words_of_bash("builtin");
     builtins.retain(|builtin| builtin != "return");
@@ -37,7 +39,7 @@ fn disabled_builtins() -> Vec<String> {
     each.chain([format!("enable -n {}", builtins.join(" "))]).collect()
 }
 
-/// What leaves the session without something that it may need.
+/// Commands that take away from the session what it may need.
 const TAKEN_AWAY: [&str; 7] = [
     "set -r",
     "set -t",
@@ -48,7 +50,7 @@ const TAKEN_AWAY: [&str; 7] = [
     "ulimit -s 64",
 ];
 
-/// Functions that can't be removed again.
+/// Functions that can't be removed, because they are readonly.
 fn readonly_functions() -> Vec<String> {
     let words = ". : builtin eval source command printf read local return set unset break shopt";
     let words = owned(&words.split(' ').collect::<Vec<_>>());
@@ -60,51 +62,51 @@ fn readonly_functions() -> Vec<String> {
 }
 
 #[test]
-fn a_builtin_that_is_disabled_is_not_needed_or_its_lack_is_told() {
-    assert_none(&harmed_by(disabled_builtins(), harm_of));
+fn a_disabled_builtin_is_not_needed_or_is_reported() {
+    assert_none(&failed_changes(disabled_builtins(), failure_of));
 }
 
 #[test]
-fn what_is_taken_away_from_the_session_is_not_needed_or_its_lack_is_told() {
-    assert_none(&harmed_by(owned(&TAKEN_AWAY), harm_of));
+fn missing_resources_are_not_needed_or_are_reported() {
+    assert_none(&failed_changes(owned(&TAKEN_AWAY), failure_of));
 }
 
 #[test]
-fn functions_that_can_not_be_removed_do_no_harm_in_silence() {
-    assert_none(&harmed_by(readonly_functions(), harm_of));
+fn readonly_functions_are_harmless_or_are_reported() {
+    assert_none(&failed_changes(readonly_functions(), failure_of));
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn what_is_taken_away_in_a_container_is_not_needed_or_its_lack_is_told() {
+fn missing_resources_in_a_container_are_not_needed_or_are_reported() {
     let builtins = ["read", "printf", "builtin", ". eval source", "set unset local return"];
     let disabled = builtins.map(|builtins| format!("enable -n {builtins}"));
     let all = disabled_builtins().pop();
     let readonly = readonly_functions().pop();
     let changes = disabled.into_iter().chain(all).chain(readonly).chain(owned(&TAKEN_AWAY));
-    assert_none(&harmed_by(changes, harm_in_container));
+    assert_none(&failed_changes(changes, failure_in_container));
 }
 
-/// Between two commands nothing runs that may take as long as it wants.
+/// Code that the job hooks between two commands may never end.
 #[test]
-fn a_shell_that_never_answers_between_commands_is_not_waited_for_for_ever() {
+fn a_shell_that_hangs_between_commands_fails_the_job() {
     let never = [
         "PROMPT_COMMAND='/bin/sleep 1000'",
         "PROMPT_COMMAND='kill -STOP $$'",
         "PROMPT_COMMAND='while :; do :; done'",
         "PROMPT_COMMAND='read x y z'; readonly PROMPT_COMMAND",
     ];
-    assert_none(&harmed_by(owned(&never), |change| {
+    assert_none(&failed_changes(owned(&never), |change| {
         let job = shell_job(&with_change(change));
-        silent_harm(run_within(&World::new(), VAIN_WAIT, &job, |_| {}).as_ref())
+        unexplained_failure(run_within(&World::new(), VAIN_WAIT, &job, |_| {}).as_ref())
     }));
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_shell_that_never_answers_in_a_container_is_not_waited_for_for_ever() {
+fn a_shell_that_hangs_in_a_container_fails_the_job() {
     let job = job("bash", &with_change("PROMPT_COMMAND='/bin/sleep 1000'"));
     let finished = run_within(&World::new(), VAIN_WAIT, &job, |_| {});
-    assert_eq!(silent_harm(finished.as_ref()), None);
-    assert_eq!(left_of(&job), [""; 0]);
+    assert_eq!(unexplained_failure(finished.as_ref()), None);
+    assert_eq!(leftovers_of(&job), [""; 0]);
 }

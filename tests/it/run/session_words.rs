@@ -1,9 +1,9 @@
-//! The words with which the shell and the agent talk: nobody else has them.
+//! The marks by which the agent recognises the shell's messages: the job can't find and forge them.
 
 use serde_json::Value;
 
 use test_support::changed_shell::{DOCKER_JOB, SHORT_JOB, VAIN_WAIT, run_within};
-use test_support::docker::{job, left_of};
+use test_support::docker::{job, leftovers_of};
 use test_support::{Finished, World, job_of};
 
 fn ended(finished: Option<Finished>) -> Finished {
@@ -18,12 +18,13 @@ fn run_in_shell(commands: &[&str]) -> Finished {
 fn run_in_container(commands: &[&str]) -> Finished {
     let job = job("bash", commands);
     let finished = ended(run_within(&World::new(), DOCKER_JOB, &job, |_| {}));
-    assert_eq!(left_of(&job), [""; 0]);
+    assert_eq!(leftovers_of(&job), [""; 0]);
     finished
 }
 
 /// Prints each long word of random digits that a process of the job can find: in files of the agent, in the
-/// shell's functions and variables, in its arguments and environment. In a container all files are of the job.
+/// shell's functions and variables, in its arguments and environment. In a container, all files belong to the
+/// job.
 const FIND: &str = r"find_words() {
   local places='../state .'
   [[ -d ~/../state ]] || places='/dev/shm /tmp /run /root'
@@ -36,7 +37,7 @@ const FIND: &str = r"find_words() {
   } 2>/dev/null | tr -c '0-9a-f' '\n' | grep -E '^.{32,}$' | sort -u
 }";
 
-/// Answers for the shell with each of these words while the second command runs, out of a process of its own.
+/// Prints forged messages with each of these words from another process, while the second command runs.
 const FORGE: &str = r#"words=$(find_words)
 forgery='
 until [[ -e ~/second-runs ]]; do sleep 0.05; done
@@ -51,7 +52,7 @@ disown"#;
 const FORGED: &str =
     ": >~/second-runs; until [[ -e ~/forged ]]; do sleep 0.05; done; echo second; (exit 3)";
 
-fn nobody_answers_for_the_shell(run: impl Fn(&[&str]) -> Finished) {
+fn assert_marks_can_not_be_forged(run: impl Fn(&[&str]) -> Finished) {
     let forge = format!("{FIND}\n{FORGE}");
     let finished = run(&[&forge, FORGED, "echo not reached"]);
     let commands = finished.commands();
@@ -61,19 +62,19 @@ fn nobody_answers_for_the_shell(run: impl Fn(&[&str]) -> Finished) {
 }
 
 #[test]
-fn nothing_that_a_process_can_find_answers_for_the_shell() {
-    nobody_answers_for_the_shell(run_in_shell);
+fn marks_can_not_be_forged() {
+    assert_marks_can_not_be_forged(run_in_shell);
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn nothing_that_a_process_can_find_answers_for_the_shell_of_a_container() {
-    nobody_answers_for_the_shell(run_in_container);
+fn marks_can_not_be_forged_in_a_container() {
+    assert_marks_can_not_be_forged(run_in_container);
 }
 
-/// Between commands too.
+/// Also between commands.
 #[test]
-fn a_flood_of_what_the_shell_would_say_does_not_hold_up_the_job() {
+fn a_flood_of_forged_marks_does_not_block_the_job() {
     let flood = format!(
         "{FIND}\nwords=$(find_words); (for ((i = 0; i < 20000; i++)); do for word in $words; do printf '\\001%s\\001' \"$word\"; done; done) & true"
     );

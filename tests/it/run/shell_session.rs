@@ -2,14 +2,14 @@
 
 use test_support::World;
 
-/// Runs commands; answers output and exit code of each.
+/// Runs commands. Returns output and exit code of each.
 fn run(commands: &[&str]) -> Vec<(String, i32)> {
     let finished = World::new().run_commands(commands);
     assert_eq!(finished.stderr, "");
     finished.commands()
 }
 
-/// Runs `subversion` between two commands that must work as ever; answers what it printed.
+/// Runs `subversion` between two commands that must still work. Returns the outputs from it on.
 fn subvert(subversion: &str) -> Vec<(String, i32)> {
     let mut steps =
         run(&["builtin echo before", subversion, "builtin echo after; (builtin exit 0)"]);
@@ -45,7 +45,7 @@ fn the_exit_code_of_one_command_is_visible_to_the_next() {
         "epilogue_always_commands":[{"directive":"echo always $?"},{"directive":"echo second $?"}]}"#;
     let commands = world.run(job).commands();
     assert_eq!(commands[0], (String::new(), 7));
-    // The result's export comes between the two.
+    // The export of the result comes between the two commands.
     assert_eq!(commands[1..], [ok("always 0\n"), ok("second 0\n")]);
     assert_eq!(run(&["true", "echo $?"])[1], ok("0\n"));
     assert_eq!(run(&["return 0", "echo $?"])[1], ok("0\n"));
@@ -59,7 +59,7 @@ fn the_session_starts_in_the_home_directory() {
 }
 
 #[test]
-fn profile_scripts_are_read_and_what_they_print_is_not_the_jobs() {
+fn profile_scripts_are_read_and_their_output_is_not_in_the_log() {
     let world = World::new();
     let profile =
         "export FROM_PROFILE=yes; echo welcome; set -x; PS1='prompt> '; PROMPT_COMMAND='echo pc'\n";
@@ -70,7 +70,7 @@ fn profile_scripts_are_read_and_what_they_print_is_not_the_jobs() {
 }
 
 #[test]
-fn a_shell_that_ends_fails_its_command_and_all_that_need_it_at_once() {
+fn a_shell_that_ends_fails_its_command_and_all_later_ones_at_once() {
     for end in [
         "exit 1",
         "exit 0",
@@ -88,10 +88,10 @@ fn a_shell_that_ends_fails_its_command_and_all_that_need_it_at_once() {
         let finished = world.run(&job.to_string());
         let commands = finished.commands();
         assert_eq!(commands[0].1, 1, "{end}: {commands:?}");
-        let said = commands[0].0.strip_prefix("bye\n").unwrap_or(&commands[0].0);
+        let message = commands[0].0.strip_prefix("bye\n").unwrap_or(&commands[0].0);
         assert!(
-            said.starts_with("The job's shell has ended (") && said.lines().count() == 1,
-            "{said}"
+            message.starts_with("The job's shell has ended (") && message.lines().count() == 1,
+            "{message}"
         );
         assert_eq!(commands.len(), 2, "{end}: {commands:?}");
         assert_eq!(commands[1], ("the job's shell has ended, so this can't run\n".into(), 1));
@@ -103,8 +103,8 @@ fn a_shell_that_ends_fails_its_command_and_all_that_need_it_at_once() {
 fn everything_printed_before_the_shell_ends_arrives() {
     let steps = run(&["seq 100000; exit 1"]);
     let expected: String = (1..=100_000).map(|i| format!("{i}\n")).collect();
-    let (printed, said) = steps[0].0.split_at(expected.len().min(steps[0].0.len()));
-    assert!(printed == expected && said.lines().count() == 1, "{} bytes", steps[0].0.len());
+    let (printed, message) = steps[0].0.split_at(expected.len().min(steps[0].0.len()));
+    assert!(printed == expected && message.lines().count() == 1, "{} bytes", steps[0].0.len());
 }
 
 #[test]
@@ -114,7 +114,7 @@ fn background_processes_that_hold_the_terminal_do_not_hide_the_end_of_the_shell(
 }
 
 #[test]
-fn tracing_shows_the_jobs_commands_and_nothing_of_the_agents() {
+fn tracing_shows_only_the_jobs_own_commands() {
     let steps = run(&["set -x", "echo hi", "echo $?; false || true", "set +x", "echo quiet"]);
     assert_eq!(steps[1], ok("++ echo hi\nhi\n"));
     assert_eq!(steps[2], ok("++ echo 0\n0\n++ false\n++ true\n"));
@@ -167,7 +167,7 @@ fn options_and_traps_of_the_job_do_not_break_the_session() {
 }
 
 #[test]
-fn debug_and_error_traps_print_what_they_print_and_end_nothing() {
+fn debug_and_error_traps_print_and_do_not_end_the_session() {
     let steps = subvert("trap 'echo D' DEBUG; echo x");
     assert!(steps[0].0.contains("x\n") && steps[1].0.contains("after\n"), "{steps:?}");
     let steps = run(&[
@@ -272,10 +272,10 @@ fn errors_of_the_shell_end_the_command_only() {
 }
 
 #[test]
-fn output_can_not_end_a_command() {
+fn output_can_not_fake_the_end_of_a_command() {
     let steps = run(&[
         r"printf '\001%s 0 h x\001' 00000000000000000000000000000000; declare -f | tail -n +2 | head -40 >/dev/null",
-        // The words of the session stand in its functions; printing them is no end either.
+        // The session's words are in its functions; printing them must not end a command either.
         r#"word=$(declare -f __agent_end | grep -o '[0-9a-f]\{32\}'); printf '\001%s 0 h x\001' "$word"; echo still here; (exit 3)"#,
     ]);
     assert_eq!(steps[0], ok("\u{1}00000000000000000000000000000000 0 h x\u{1}"));
@@ -300,12 +300,12 @@ fn marks_of_earlier_commands_can_not_be_found_or_used() {
     ]);
     let output = finished.output();
     let long_words = output.split(|c: char| !c.is_ascii_hexdigit()).filter(|w| w.len() >= 32);
-    // Each script's prompt tells which one it is of; nothing else is there.
+    // Each script's prompt names its script; no other mark is found.
     let prompts = ["__agent_at=", "PS1="];
-    let told = output.lines().filter(|line| prompts.iter().any(|name| line.contains(name)));
-    let told: String = told.collect();
+    let listed = output.lines().filter(|line| prompts.iter().any(|name| line.contains(name)));
+    let listed: String = listed.collect();
     let words: std::collections::BTreeSet<_> = long_words.collect();
-    assert!(words.iter().all(|word| told.contains(word)), "{words:?}");
+    assert!(words.iter().all(|word| listed.contains(word)), "{words:?}");
 }
 
 #[test]
@@ -342,7 +342,7 @@ fn commands_of_any_size_and_content_run() {
 }
 
 #[test]
-fn what_appears_between_commands_joins_the_next_ones_output() {
+fn output_between_commands_belongs_to_the_next_command() {
     let steps = run(&["{ read -t 0.2 <> <(:); echo late; } & true", "wait; echo done"]);
     assert!(steps[1].0.contains("late\n") && steps[1].0.contains("done\n"), "{steps:?}");
 }
@@ -369,7 +369,7 @@ fn variables_are_bytes_and_files_have_their_modes() {
 }
 
 #[test]
-fn a_variable_that_the_shell_refuses_fails_its_step_with_the_shells_words() {
+fn a_variable_that_the_shell_refuses_fails_its_step_with_the_shells_message() {
     let job = r#"{"job_id":"1","env_vars":[{"name":"FROZEN","value":"MQ=="}],"commands":[{"directive":"echo x"}]}"#;
     let world = World::new();
     std::fs::write(world.home().join(".bash_profile"), "readonly FROZEN=0\n").unwrap();
@@ -407,7 +407,7 @@ fn a_shell_that_ends_under_a_full_terminal_is_noticed() {
 }
 
 #[test]
-fn a_job_without_our_prompt_command_survives_interrupts() {
+fn a_job_without_the_sessions_prompt_command_survives_interrupts() {
     let steps = run(&[
         "unset PROMPT_COMMAND",
         "kill -INT $$; echo no",
@@ -424,7 +424,7 @@ fn a_job_without_our_prompt_command_survives_interrupts() {
 }
 
 #[test]
-fn settings_of_the_profile_print_nothing_into_the_log() {
+fn prompts_and_traces_of_the_profile_are_not_in_the_log() {
     let world = World::new();
     let profile = "PS0='ps0> '; PROMPT_COMMAND+=('echo one' 'echo two'); MAILCHECK=0\n";
     std::fs::write(world.home().join(".bash_profile"), profile).unwrap();
@@ -433,7 +433,7 @@ fn settings_of_the_profile_print_nothing_into_the_log() {
 }
 
 #[test]
-fn a_profile_that_ends_the_shell_fails_the_job_with_what_it_printed() {
+fn a_profile_that_ends_the_shell_fails_the_job_and_shows_its_output() {
     let world = World::new();
     let profile = "yes | head -100000; echo no such luck; exit 3\n";
     std::fs::write(world.home().join(".bash_profile"), profile).unwrap();
@@ -444,7 +444,7 @@ fn a_profile_that_ends_the_shell_fails_the_job_with_what_it_printed() {
 }
 
 #[test]
-fn files_replace_what_earlier_jobs_left_and_nothing_hangs_on_a_pipe() {
+fn files_replace_those_of_earlier_jobs_and_a_pipe_does_not_block() {
     let world = World::new();
     let job = r#"{"job_id":"1","files":[{"path":"key","content":"aGk=","mode":"0400"}],"commands":[{"directive":"cat key; stat -c %a key"}]}"#;
     for _ in 0..2 {
@@ -457,7 +457,7 @@ fn files_replace_what_earlier_jobs_left_and_nothing_hangs_on_a_pipe() {
 }
 
 #[test]
-fn a_job_that_removes_the_agents_directory_harms_only_itself() {
+fn a_job_that_removes_the_state_directory_harms_only_itself() {
     let world = World::new();
     let remove = format!("rm -rf {}; echo removed", world.state().join("job-*").display());
     let finished = world.run_commands(&[&remove, "echo next"]);

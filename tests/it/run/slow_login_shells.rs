@@ -1,4 +1,4 @@
-//! Profiles of login shells that ask something, or never end: who waits for such a job sees what they print.
+//! Login profiles that wait for input or never end: the log shows their output while the job waits.
 
 use std::fs;
 use std::time::Duration;
@@ -9,10 +9,10 @@ use tokio::time::Instant;
 use test_support::serve::ServeAgent;
 use test_support::{World, job, job_of, wait_until};
 
-/// When what a profile prints is there at the latest. Much less than what a profile may take.
+/// Time limit until the profile's output is in the log; much shorter than the time limit for profiles.
 const SECONDS: Duration = Duration::from_secs(40);
 
-/// Profiles after which no shell will ever take a command, and what they print before.
+/// Profiles after which the shell never takes a command, and the output before that.
 const ENDLESS: [(&str, &str); 3] = [
     ("while :; do read -p \"who? \" x; sleep 0.2; done", "who? "),
     ("echo hello; exec cat", "hello"),
@@ -26,7 +26,7 @@ fn with_profile(profile: &str) -> World {
 }
 
 #[test]
-fn what_an_endless_profile_prints_is_in_the_log_while_it_waits() {
+fn the_output_of_an_endless_profile_is_in_the_log_while_the_job_waits() {
     for (profile, text) in ENDLESS {
         let world = with_profile(profile);
         let begun = Instant::now();
@@ -41,7 +41,7 @@ fn what_an_endless_profile_prints_is_in_the_log_while_it_waits() {
 }
 
 #[test]
-fn a_platform_sees_it_too() {
+fn a_platform_sees_the_output_of_an_endless_profile() {
     let (profile, text) = ENDLESS[0];
     let agent = ServeAgent::start(&with_profile(profile));
     agent.post_job(&job("1", &["true"])).of_status(200);
@@ -53,9 +53,9 @@ fn a_platform_sees_it_too() {
     assert_eq!(agent.finish("1").result(), "stopped");
 }
 
-/// It may take a line that was typed for the shell, and then it ends.
+/// The profile may read a line that was typed for the shell, and then ends.
 #[test]
-fn a_profile_that_asks_once_holds_up_no_job_in_silence() {
+fn a_profile_that_waits_for_input_is_visible_in_the_log() {
     let world = with_profile("read -p \"who? \" x");
     let agent = ServeAgent::start(&world);
     agent.post_job(&job("1", &["echo from the job"])).of_status(200);
@@ -70,7 +70,7 @@ fn a_profile_that_asks_once_holds_up_no_job_in_silence() {
 }
 
 #[test]
-fn what_a_profile_prints_that_ends_is_not_in_the_log() {
+fn the_output_of_a_profile_that_ends_is_not_in_the_log() {
     for profile in ["echo hello; echo hello >&2", "printf hello", "echo hello >/dev/tty"] {
         let finished = with_profile(profile).run(&job_of(&["echo from the job"]));
         assert_eq!(finished.result(), "passed", "{profile}");

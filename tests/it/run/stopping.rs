@@ -1,11 +1,11 @@
-//! Stops at every moment of a job.
+//! Stops in every phase of a job.
 
 use nix::sys::signal::Signal;
 
 use test_support::{World, job_of, wait_for_file};
 
 #[test]
-fn a_stopped_command_finishes_with_1_and_nothing_follows() {
+fn a_stopped_command_finishes_with_1_and_no_command_follows() {
     let job = serde_json::json!({
         "job_id": "1",
         "commands": [{"directive": "echo running; sleep 1000"}, {"directive": "echo next"}],
@@ -16,7 +16,11 @@ fn a_stopped_command_finishes_with_1_and_nothing_follows() {
     running.signal(Signal::SIGTERM);
     let finished = running.finish();
     assert_eq!((finished.result(), finished.exit_code), ("stopped", Some(130)));
-    assert_eq!(finished.commands(), [(String::new(), 1)], "what was read before is not in here");
+    assert_eq!(
+        finished.commands(),
+        [(String::new(), 1)],
+        "output that was already read is not included"
+    );
 }
 
 #[test]
@@ -35,7 +39,7 @@ fn a_stop_during_an_epilogue_makes_the_result_stopped() {
 }
 
 #[test]
-fn a_stop_while_the_profile_hangs_is_heeded() {
+fn a_stop_works_while_the_profile_hangs() {
     let world = World::new();
     let reached = world.home().join("reached");
     let profile = format!("touch {}; sleep 1000\n", reached.display());
@@ -51,7 +55,7 @@ fn a_stop_while_the_profile_hangs_is_heeded() {
 }
 
 #[test]
-fn a_second_signal_kills_what_would_not_go() {
+fn a_second_signal_kills_a_stubborn_job() {
     let stubborn = "trap '' TERM HUP INT; setsid -f bash -c \"trap '' TERM; touch ~/up; while :; do sleep 1000; done\"; echo running; sleep 1000";
     let world = World::new();
     let mut running = world.start(&job_of(&[stubborn]));
@@ -78,12 +82,12 @@ fn a_stop_in_the_first_moments_is_never_lost() {
         let world = World::new();
         let job = job_of(&["sleep 1000"]);
         let running = world.start(&job);
-        // Not to win a race: every moment is to be tried, and each must be right.
+        // The delays need not hit a specific moment: all are tried, and each must be handled.
         std::thread::park_timeout(std::time::Duration::from_millis(delay));
         running.signal(Signal::SIGTERM);
         let output = running.child.wait_with_output().unwrap();
         match output.status.code() {
-            // Before the agent listened: killed like any program, and nothing had started.
+            // The agent was killed before it handled signals, and had started nothing.
             None => assert!(output.stdout.is_empty()),
             code => {
                 assert_eq!(code, Some(130), "after {delay} ms");
@@ -94,7 +98,7 @@ fn a_stop_in_the_first_moments_is_never_lost() {
 }
 
 #[test]
-fn a_running_command_is_asked_to_end_before_anything_hangs_up_on_it() {
+fn a_running_command_gets_sigterm_before_its_terminal_is_closed() {
     let world = World::new();
     let polite = "bash -c 'trap \"echo asked >~/asked; exit\" TERM; echo running; while :; do sleep 0.01; done'";
     let mut running = world.start(&job_of(&[&format!("{polite}; touch ~/deployed")]));
@@ -106,7 +110,7 @@ fn a_running_command_is_asked_to_end_before_anything_hangs_up_on_it() {
 }
 
 #[test]
-fn what_prints_while_it_ends_is_not_held_up_by_a_full_terminal() {
+fn a_full_terminal_does_not_block_a_program_that_prints_while_it_ends() {
     let world = World::new();
     let chatty = "bash -c 'trap \"seq 100000; echo asked >~/asked; exit\" TERM; echo running; while :; do sleep 0.01; done'";
     let mut running = world.start(&job_of(&[chatty]));
@@ -117,7 +121,7 @@ fn what_prints_while_it_ends_is_not_held_up_by_a_full_terminal() {
 }
 
 #[test]
-fn a_job_that_stopped_its_first_process_is_stopped_all_the_same() {
+fn a_job_that_paused_its_job_init_can_be_stopped() {
     let world = World::new();
     let mut running = world.start(&job_of(&["kill -STOP $PPID; echo running; sleep 1000"]));
     running.wait_for_output("running\n");

@@ -1,14 +1,14 @@
-//! Whatever modes of the terminal a command leaves, the next script arrives, and nothing of it is shown.
+//! Terminal modes that a command leaves behind: the next script still arrives, and is not echoed.
 
 use serde_json::Value;
 
 use test_support::changed_shell::{
-    DOCKER_JOB, SHORT_JOB, THIRD, assert_none, harm, harmed, run_within, with_change,
+    DOCKER_JOB, SHORT_JOB, THIRD, assert_none, failed_cases, failure, run_within, with_change,
 };
-use test_support::docker::{job, left_of};
+use test_support::docker::{job, leftovers_of};
 use test_support::{World, job_of};
 
-/// Each is what `stty` sets.
+/// Arguments of `stty`.
 const MODES: [&str; 37] = [
     "-echo -icanon time 0 min 0",
     "echo -icanon time 0 min 0",
@@ -55,20 +55,22 @@ fn changes() -> impl Iterator<Item = String> {
     MODES.into_iter().chain(SIZES).map(|modes| format!("stty {modes}"))
 }
 
-fn harm_of(change: &str, second: &str) -> Option<String> {
+fn failure_of(change: &str, second: &str) -> Option<String> {
     let mut commands = with_change(change);
     commands[2] = second;
     let job: Value = serde_json::from_str(&job_of(&commands)).unwrap();
-    harm(run_within(&World::new(), SHORT_JOB, &job, |_| {}).as_ref(), true)
+    failure(run_within(&World::new(), SHORT_JOB, &job, |_| {}).as_ref(), true)
 }
 
-fn harm_in_container(change: &str, second: &str) -> Option<String> {
+fn failure_in_container(change: &str, second: &str) -> Option<String> {
     let mut commands = with_change(change);
     commands[2] = second;
     let job = job("bash", &commands);
     let finished = run_within(&World::new(), DOCKER_JOB, &job, |_| {});
-    let harm = harm(finished.as_ref(), true);
-    harm.or_else(|| Some(left_of(&job)).filter(|left| !left.is_empty()).map(|left| left.join("\n")))
+    let failure = failure(finished.as_ref(), true);
+    failure.or_else(|| {
+        Some(leftovers_of(&job)).filter(|left| !left.is_empty()).map(|left| left.join("\n"))
+    })
 }
 
 fn long() -> String {
@@ -77,15 +79,15 @@ fn long() -> String {
 
 #[test]
 fn scripts_arrive_in_every_mode() {
-    assert_none(&harmed(changes(), |change| harm_of(change, "/bin/echo second")));
+    assert_none(&failed_cases(changes(), |change| failure_of(change, "/bin/echo second")));
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
 fn short_scripts_arrive_in_a_container_in_strange_modes() {
-    // Nobody in the container can end a read that waits for more than is typed: there the command fails.
+    // A read that waits for more input can't be ended in a container, so there the command fails.
     let changes = changes().step_by(3).filter(|change| !change.contains("min 255"));
-    assert_none(&harmed(changes, |change| harm_in_container(change, "/bin/echo second")));
+    assert_none(&failed_cases(changes, |change| failure_in_container(change, "/bin/echo second")));
 }
 
 #[test]
@@ -93,12 +95,12 @@ fn short_scripts_arrive_in_a_container_in_strange_modes() {
 fn long_scripts_arrive_in_a_container_in_strange_modes() {
     let modes = ["-echo -icanon time 0 min 0", "raw", "igncr", "iuclc", "erase e"];
     let changes = modes.map(|modes| format!("stty {modes}"));
-    assert_none(&harmed(changes, |change| harm_in_container(change, &long())));
+    assert_none(&failed_cases(changes, |change| failure_in_container(change, &long())));
 }
 
-/// Size and echo are for the job's own programs, as long as a command runs.
+/// While a command runs, size and echo of the terminal are as its programs set them.
 #[test]
-fn modes_hold_within_a_command() {
+fn terminal_modes_persist_within_a_command() {
     let look = "stty -icanon min 0 time 0 echo; stty rows 50 cols 132; stty -a | grep -oE '[- ]icanon|[- ]echo |rows 50|columns 132'";
     let job: Value = serde_json::from_str(&job_of(&[look, THIRD])).unwrap();
     let finished = run_within(&World::new(), SHORT_JOB, &job, |_| {}).expect("the job hangs");

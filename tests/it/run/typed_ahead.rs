@@ -1,15 +1,15 @@
-//! Startup files that read or throw away what was typed before the shell asked for it.
+//! Startup files that read or discard what was typed before the shell was ready.
 
 use serde_json::{Value, json};
 
 use test_support::changed_shell::{
-    DOCKER_JOB, SHORT_JOB, assert_none, harm, harmed, run_within, set_up_by, with_startup_file,
-    without_change,
+    DOCKER_JOB, SHORT_JOB, assert_none, failed_cases, failure, run_within, set_up_by,
+    with_startup_file, without_change,
 };
-use test_support::docker::{job, left_of};
+use test_support::docker::{job, leftovers_of};
 use test_support::{World, job_of};
 
-/// Each takes what it finds within a second or so.
+/// Startup commands that read all available input for about a second.
 const READERS: [&str; 8] = [
     "read -t 1 x",
     "read -t 0.3 x; read -t 0.3 y; read -t 0.3 z",
@@ -21,48 +21,54 @@ const READERS: [&str; 8] = [
     "stty raw -echo; read -t 0.5 -N 5000 x; stty sane",
 ];
 
-fn harm_of_profile(name: &str, reader: &str) -> Option<String> {
+fn failure_of_profile(name: &str, reader: &str) -> Option<String> {
     let world = World::new();
     std::fs::write(world.home().join(name), format!("{reader}\n")).unwrap();
     let mut job: Value = serde_json::from_str(&job_of(&without_change())).unwrap();
     job["env_vars"] = json!([{ "name": "V", "value": "dmFsdWU=" }]);
-    harm(run_within(&world, SHORT_JOB, &job, |_| {}).as_ref(), false)
+    failure(run_within(&world, SHORT_JOB, &job, |_| {}).as_ref(), false)
 }
 
-fn harm_in_container(set_up: impl Fn(&mut Value)) -> Option<String> {
+fn failure_in_container(set_up: impl Fn(&mut Value)) -> Option<String> {
     let mut job = job("bash", &without_change());
     set_up(&mut job);
     job["env_vars"] = json!([{ "name": "V", "value": "dmFsdWU=" }]);
     job["files"] = json!([{ "path": "f", "content": "eA==", "mode": "0600" }]);
     let finished = run_within(&World::new(), DOCKER_JOB, &job, |_| {});
-    let harm = harm(finished.as_ref(), false);
-    harm.or_else(|| Some(left_of(&job)).filter(|left| !left.is_empty()).map(|left| left.join("\n")))
+    let failure = failure(finished.as_ref(), false);
+    failure.or_else(|| {
+        Some(leftovers_of(&job)).filter(|left| !left.is_empty()).map(|left| left.join("\n"))
+    })
 }
 
 #[test]
-fn a_profile_that_reads_the_terminal_does_not_keep_the_job_from_starting() {
-    assert_none(&harmed(READERS, |reader| harm_of_profile(".bash_profile", reader)));
-    assert_eq!(harm_of_profile(".profile", READERS[0]), None);
+fn a_profile_that_reads_the_terminal_does_not_prevent_the_job_from_starting() {
+    assert_none(&failed_cases(READERS, |reader| failure_of_profile(".bash_profile", reader)));
+    assert_eq!(failure_of_profile(".profile", READERS[0]), None);
 }
 
 #[test]
-fn a_profile_that_becomes_another_shell_does_not_keep_the_job_from_starting() {
+fn a_profile_that_executes_another_shell_does_not_prevent_the_job_from_starting() {
     let again = "[[ $AGAIN ]] || { export AGAIN=1; read -t 0.3 x; exec bash --login; }";
-    assert_eq!(harm_of_profile(".bash_profile", again), None);
+    assert_eq!(failure_of_profile(".bash_profile", again), None);
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_startup_file_that_reads_the_terminal_does_not_keep_the_job_from_starting() {
+fn a_startup_file_that_reads_the_terminal_does_not_prevent_the_job_from_starting() {
     let readers = READERS.into_iter().step_by(2);
-    assert_none(&harmed(readers, |reader| harm_in_container(|job| with_startup_file(job, reader))));
+    assert_none(&failed_cases(readers, |reader| {
+        failure_in_container(|job| with_startup_file(job, reader))
+    }));
 }
 
-/// The read of a program that never gets what it waits for.
+/// The entrypoint reads the terminal before it executes the shell.
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn an_entrypoint_that_reads_the_terminal_does_not_keep_the_job_from_starting() {
+fn an_entrypoint_that_reads_the_terminal_does_not_prevent_the_job_from_starting() {
     let readers =
         ["timeout 1 cat >/dev/null", "stty -icanon min 0 time 3; cat >/dev/null; stty sane"];
-    assert_none(&harmed(readers, |reader| harm_in_container(|job| set_up_by(job, reader))));
+    assert_none(&failed_cases(readers, |reader| {
+        failure_in_container(|job| set_up_by(job, reader))
+    }));
 }

@@ -1,19 +1,20 @@
-//! A script that can not be handed to the shell whole is not run, and its command fails and says why.
+//! A script that can't be passed to the shell completely is not run; its command fails and the log explains
+//! why.
 
 use serde_json::Value;
 
-use test_support::changed_shell::{DOCKER_JOB, SHORT_JOB, assert_none, harmed, run_within};
-use test_support::docker::{job, left_of};
+use test_support::changed_shell::{DOCKER_JOB, SHORT_JOB, assert_none, failed_cases, run_within};
+use test_support::docker::{job, leftovers_of};
 use test_support::{Finished, World, job_of};
 
-/// A command that fails after so many lines that do nothing.
+/// Returns a command that fails after this many lines that do nothing.
 fn failing_command(lines: usize) -> String {
     format!("{}echo tests\n/bin/false", format!(": {}\n", "0".repeat(100)).repeat(lines))
 }
 
-/// What is wrong, unless the second command ran to its failure, or did not begin and says why; and nothing
-/// came after it.
-fn pretence(finished: Option<&Finished>) -> Option<String> {
+/// Returns a description of the failure, unless the second command ran and failed, or did not run and the log
+/// explains why; no command may follow it.
+fn unreported_failure(finished: Option<&Finished>) -> Option<String> {
     let Some(finished) = finished else {
         return Some("hangs".into());
     };
@@ -21,8 +22,9 @@ fn pretence(finished: Option<&Finished>) -> Option<String> {
     let is_honest = match &commands[..] {
         [_, (output, exit_code)] => {
             let ran = output == "tests\n" && *exit_code == 1;
-            let told = !output.contains("tests") && !output.trim().is_empty() && *exit_code != 0;
-            (ran || told) && finished.result() == "failed"
+            let is_explained =
+                !output.contains("tests") && !output.trim().is_empty() && *exit_code != 0;
+            (ran || is_explained) && finished.result() == "failed"
         }
         _ => false,
     };
@@ -32,17 +34,18 @@ fn pretence(finished: Option<&Finished>) -> Option<String> {
 fn in_shell(change: &str, lines: usize) -> Option<String> {
     let commands = [change, &failing_command(lines), "echo deploying"];
     let job: Value = serde_json::from_str(&job_of(&commands)).unwrap();
-    pretence(run_within(&World::new(), SHORT_JOB, &job, |_| {}).as_ref())
+    unreported_failure(run_within(&World::new(), SHORT_JOB, &job, |_| {}).as_ref())
 }
 
 fn in_container(change: &str, lines: usize) -> Option<String> {
     let job = job("bash", &[change, &failing_command(lines), "echo deploying"]);
-    let pretence = pretence(run_within(&World::new(), DOCKER_JOB, &job, |_| {}).as_ref());
-    assert_eq!(left_of(&job), [""; 0]);
-    pretence
+    let unreported_failure =
+        unreported_failure(run_within(&World::new(), DOCKER_JOB, &job, |_| {}).as_ref());
+    assert_eq!(leftovers_of(&job), [""; 0]);
+    unreported_failure
 }
 
-/// For each file of the session's that the job can find; `$file` is its path.
+/// Applies a change to each file of the session that the job can find; `$file` is its path.
 fn to_each_file(places: &str, change: &str) -> String {
     format!("for file in {places}; do {change}; done; /bin/true")
 }
@@ -50,7 +53,7 @@ fn to_each_file(places: &str, change: &str) -> String {
 const IN_CONTAINERS: &str = "/dev/shm/.agent-* /dev/shm/*";
 const OF_THE_SHELL: &str = "~/../state/job-*/scratch/*";
 
-/// What a job can do to a file where a script is to be written.
+/// Changes that a job can make to a file before a script is written to it.
 const TAMPERING: [&str; 6] = [
     r#"ln -sf /dev/null "$file""#,
     r#"ln -sf /dev/full "$file""#,
@@ -62,7 +65,7 @@ const TAMPERING: [&str; 6] = [
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_script_that_can_not_be_written_whole_is_not_run() {
+fn a_script_that_can_not_be_written_completely_is_not_run() {
     let fill = "dd if=/dev/zero of=/dev/shm/fill bs=1k 2>/dev/null; /bin/true";
     let cases = [
         (fill, 1),
@@ -72,13 +75,13 @@ fn a_script_that_can_not_be_written_whole_is_not_run() {
         ("trap '' XFSZ; ulimit -f 2", 70),
     ];
     let cases = cases.map(|(change, lines)| Case { change: change.into(), lines });
-    assert_none(&harmed(cases, |case| in_container(&case.change, case.lines)));
+    assert_none(&failed_cases(cases, |case| in_container(&case.change, case.lines)));
 }
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_script_whose_place_in_a_container_a_job_has_taken_is_run_or_fails() {
-    // A script that is written to the terminal is shown there, and fails.
+fn a_script_whose_path_in_a_container_is_occupied_runs_or_fails() {
+    // A script that is typed into the terminal is echoed there, and fails.
     let changes = TAMPERING.iter().filter(|change| !change.contains("/dev/tty"));
     let cases = changes.flat_map(|change| {
         let change = to_each_file(IN_CONTAINERS, change);
@@ -86,19 +89,19 @@ fn a_script_whose_place_in_a_container_a_job_has_taken_is_run_or_fails() {
     });
     let gone = "rm -rf /dev/shm/* /dev/shm/.[!.]*; chmod 0 /dev/shm; /bin/true";
     let cases = cases.chain([Case { change: gone.into(), lines: 70 }]);
-    assert_none(&harmed(cases, |case| in_container(&case.change, case.lines)));
+    assert_none(&failed_cases(cases, |case| in_container(&case.change, case.lines)));
 }
 
 #[test]
-fn a_script_whose_place_a_job_has_taken_is_run_or_fails() {
+fn a_script_whose_path_is_occupied_runs_or_fails() {
     let cases = TAMPERING.iter().map(|change| to_each_file(OF_THE_SHELL, change));
     let limits = ["ulimit -f 0", "trap '' XFSZ; ulimit -f 0"].map(str::to_owned);
-    assert_none(&harmed(cases.chain(limits), |change| in_shell(change, 70)));
+    assert_none(&failed_cases(cases.chain(limits), |change| in_shell(change, 70)));
 }
 
-/// Nothing that is left in a directory of the agent's is taken for the next script.
+/// Files left in the agent's directory must not be mistaken for the next script.
 #[test]
-fn a_process_that_empties_the_agents_files_makes_no_command_pass_unrun() {
+fn truncated_files_of_the_agent_do_not_let_commands_pass_without_running() {
     let empty = "(trap '' HUP; while :; do for file in ~/../state/job-*/scratch/*; do : >|\"$file\"; done; done) \
                  2>/dev/null & /bin/true";
     let count = "/bin/echo ran >>~/ran";
@@ -109,7 +112,7 @@ fn a_process_that_empties_the_agents_files_makes_no_command_pass_unrun() {
     let passed =
         finished.commands().iter().skip(1).filter(|(_, exit_code)| *exit_code == 0).count();
     let ran = std::fs::read_to_string(world.home().join("ran")).unwrap_or_default().lines().count();
-    assert_eq!(ran, passed, "commands that ran, and commands that passed");
+    assert_eq!(ran, passed, "the commands that ran are not those that passed");
 }
 
 struct Case {

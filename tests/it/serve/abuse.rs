@@ -1,4 +1,4 @@
-//! Clients that do what they should not, while a job runs.
+//! Clients that break the rules of the protocol while a job runs.
 
 use std::io::{self, Read, Write as _};
 use std::net::TcpStream;
@@ -8,7 +8,7 @@ use test_support::http::encode_request;
 use test_support::serve::{ServeAgent, good_authorization};
 use test_support::{RUN_UNTIL_GO, RUNNING, World, job, wait_until};
 
-/// An agent whose job runs until it is told to go on.
+/// Starts an agent with a running job.
 fn busy(world: &World) -> ServeAgent {
     let agent = ServeAgent::start(world);
     agent.post_job(&job("1", &[RUN_UNTIL_GO, "echo next"])).of_status(200);
@@ -21,14 +21,14 @@ fn assert_well(agent: &ServeAgent) {
     assert_eq!(agent.get("/status").of_status(200).json()["state"], "job-received");
 }
 
-fn assert_goes_on(world: &World, agent: &ServeAgent) {
+fn assert_continues(world: &World, agent: &ServeAgent) {
     assert_well(agent);
     std::fs::write(world.home().join("go"), "").unwrap();
     let finished = agent.finish("1");
     assert_eq!((finished.result(), finished.output().as_str()), ("passed", "running\nnext\n"));
 }
 
-/// Waits until the other side has closed the connection; a timeout fails.
+/// Waits until the peer has closed the connection; fails after a time limit.
 fn assert_closed(what: &str, mut stream: impl Read) {
     let mut all = Vec::new();
     match stream.read_to_end(&mut all) {
@@ -62,11 +62,11 @@ fn plain_http_on_the_tls_port_is_closed() {
         }
         assert_well(&agent);
     }
-    assert_goes_on(&world, &agent);
+    assert_continues(&world, &agent);
 }
 
 #[test]
-fn those_who_never_finish_what_they_send_are_closed_in_the_end() {
+fn unfinished_requests_are_closed_after_a_while() {
     let world = World::new();
     let agent = busy(&world);
     let authorization = [("Authorization", good_authorization())];
@@ -88,11 +88,11 @@ fn those_who_never_finish_what_they_send_are_closed_in_the_end() {
     for (what, stream) in unfinished {
         assert_closed(&what, stream);
     }
-    assert_goes_on(&world, &agent);
+    assert_continues(&world, &agent);
 }
 
 #[test]
-fn connections_that_break_off_anywhere_do_not_matter() {
+fn connections_may_break_off_anywhere() {
     let world = World::new();
     let agent = busy(&world);
     let authorization = [("Authorization", good_authorization())];
@@ -108,12 +108,12 @@ fn connections_that_break_off_anywhere_do_not_matter() {
     for _ in 0..50 {
         drop(raw(&agent));
     }
-    assert_goes_on(&world, &agent);
+    assert_continues(&world, &agent);
     assert!(!world.home().join("never").exists());
 }
 
 #[test]
-fn a_body_that_comes_slowly_is_a_body_all_the_same() {
+fn a_slow_body_is_accepted() {
     let world = World::new();
     let agent = ServeAgent::start(&world);
     let authorization = [("Authorization", good_authorization()), ("Connection", "close")];
@@ -131,19 +131,19 @@ fn a_body_that_comes_slowly_is_a_body_all_the_same() {
 }
 
 #[test]
-fn a_thousand_idle_connections_keep_out_nobody() {
+fn a_thousand_idle_connections_shut_out_nobody() {
     let world = World::new();
     let agent = busy(&world);
     let plain: Vec<_> = (0..500).map(|_| raw(&agent)).collect();
     let secure: Vec<_> = (0..500).map(|_| agent.connect()).collect();
-    assert_goes_on(&world, &agent);
+    assert_continues(&world, &agent);
     assert_eq!((plain.len(), secure.len()), (500, 500));
     drop((plain, secure));
     assert_eq!(agent.run_to_end(&job("2", &["true"])).result(), "passed");
 }
 
 #[test]
-fn an_agent_that_may_open_few_files_lives_through_many_connections() {
+fn an_agent_with_few_file_descriptors_survives_many_connections() {
     let world = World::new();
     let agent = ServeAgent::start_with(&world, |command| limited(command, "ulimit -n 128"));
     agent.post_job(&job("1", &[RUN_UNTIL_GO, "(echo next > ~/next)"])).of_status(200);
@@ -157,7 +157,7 @@ fn an_agent_that_may_open_few_files_lives_through_many_connections() {
 }
 
 #[test]
-fn a_job_has_the_limit_of_open_files_that_the_agent_came_with() {
+fn a_job_gets_the_agents_original_limit_of_open_files() {
     let agent = ServeAgent::start_with(&World::new(), |command| limited(command, "ulimit -Sn 100"));
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", agent.pid())).unwrap();
     let own = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
@@ -165,7 +165,7 @@ fn a_job_has_the_limit_of_open_files_that_the_agent_came_with() {
     assert_eq!(agent.run_to_end(&job("1", &["ulimit -Sn"])).output(), "100\n");
 }
 
-/// Has the agent start in a shell that ran `first`.
+/// Makes the agent start from a shell that ran `first`.
 fn limited(command: &mut Command, first: &str) {
     let mut limited = Command::new("bash");
     limited.args(["-c", &format!("{first}; exec \"$@\""), "bash"]).arg(command.get_program());
@@ -175,7 +175,7 @@ fn limited(command: &mut Command, first: &str) {
     *command = limited;
 }
 
-/// The most memory that the agent ever had, in KiB.
+/// Returns the agent's peak memory, in KiB.
 fn peak(agent: &ServeAgent) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", agent.pid())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
@@ -183,7 +183,7 @@ fn peak(agent: &ServeAgent) -> u64 {
 }
 
 #[test]
-fn a_body_without_end_takes_no_memory() {
+fn an_endless_body_takes_no_memory() {
     let world = World::new();
     let agent = busy(&world);
     let chunk = [format!("{:x}\r\n", 1 << 20).as_bytes(), &vec![b'x'; 1 << 20], b"\r\n"].concat();
@@ -200,7 +200,7 @@ fn a_body_without_end_takes_no_memory() {
         let mut stream = agent.connect();
         let headers = [authorization, ("Transfer-Encoding", "chunked")];
         stream.write_all(&encode_request(method, path, &headers, b"")).unwrap();
-        // Closed at some time, or read to the end and dropped.
+        // The agent may close the connection early, or read and discard the body.
         let _ = (0..1000).try_for_each(|_| stream.write_all(&chunk));
         assert_well(&agent);
     }
@@ -212,13 +212,13 @@ fn a_body_without_end_takes_no_memory() {
         let _ = (0..1000).try_for_each(|_| stream.write_all(&chunk));
         assert_well(&agent);
     }
-    // What is allowed may be held, and twice that while it is put together.
+    // The agent may hold a body of the allowed size, and twice that while the parts are joined.
     assert!(peak(&agent) < before + 80 * 1024, "{} KiB after {before}", peak(&agent));
-    assert_goes_on(&world, &agent);
+    assert_continues(&world, &agent);
 }
 
 #[test]
-fn headers_without_end_are_refused() {
+fn endless_headers_are_refused() {
     let world = World::new();
     let agent = busy(&world);
     let before = peak(&agent);
@@ -226,7 +226,7 @@ fn headers_without_end_are_refused() {
     let mut stream = agent.connect();
     stream.write_all(b"GET /is_alive HTTP/1.1\r\nHost: localhost\r\n").unwrap();
     let sent = (0..100_000).try_for_each(|_| stream.write_all(header.as_bytes()));
-    assert!(sent.is_err(), "100 MB of headers were taken");
+    assert!(sent.is_err(), "100 MB of headers were accepted");
     assert!(peak(&agent) < before + 8 * 1024, "{} KiB after {before}", peak(&agent));
-    assert_goes_on(&world, &agent);
+    assert_continues(&world, &agent);
 }

@@ -1,4 +1,4 @@
-//! The routes of `agent serve`, and its one place for a job.
+//! The routes of `agent serve`, and its single job slot.
 
 use std::sync::Barrier;
 
@@ -8,7 +8,7 @@ use test_support::http::Answer;
 use test_support::serve::{ServeAgent, good_authorization};
 use test_support::{RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, World, job};
 
-/// A job whose runs can be counted with [`runs`].
+/// Returns a job whose runs are counted by [`runs`].
 fn counted(id: &str) -> Value {
     job(id, &["echo run >>~/runs", RUN_UNTIL_GO])
 }
@@ -39,7 +39,7 @@ fn busy() -> (u16, String) {
 }
 
 #[test]
-fn whether_it_is_alive_is_told_to_everybody() {
+fn is_alive_needs_no_token() {
     let agent = ServeAgent::start(&World::new());
     for headers in [&[][..], &[("Authorization", "Bearer nonsense")]] {
         for path in ["/is_alive", "/is_alive/", "/is_alive?x=y"] {
@@ -143,7 +143,7 @@ fn a_request_needs_no_content_type_and_may_have_a_wrong_one() {
 }
 
 #[test]
-fn fields_that_are_null_or_unknown_do_not_matter() {
+fn null_and_unknown_fields_are_ignored() {
     let agent = ServeAgent::start(&World::new());
     let mut request = json!({
         "job_id": "1", "job_name": null, "executor": null, "compose": null, "commands": null,
@@ -183,7 +183,7 @@ fn the_same_job_again_is_not_run_again() {
 }
 
 #[test]
-fn another_job_waits_for_the_teardown_of_the_one_before() {
+fn another_job_is_refused_until_the_teardown_of_the_previous_one() {
     let world = World::new();
     let agent = ServeAgent::start(&world);
     agent.post_job(&counted("1")).of_status(200);
@@ -201,7 +201,7 @@ fn another_job_waits_for_the_teardown_of_the_one_before() {
     assert_eq!(runs(&world), 3);
 }
 
-/// The answers to posts of these jobs, all at the same moment.
+/// Posts these jobs at the same time. Returns the responses.
 fn post_at_once(agent: &ServeAgent, jobs: &[Value]) -> Vec<(u16, String)> {
     let barrier = Barrier::new(jobs.len());
     std::thread::scope(|scope| {
@@ -238,7 +238,7 @@ fn of_two_posts_at_the_same_moment_exactly_one_runs() {
 }
 
 #[test]
-fn a_log_is_there_until_the_next_job_begins() {
+fn a_log_is_kept_until_the_next_job_starts() {
     let agent = ServeAgent::start(&World::new());
     let no_such_job = |status| (status, "job ID is not running".to_owned());
     let log_of = |id: &str| agent.get(&format!("/jobs/{id}/log"));
@@ -253,7 +253,7 @@ fn a_log_is_there_until_the_next_job_begins() {
 }
 
 #[test]
-fn ids_of_any_kind_have_their_log() {
+fn logs_can_be_read_for_any_job_id() {
     let agent = ServeAgent::start(&World::new());
     let ids = [
         ("a b", "a%20b"),

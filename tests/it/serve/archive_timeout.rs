@@ -1,4 +1,4 @@
-//! An archivator that does not come is waited for no longer than the operator wants.
+//! The agent waits for a missing archivator only as long as the operator has configured.
 
 use std::process::Command;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use test_support::{RUN_FOR_EVER, RUNNING, World, job, wait_until};
 
 const VARIABLE: &str = "SEMAPHORE_AGENT_ARCHIVE_TIMEOUT";
 
-fn telling(server: &CallbackServer, mut job: Value) -> Value {
+fn with_callbacks(server: &CallbackServer, mut job: Value) -> Value {
     job["callbacks"] = json!({
         "finished": server.url("/finished"),
         "teardown_finished": server.url("/teardown_finished"),
@@ -25,7 +25,7 @@ fn paths(server: &CallbackServer, count: usize) -> Vec<String> {
     (0..count).map(|_| server.next().path).collect()
 }
 
-/// The warnings in an agent's own log that name this job.
+/// Returns the warnings in an agent's own log that name this job.
 fn warnings(agent: &ServeAgent, id: &str) -> Vec<String> {
     let log = agent.own_log();
     let is_about = |line: &&str| line.contains(" WARN ") && line.contains(&format!("job={id}"));
@@ -33,7 +33,7 @@ fn warnings(agent: &ServeAgent, id: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_slot_is_free_though_nobody_fetched_the_log() {
+fn the_slot_becomes_free_although_nobody_fetched_the_log() {
     let ways: [fn(&World, &mut Command); 3] = [
         |_, command| {
             command.args(["--archive-timeout", "1"]);
@@ -51,7 +51,7 @@ fn a_slot_is_free_though_nobody_fetched_the_log() {
         let server = CallbackServer::start();
         let agent = ServeAgent::start_with(&world, |command| way(&world, command));
         let id = format!("abandoned-{number}");
-        agent.post_job(&telling(&server, job(&id, &["true"]))).of_status(200);
+        agent.post_job(&with_callbacks(&server, job(&id, &["true"]))).of_status(200);
         assert_eq!(paths(&server, 2), ["/finished", "/teardown_finished"]);
         agent.wait_for_state("waiting-for-job");
         assert_eq!(warnings(&agent, &id).len(), 1, "{}", agent.own_log());
@@ -59,7 +59,7 @@ fn a_slot_is_free_though_nobody_fetched_the_log() {
 }
 
 #[test]
-fn who_asks_is_told_what_the_agent_waits_for() {
+fn the_status_says_what_the_agent_waits_for() {
     let server = CallbackServer::start();
     let agent = ServeAgent::start_with(&World::new(), |command| {
         command.args(["--archive-timeout", "600"]);
@@ -72,14 +72,14 @@ fn who_asks_is_told_what_the_agent_waits_for() {
         assert_eq!(agent.get("/status").of_status(200).json(), expected);
     };
     assert_status("waiting-for-job", None);
-    agent.post_job(&telling(&server, job("1", &[RUN_FOR_EVER]))).of_status(200);
+    agent.post_job(&with_callbacks(&server, job("1", &[RUN_FOR_EVER]))).of_status(200);
     agent.wait_for_log("1", RUNNING);
     assert_status("job-received", None);
     agent.post("/stop", b"").of_status(200);
     agent.wait_for_log("1", r#""event":"job_finished""#);
     let waits = || agent.get("/status").json().get("waiting_for").is_some();
     wait_until(waits, || "it does not say that it waits".to_owned());
-    // By a stop, which is over.
+    // The job was stopped and has ended.
     let state = agent.get("/status").json()["state"].as_str().unwrap().to_owned();
     assert_ne!(state, "waiting-for-job");
     assert_status(&state, Some("archivator"));
@@ -93,25 +93,25 @@ fn who_asks_is_told_what_the_agent_waits_for() {
 }
 
 #[test]
-fn an_agent_that_is_asked_to_end_waits_no_longer_either() {
+fn the_timeout_also_applies_when_the_agent_ends() {
     let server = CallbackServer::start();
     let mut agent = ServeAgent::start_with(&World::new(), |command| {
         command.args(["--archive-timeout", "5"]);
     });
-    agent.post_job(&telling(&server, job("1", &["true"]))).of_status(200);
+    agent.post_job(&with_callbacks(&server, job("1", &["true"]))).of_status(200);
     agent.wait_for_log("1", r#""event":"job_finished""#);
-    let asked = Instant::now();
+    let asked_at = Instant::now();
     agent.signal(Signal::SIGTERM);
     assert_eq!(agent.wait_for_exit().code(), Some(0));
-    // Less than the minute that an archivator has otherwise when an agent ends.
-    assert!(asked.elapsed() < Duration::from_secs(30), "{:?}", asked.elapsed());
+    // Less than the minute that an ending agent otherwise gives the archivator.
+    assert!(asked_at.elapsed() < Duration::from_secs(30), "{:?}", asked_at.elapsed());
     assert_eq!(paths(&server, 2), ["/finished", "/teardown_finished"]);
     agent.whole_log();
     assert_eq!(warnings(&agent, "1").len(), 1, "{}", agent.whole_log());
 }
 
 #[test]
-fn a_time_that_is_none_is_refused() {
+fn an_invalid_timeout_is_refused() {
     for value in ["-1", "soon", "1.5", "99999999999"] {
         let message = refusal(&World::new(), |command| {
             command.arg(format!("--archive-timeout={value}"));

@@ -1,4 +1,4 @@
-//! Which tokens the API of `agent serve` accepts.
+//! The tokens that the API of `agent serve` accepts.
 
 use std::process::Stdio;
 
@@ -9,7 +9,7 @@ use test_support::serve::{
 };
 use test_support::{World, job, wait_for_end};
 
-/// Seconds since the epoch.
+/// Returns a time relative to now, in seconds since the epoch.
 fn from_now(seconds: i64) -> i64 {
     i64::try_from(actors::log::event::unix_time()).unwrap() + seconds
 }
@@ -18,7 +18,7 @@ fn good_token() -> String {
     token("HS256", SECRET, &json!({}))
 }
 
-/// Status and, for a refusal, its reason.
+/// Returns the status of the response, and the reason of a refusal.
 fn ask(agent: &ServeAgent, authorization: &str) -> (u16, Option<String>) {
     let answer = agent.request("GET", "/status", &[("Authorization", authorization)], b"");
     let why = (answer.status == 401).then(|| match answer.json() {
@@ -37,7 +37,7 @@ fn assert_refused(agent: &ServeAgent, authorization: &str) -> String {
 }
 
 #[test]
-fn nothing_but_being_alive_is_shown_without_a_token() {
+fn only_is_alive_works_without_a_token() {
     let world = World::new();
     let agent = ServeAgent::start(&world);
     let requests = [
@@ -65,7 +65,7 @@ fn nothing_but_being_alive_is_shown_without_a_token() {
 }
 
 #[test]
-fn every_hmac_algorithm_is_good() {
+fn every_hmac_algorithm_is_accepted() {
     let agent = ServeAgent::start(&World::new());
     for algorithm in ["HS256", "HS384", "HS512"] {
         let authorization = format!("Bearer {}", token(algorithm, SECRET, &json!({})));
@@ -74,7 +74,7 @@ fn every_hmac_algorithm_is_good() {
 }
 
 #[test]
-fn claims_count_only_where_they_say_when() {
+fn only_time_claims_are_checked() {
     let agent = ServeAgent::start(&World::new());
     let good = [
         json!({}),
@@ -89,7 +89,7 @@ fn claims_count_only_where_they_say_when() {
         assert_eq!(ask(&agent, &authorization), (200, None), "{payload}");
     }
     let bad = [
-        // Clocks may differ by a little.
+        // Clocks may differ slightly.
         json!({ "exp": from_now(-10) }),
         json!({ "exp": from_now(-1_000_000) }),
         json!({ "exp": 0 }),
@@ -105,7 +105,7 @@ fn claims_count_only_where_they_say_when() {
 }
 
 #[test]
-fn a_wrong_signature_is_called_that() {
+fn a_wrong_signature_is_named_in_the_refusal() {
     let agent = ServeAgent::start(&World::new());
     let good = good_token();
     let (signed, signature) = good.rsplit_once('.').unwrap();
@@ -123,7 +123,7 @@ fn a_wrong_signature_is_called_that() {
         wrong.push(token(algorithm, "another secret", &json!({})));
         wrong.push(token(algorithm, &format!("{SECRET} "), &json!({})));
     }
-    // Signed with one algorithm, and said to be with another.
+    // Signed with one algorithm, but naming another in the header.
     let longer = token("HS512", SECRET, &json!({}));
     wrong.push(format!("{signed}.{}", longer.rsplit_once('.').unwrap().1));
     for token in wrong {
@@ -151,7 +151,7 @@ fn other_algorithms_are_refused() {
 }
 
 #[test]
-fn what_else_a_header_says_does_not_matter() {
+fn other_header_fields_of_a_token_are_ignored() {
     let agent = ServeAgent::start(&World::new());
     let headers =
         [json!({ "alg": "HS256" }), json!({ "typ": "other", "alg": "HS256", "kid": "1", "x": [] })];
@@ -162,7 +162,7 @@ fn what_else_a_header_says_does_not_matter() {
 }
 
 #[test]
-fn what_is_not_a_bearer_token_is_refused() {
+fn anything_but_a_bearer_token_is_refused() {
     let agent = ServeAgent::start(&World::new());
     let good = good_token();
     let (signed, _) = good.rsplit_once('.').unwrap();

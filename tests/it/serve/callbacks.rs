@@ -1,4 +1,4 @@
-//! What the platform is told, and when.
+//! The callbacks to the platform, and their order.
 
 use std::io::{BufReader, Read as _, Write as _};
 use std::sync::mpsc;
@@ -10,10 +10,10 @@ use test_support::http::{Answer, encode_request};
 use test_support::serve::{ServeAgent, events, good_authorization};
 use test_support::{RUN_FOR_EVER, RUNNING, World, job};
 
-/// More than a connection takes that nobody reads.
+/// More than an unread connection can buffer.
 const LARGE: &str = "head -c 40000000 /dev/zero | tr '\\0' x | fold -w 1000";
 
-fn telling(server: &CallbackServer, mut job: Value) -> Value {
+fn with_callbacks(server: &CallbackServer, mut job: Value) -> Value {
     job["callbacks"] = json!({
         "finished": server.url("/finished"),
         "teardown_finished": server.url("/teardown_finished"),
@@ -35,16 +35,16 @@ fn assert_torn_down(server: &CallbackServer) {
     assert_callback(&server.next(), "/teardown_finished", &json!({}));
 }
 
-/// An agent whose job has a large log that is sealed, and whose teardown waits.
+/// Starts an agent whose job has ended with a large log and waits for the archivator.
 fn with_large_log(server: &CallbackServer) -> ServeAgent {
     let agent = ServeAgent::start(&World::new());
-    agent.post_job(&telling(server, job("1", &[LARGE]))).of_status(200);
+    agent.post_job(&with_callbacks(server, job("1", &[LARGE]))).of_status(200);
     agent.wait_for_log("1", "job_finished");
     assert_finished(server, "passed");
     agent
 }
 
-/// Begins to read as the archivator and breaks off after `bytes`.
+/// Starts to read as the archivator, and closes the connection after `bytes`.
 fn break_off(agent: &ServeAgent, bytes: usize, more: &[(&str, &str)]) {
     let mut headers =
         vec![("Authorization", good_authorization()), ("X-Client-Name", "archivator")];
@@ -55,7 +55,7 @@ fn break_off(agent: &ServeAgent, bytes: usize, more: &[(&str, &str)]) {
 }
 
 #[test]
-fn finished_is_told_before_the_log_says_so() {
+fn the_finished_callback_comes_before_the_end_of_the_log() {
     let (open, gate) = mpsc::channel();
     let server = CallbackServer::answering(move |number| {
         if number == 0 {
@@ -64,7 +64,7 @@ fn finished_is_told_before_the_log_says_so() {
         200
     });
     let agent = ServeAgent::start(&World::new());
-    agent.post_job(&telling(&server, job("1", &["echo hi"]))).of_status(200);
+    agent.post_job(&with_callbacks(&server, job("1", &["echo hi"]))).of_status(200);
     assert_finished(&server, "passed");
     let early = agent.archive("1");
     assert!(matches!(early.last(), Some(actors::log::event::LogEvent::CmdFinished { .. })));
@@ -79,7 +79,7 @@ fn finished_is_told_before_the_log_says_so() {
 }
 
 #[test]
-fn the_next_job_may_come_as_an_answer_to_the_end_of_the_last_one() {
+fn the_next_job_may_come_in_response_to_the_last_callback() {
     let (open, gate) = mpsc::channel();
     let server = CallbackServer::answering(move |number| {
         if number == 1 {
@@ -88,12 +88,12 @@ fn the_next_job_may_come_as_an_answer_to_the_end_of_the_last_one() {
         200
     });
     let agent = ServeAgent::start(&World::new());
-    agent.post_job(&telling(&server, job("1", &["true"]))).of_status(200);
+    agent.post_job(&with_callbacks(&server, job("1", &["true"]))).of_status(200);
     assert_finished(&server, "passed");
     agent.wait_for_log("1", "job_finished");
     agent.archive("1");
     assert_torn_down(&server);
-    assert_eq!(agent.post_job(&telling(&server, job("2", &["true"]))).message(), "ok");
+    assert_eq!(agent.post_job(&with_callbacks(&server, job("2", &["true"]))).message(), "ok");
     open.send(()).unwrap();
     assert_finished(&server, "passed");
     assert_eq!(agent.finish("2").result(), "passed");
@@ -102,12 +102,12 @@ fn the_next_job_may_come_as_an_answer_to_the_end_of_the_last_one() {
 }
 
 #[test]
-fn finished_has_the_jobs_result() {
+fn the_finished_callback_has_the_jobs_result() {
     let server = CallbackServer::start();
     let agent = ServeAgent::start(&World::new());
     let cases = [("passed", "true"), ("failed", "false"), ("stopped", RUN_FOR_EVER)];
     for (result, command) in cases {
-        agent.post_job(&telling(&server, job(result, &[command]))).of_status(200);
+        agent.post_job(&with_callbacks(&server, job(result, &[command]))).of_status(200);
         if result == "stopped" {
             agent.wait_for_log(result, RUNNING);
             agent.post("/stop", b"").of_status(200);
@@ -120,11 +120,11 @@ fn finished_has_the_jobs_result() {
 }
 
 #[test]
-fn without_a_token_there_is_no_authorization() {
+fn callbacks_without_a_token_have_no_authorization_header() {
     let server = CallbackServer::start();
     let agent = ServeAgent::start(&World::new());
     for (id, token) in [("a", json!(null)), ("b", json!(""))] {
-        let mut request = telling(&server, job(id, &["true"]));
+        let mut request = with_callbacks(&server, job(id, &["true"]));
         request["callbacks"]["token"] = token;
         agent.run_to_end(&request);
         for path in ["/finished", "/teardown_finished"] {
@@ -135,10 +135,10 @@ fn without_a_token_there_is_no_authorization() {
 }
 
 #[test]
-fn a_job_that_was_accepted_only_to_fail_tells_so() {
+fn a_job_that_fails_at_once_sends_its_callbacks() {
     let server = CallbackServer::start();
     let agent = ServeAgent::start(&World::new());
-    let mut request = telling(&server, job("1", &["true"]));
+    let mut request = with_callbacks(&server, job("1", &["true"]));
     request["executor"] = json!("unheard of");
     agent.run_to_end(&request);
     assert_finished(&server, "failed");
@@ -164,7 +164,7 @@ fn an_empty_url_is_no_callback() {
 fn without_an_archivator_the_teardown_waits() {
     let server = CallbackServer::start();
     let agent = ServeAgent::start(&World::new());
-    agent.post_job(&telling(&server, job("1", &["true"]))).of_status(200);
+    agent.post_job(&with_callbacks(&server, job("1", &["true"]))).of_status(200);
     agent.wait_for_log("1", "job_finished");
     assert_finished(&server, "passed");
     agent.log_events("1");
@@ -182,10 +182,10 @@ fn without_an_archivator_the_teardown_waits() {
 }
 
 #[test]
-fn an_archivator_that_is_early_does_not_count() {
+fn an_archivator_before_the_end_of_the_log_does_not_count() {
     let server = CallbackServer::start();
     let agent = ServeAgent::start(&World::new());
-    agent.post_job(&telling(&server, job("1", &[RUN_FOR_EVER]))).of_status(200);
+    agent.post_job(&with_callbacks(&server, job("1", &[RUN_FOR_EVER]))).of_status(200);
     agent.wait_for_log("1", RUNNING);
     let early = agent.archive("1");
     let beyond = agent.archive_from("1", 1000);
@@ -203,7 +203,7 @@ fn an_archivator_that_is_early_does_not_count() {
 fn an_archivator_may_start_at_the_sealed_end() {
     let server = CallbackServer::start();
     let agent = ServeAgent::start(&World::new());
-    agent.post_job(&telling(&server, job("1", &["true"]))).of_status(200);
+    agent.post_job(&with_callbacks(&server, job("1", &["true"]))).of_status(200);
     agent.wait_for_log("1", "job_finished");
     let log = agent.log_events("1");
     assert_finished(&server, "passed");
@@ -249,16 +249,16 @@ fn an_archivator_that_is_slow_counts_when_it_has_everything() {
     server.assert_silent();
     let mut reader = BufReader::new(first.chain(stream));
     let archived = Answer::read_from(&mut reader, "GET").unwrap();
-    // The connection is still open: the end of the answer is enough.
+    // The connection stays open: the complete response counts.
     assert_torn_down(&server);
     assert!(archived.of_status(200).body == agent.get("/jobs/1/log").body);
 }
 
 #[test]
-fn an_archivator_may_read_packed() {
+fn an_archivator_may_read_a_compressed_log() {
     let server = CallbackServer::start();
     let agent = with_large_log(&server);
-    // Packed, this log is short enough to be on its way at once, so nothing is broken off here.
+    // A compressed log of this size would be buffered completely, so the transfer is not interrupted here.
     let headers = [
         ("Authorization", good_authorization()),
         ("X-Client-Name", "archivator"),
@@ -270,11 +270,11 @@ fn an_archivator_may_read_packed() {
 }
 
 #[test]
-fn a_packed_transfer_that_breaks_off_does_not_count() {
+fn a_compressed_transfer_that_breaks_off_does_not_count() {
     let server = CallbackServer::start();
     let agent = ServeAgent::start(&World::new());
     let random = "head -c 30000000 /dev/urandom | base64";
-    agent.post_job(&telling(&server, job("1", &[random]))).of_status(200);
+    agent.post_job(&with_callbacks(&server, job("1", &[random]))).of_status(200);
     agent.wait_for_log("1", "job_finished");
     assert_finished(&server, "passed");
     break_off(&agent, 1000, &[("Accept-Encoding", "gzip")]);
@@ -284,11 +284,11 @@ fn a_packed_transfer_that_breaks_off_does_not_count() {
 }
 
 #[test]
-fn a_callback_is_repeated_until_it_is_taken() {
+fn a_callback_is_repeated_until_it_is_accepted() {
     let statuses = [500, 404, 204, 503, 302, 201];
     let server = CallbackServer::answering(move |number| statuses[number]);
     let agent = ServeAgent::start(&World::new());
-    agent.post_job(&telling(&server, job("1", &["true"]))).of_status(200);
+    agent.post_job(&with_callbacks(&server, job("1", &["true"]))).of_status(200);
     for number in 0..3 {
         assert_finished(&server, "passed");
         if number < 2 {
@@ -304,8 +304,8 @@ fn a_callback_is_repeated_until_it_is_taken() {
     server.assert_silent();
 }
 
-/// The agent's own log has something bad to say about a callback.
-fn complaints(agent: &ServeAgent) -> usize {
+/// Returns the number of warnings and errors about callbacks in the agent's own log.
+fn count_callback_problems(agent: &ServeAgent) -> usize {
     let own_log = agent.own_log();
     let bad = own_log.lines().filter(|line| line.contains("ERROR"));
     bad.filter(|line| line.contains("callback")).count()
@@ -317,19 +317,19 @@ fn a_job_is_finished_when_its_callbacks_fail_for_good() {
     let agent = ServeAgent::start_with(&World::new(), |command| {
         command.args(["--callback-retry-attempts", "2"]);
     });
-    agent.post_job(&telling(&server, job("1", &["echo hi"]))).of_status(200);
+    agent.post_job(&with_callbacks(&server, job("1", &["echo hi"]))).of_status(200);
     let finished = agent.finish("1");
     assert_eq!((finished.result(), finished.output().as_str()), ("passed", "hi\n"));
     for path in ["/finished", "/finished", "/teardown_finished", "/teardown_finished"] {
         assert_eq!(server.next().path, path);
     }
     server.assert_silent();
-    assert_eq!(complaints(&agent), 2, "{}", agent.own_log());
+    assert_eq!(count_callback_problems(&agent), 2, "{}", agent.own_log());
     assert_eq!(agent.run_to_end(&job("2", &["true"])).result(), "passed");
 }
 
 #[test]
-fn a_platform_that_cannot_be_reached_or_makes_no_sense_holds_up_nothing() {
+fn unreachable_or_invalid_callback_urls_do_not_block_the_job() {
     let server = CallbackServer::start();
     let gone = server.url("/gone");
     drop(server);
@@ -349,15 +349,15 @@ fn a_platform_that_cannot_be_reached_or_makes_no_sense_holds_up_nothing() {
         let mut request = job(&number.to_string(), &["true"]);
         request["callbacks"] = json!({ "finished": url, "teardown_finished": url });
         assert_eq!(agent.run_to_end(&request).result(), "passed", "{url}");
-        assert_eq!(complaints(&agent), 2 * (number + 1), "{url}: {}", agent.own_log());
+        assert_eq!(count_callback_problems(&agent), 2 * (number + 1), "{url}: {}", agent.own_log());
     }
 }
 
 #[test]
-fn who_reads_beyond_the_end_archives_nothing() {
+fn a_read_beyond_the_end_of_the_log_does_not_archive_it() {
     let server = CallbackServer::start();
     let agent = ServeAgent::start(&World::new());
-    agent.post_job(&telling(&server, job("1", &["true"]))).of_status(200);
+    agent.post_job(&with_callbacks(&server, job("1", &["true"]))).of_status(200);
     assert_finished(&server, "passed");
     agent.wait_for_log("1", "job_finished");
     assert_eq!(agent.archive_from("1", 1000).of_status(200).text(), "");

@@ -20,7 +20,7 @@ fn with_config(path: &Path) -> impl FnOnce(&mut Command) {
     }
 }
 
-/// The agent has this secret and is open to those who know it.
+/// Asserts that the agent accepts tokens signed with this secret.
 fn assert_open(agent: &ServeAgent) {
     assert_eq!(agent.get("/status").of_status(200).json()["state"], "waiting-for-job");
 }
@@ -32,7 +32,7 @@ fn body_limit(agent: &ServeAgent) -> usize {
 }
 
 #[test]
-fn a_flag_wins_over_the_environment_and_that_over_the_file() {
+fn flags_override_the_environment_which_overrides_the_file() {
     let world = World::new();
     let file = world.file("config.yaml", "max-body-size: 3000\nport: 1\nsingle-job: true\n");
     let start = |variable: bool, flag: bool| {
@@ -58,7 +58,7 @@ fn a_flag_wins_over_the_environment_and_that_over_the_file() {
 }
 
 #[test]
-fn a_body_may_be_as_large_as_is_set_and_no_larger() {
+fn the_configured_body_limit_applies() {
     let agent = ServeAgent::start_with(&World::new(), |command| {
         command.args(["--max-body-size", "200"]);
     });
@@ -71,7 +71,7 @@ fn a_body_may_be_as_large_as_is_set_and_no_larger() {
 }
 
 #[test]
-fn every_key_of_the_file_means_something() {
+fn every_key_of_the_file_has_an_effect() {
     let world = World::new();
     drop(ServeAgent::start(&world));
     let made = world.state().join("tls");
@@ -131,7 +131,7 @@ fn every_key_of_the_file_means_something() {
 }
 
 #[test]
-fn what_is_wrong_in_a_file_is_named() {
+fn errors_in_a_file_are_named() {
     let world = World::new();
     let cases = [
         ("prot: 8000", vec!["prot"]),
@@ -168,7 +168,7 @@ fn what_is_wrong_in_a_file_is_named() {
 }
 
 #[test]
-fn two_secrets_are_one_too_many() {
+fn two_secrets_are_refused() {
     let world = World::new();
     let secret = world.file("secret", SECRET);
     let both = format!("auth-token-secret: canary\nauth-token-secret-file: {}", secret.display());
@@ -185,7 +185,7 @@ fn two_secrets_are_one_too_many() {
             "{message}"
         );
     }
-    // But one may stand in for another that is further away.
+    // A source closer to the command line overrides the other one.
     assert_open(&ServeAgent::start_with(&world, with_config(&both)));
 }
 

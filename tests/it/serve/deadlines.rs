@@ -1,5 +1,5 @@
-//! No client holds a connection for longer than it has a use for it, and none holds so many that others find
-//! no place.
+//! Time limits for connections, and the number of connections of one client: no client can shut out others by
+//! holding connections.
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpStream};
@@ -14,19 +14,19 @@ use test_support::serve::{ServeAgent, good_authorization};
 use test_support::surroundings::in_shell;
 use test_support::{World, job, wait_until};
 
-/// How long a request's headers may take, and some time for a busy machine.
+/// Time limit for a request's headers, and a reserve for a busy machine.
 const HEADERS: Duration = Duration::from_secs(20);
 
-/// How long a client that was refused may go on to send what nobody wants, likewise.
+/// Time for which a refused client may continue to send its body, and a reserve for a busy machine.
 const REFUSED: Duration = Duration::from_secs(30);
 
-/// How long an answer may take that waits for nobody.
+/// Time limit for an immediate response.
 const SOON: Duration = Duration::from_secs(10);
 
-/// Between two bytes of a slow client.
+/// Pause between two bytes of a slow client.
 const PAUSE: Duration = Duration::from_secs(2);
 
-/// A connection that may be used again.
+/// A kept-alive connection.
 struct Kept(BufReader<SslStream<TcpStream>>);
 
 impl Kept {
@@ -34,7 +34,7 @@ impl Kept {
         Self(BufReader::new(agent.connect()))
     }
 
-    /// One that has been of use.
+    /// Opens a connection and completes one request on it.
     fn used(agent: &ServeAgent) -> Self {
         let mut kept = Self::new(agent);
         assert_eq!(kept.ask().unwrap().text(), "yes");
@@ -55,14 +55,14 @@ impl Kept {
         self.answer()
     }
 
-    /// Whether the other side lets it be open for so long.
+    /// Returns whether the agent keeps the connection open for this time.
     fn stays_open_for(&mut self, time: Duration) -> bool {
         let began = Instant::now();
         loop {
             let left = time.saturating_sub(began.elapsed()).max(Duration::from_millis(1));
             self.0.get_ref().get_ref().set_read_timeout(Some(left)).unwrap();
             match self.0.read(&mut [0; 1000]) {
-                // An answer may tell why.
+                // The agent may send a response with the reason first.
                 Ok(1..) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
                 Ok(0) | Err(_) => return false,
@@ -70,7 +70,8 @@ impl Kept {
         }
     }
 
-    /// Sends `next` again and again, slowly; after how long it was closed. Gives up after `patience`.
+    /// Sends `next` repeatedly with pauses. Returns the time until the connection was closed, at most
+    /// `patience`.
     fn time_of_end(
         &mut self,
         patience: Duration,
@@ -100,20 +101,20 @@ fn each_request_on_a_kept_connection_must_come_in_time() {
             let mut beginning = Some(request[..50].to_vec());
             Kept::used(&agent).time_of_end(HEADERS, || beginning.take())
         });
-        // What counts is the request: such a connection may be as old as it likes.
+        // The time limit applies to each request, not to the age of the connection.
         let not_so_slow = scope.spawn(|| {
             let mut kept = Kept::used(&agent);
             for _ in 0..4 {
                 let (first, last) = request.split_at(30);
                 kept.send(first).unwrap();
-                assert!(kept.stays_open_for(Duration::from_secs(4)), "cut off too early");
+                assert!(kept.stays_open_for(Duration::from_secs(4)), "closed too early");
                 kept.send(last).unwrap();
                 assert_eq!(kept.answer().unwrap().text(), "yes");
             }
         });
         let idle = scope.spawn(|| {
             let mut kept = Kept::used(&agent);
-            assert!(kept.stays_open_for(Duration::from_secs(12)), "an idle one was closed");
+            assert!(kept.stays_open_for(Duration::from_secs(12)), "an idle connection was closed");
             assert_eq!(kept.ask().unwrap().text(), "yes");
         });
         not_so_slow.join().unwrap();
@@ -124,7 +125,7 @@ fn each_request_on_a_kept_connection_must_come_in_time() {
 }
 
 #[test]
-fn who_is_refused_can_not_go_on_with_a_body_for_long() {
+fn a_refused_client_can_not_send_its_body_for_long() {
     let agent = ServeAgent::start(&World::new());
     let chunked = ("Transfer-Encoding", "chunked");
     let long = ("Content-Length", "1000000");
@@ -148,13 +149,13 @@ fn who_is_refused_can_not_go_on_with_a_body_for_long() {
         let clients: Vec<_> = cases.iter().map(|case| scope.spawn(|| still_open(case))).collect();
         clients.into_iter().filter_map(|client| client.join().unwrap()).collect()
     });
-    assert!(left.is_empty(), "still open {REFUSED:?} after the answer: {left:#?}");
+    assert!(left.is_empty(), "still open {REFUSED:?} after the response: {left:#?}");
 }
 
-/// Method, path, header of the body, a part of the body, and whether more of such parts come.
+/// Method, path, body header, a part of the body, and whether more such parts follow.
 type Case = (&'static str, &'static str, (&'static str, &'static str), &'static str, bool);
 
-/// The connections of one client, as long as it holds them.
+/// Opens a connection from this address, and completes one request on it.
 fn held(agent: &ServeAgent, address: Ipv4Addr) -> io::Result<Kept> {
     let mut kept = Kept(BufReader::new(agent.connect_from(address)?));
     kept.0.get_ref().get_ref().set_read_timeout(Some(SOON))?;
@@ -164,7 +165,7 @@ fn held(agent: &ServeAgent, address: Ipv4Addr) -> io::Result<Kept> {
 }
 
 #[test]
-fn one_client_has_only_so_many_connections() {
+fn the_connections_of_one_client_are_limited() {
     const ONE: Ipv4Addr = Ipv4Addr::LOCALHOST;
     const OTHER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
     let ways: [fn(&World, &mut Command); 3] = [
@@ -183,14 +184,14 @@ fn one_client_has_only_so_many_connections() {
         let world = World::new();
         let agent = ServeAgent::start_with(&world, |command| way(&world, command));
         let mut first: Vec<_> = (0..3).map(|_| held(&agent, ONE).unwrap()).collect();
-        let asked = Instant::now();
-        assert!(held(&agent, ONE).is_err(), "there is a fourth one");
-        assert!(asked.elapsed() < SOON, "neither refused nor closed");
+        let asked_at = Instant::now();
+        assert!(held(&agent, ONE).is_err(), "a fourth connection was accepted");
+        assert!(asked_at.elapsed() < SOON, "neither refused nor closed");
         let others: Vec<_> = (0..3).map(|_| held(&agent, OTHER).unwrap()).collect();
         for kept in &mut first {
-            assert_eq!(kept.ask().unwrap().text(), "yes", "those that were there go on");
+            assert_eq!(kept.ask().unwrap().text(), "yes", "existing connections must still work");
         }
-        // When one ends, there may be another.
+        // When a connection ends, another may be opened.
         first.pop();
         let mut again = None;
         let mut comes = || {
@@ -198,15 +199,15 @@ fn one_client_has_only_so_many_connections() {
             again.is_some()
         };
         wait_until(&mut comes, || "the place of a connection that ended stays taken".into());
-        assert!(held(&agent, ONE).is_err(), "there is a fourth one");
+        assert!(held(&agent, ONE).is_err(), "a fourth connection was accepted");
         drop((first, again, others));
     }
 }
 
-/// More connections than an agent of [`small`] has places.
+/// More connections than an agent from [`small`] can hold.
 const MANY: usize = 150;
 
-/// An agent that may open few files, with a job whose log is long.
+/// Starts an agent with a low limit of open files, and a job with a long log.
 fn small(world: &World) -> ServeAgent {
     let agent = ServeAgent::start_with(world, |command| in_shell(command, "ulimit -n 128"));
     let long = "head -c 20000000 /dev/zero | tr '\\0' x | fold -w 1000";
@@ -214,7 +215,7 @@ fn small(world: &World) -> ServeAgent {
     agent
 }
 
-/// Two connections in the middle of something: one sends a job, one takes a log.
+/// Two connections in use: one sends a job, the other reads a log.
 struct Active {
     sends: Kept,
     takes: Kept,
@@ -226,7 +227,7 @@ impl Active {
         let authorization = [("Authorization", good_authorization())];
         let mut takes = Kept::new(agent);
         takes.send(&encode_request("GET", "/jobs/1/log", &authorization, b"")).unwrap();
-        // So that it is taken in hand.
+        // Wait until the response begins.
         takes.0.get_ref().get_ref().set_read_timeout(Some(SOON)).unwrap();
         assert!(!takes.0.fill_buf().unwrap().is_empty());
         let mut sends = Kept::new(agent);
@@ -237,13 +238,13 @@ impl Active {
         Self { sends, takes, unsent: unsent.to_vec() }
     }
 
-    /// Sends a little.
+    /// Sends one more byte.
     fn go_on(&mut self) {
         let byte = self.unsent.remove(0);
         self.sends.send(&[byte]).unwrap();
     }
 
-    fn assert_unhurt(mut self, agent: &ServeAgent) {
+    fn assert_completes(mut self, agent: &ServeAgent) {
         let log = self.takes.answer().unwrap();
         let log = log.of_status(200).text();
         assert!(log.ends_with('\n') && log.contains("job_finished"), "{} bytes", log.len());
@@ -254,13 +255,13 @@ impl Active {
     }
 }
 
-/// The agent says that it is full, but not again and again.
-fn assert_tells(agent: &ServeAgent) {
+/// Asserts that the agent logs that it is full, but not repeatedly.
+fn assert_logs_that_it_is_full(agent: &ServeAgent) {
     let log = agent.own_log();
-    let is_about_it = |line: &&str| {
+    let is_about_limit = |line: &&str| {
         line.contains(" WARN ") && (line.contains("connections") || line.contains("full"))
     };
-    let lines: Vec<_> = log.lines().filter(is_about_it).collect();
+    let lines: Vec<_> = log.lines().filter(is_about_limit).collect();
     assert!((1..=3).contains(&lines.len()), "{} lines: {log}", lines.len());
 }
 
@@ -273,17 +274,19 @@ fn idle_connections_make_room_for_new_ones() {
     for number in 0..MANY {
         active.go_on();
         let kept = held(&agent, Ipv4Addr::LOCALHOST);
-        idle.push(kept.unwrap_or_else(|error| panic!("number {number} gets no answer: {error}")));
+        idle.push(
+            kept.unwrap_or_else(|error| panic!("connection {number} gets no response: {error}")),
+        );
     }
-    // The one that was idle for the longest time went first.
+    // The connection that was idle for the longest time was closed first.
     assert!(!idle[0].stays_open_for(Duration::ZERO));
     assert_eq!(idle.last_mut().unwrap().ask().unwrap().text(), "yes");
-    active.assert_unhurt(&agent);
-    assert_tells(&agent);
+    active.assert_completes(&agent);
+    assert_logs_that_it_is_full(&agent);
 }
 
 #[test]
-fn connections_without_a_handshake_keep_out_nobody() {
+fn connections_without_a_handshake_shut_out_nobody() {
     let world = World::new();
     let agent = small(&world);
     let mut active = Active::start(&agent);
@@ -295,11 +298,11 @@ fn connections_without_a_handshake_keep_out_nobody() {
         .collect();
     for _ in 0..3 {
         active.go_on();
-        let asked = Instant::now();
+        let asked_at = Instant::now();
         held(&agent, Ipv4Addr::LOCALHOST).unwrap();
-        assert!(asked.elapsed() < SOON, "{:?}", asked.elapsed());
+        assert!(asked_at.elapsed() < SOON, "{:?}", asked_at.elapsed());
     }
-    active.assert_unhurt(&agent);
-    assert_tells(&agent);
+    active.assert_completes(&agent);
+    assert_logs_that_it_is_full(&agent);
     drop(silent);
 }

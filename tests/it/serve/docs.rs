@@ -1,4 +1,4 @@
-//! What the documentation says about `agent serve` is so.
+//! The documentation of `agent serve` matches its behaviour.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,8 +17,8 @@ use test_support::http::Answer;
 use test_support::serve::{SECRET, ServeAgent, good_authorization, token};
 use test_support::{RUN_FOR_EVER, World, config_keys, job, wait_for_end};
 
-/// Documented, but not to be had at will: a broken or slow body, one that has not come when the agent
-/// ends, and bugs. Other tests have these.
+/// Documented responses that these tests do not provoke: a broken or slow body, a body that is incomplete
+/// when the agent ends, and bugs. Other tests cover them.
 const NOT_PROVOKED: [u16; 4] = [400, 408, 500, 503];
 
 fn project(path: &str) -> PathBuf {
@@ -29,7 +29,7 @@ fn read(path: &str) -> String {
     fs::read_to_string(project(path)).unwrap()
 }
 
-/// `docs/openapi.yaml`.
+/// The content of `docs/openapi.yaml`.
 struct Document(Value);
 
 impl Document {
@@ -37,7 +37,7 @@ impl Document {
         Self(serde_yaml::from_str(&read("docs/openapi.yaml")).unwrap())
     }
 
-    /// What a part is, or what it refers to.
+    /// Follows the reference of a part, if it has one.
     fn resolve<'a>(&'a self, part: &'a Value) -> &'a Value {
         let Some(reference) = part["$ref"].as_str() else { return part };
         let found = self.0.pointer(reference.trim_start_matches('#'));
@@ -58,7 +58,7 @@ impl Document {
         responses.keys().map(|status| status.parse().unwrap()).collect()
     }
 
-    /// The answer is as documented: its status, its type, and its body if there are examples.
+    /// Asserts that the response is as documented: its status, its type, and its body if there are examples.
     fn assert_describes(&self, method: &str, path: &str, answer: &Answer) {
         let what = format!("{method} {path}: {} {:?}", answer.status, answer.text());
         let responses = &self.0["paths"][path][method]["responses"];
@@ -81,7 +81,7 @@ impl Document {
         }
     }
 
-    /// The names of an object's fields, wherever they are described.
+    /// Returns the names of an object's fields, including those from referenced schemas.
     fn fields(&self, pointer: &str) -> BTreeSet<String> {
         let schema = self.resolve(self.0.pointer(pointer).unwrap());
         let schema = schema.get("items").map_or(schema, |items| self.resolve(items));
@@ -96,7 +96,7 @@ fn every_route_is_documented_and_nothing_else() {
 }
 
 #[test]
-fn every_answer_is_as_documented() {
+fn every_response_is_as_documented() {
     let document = Document::read();
     let world = World::new();
     let own_log = world.home().with_file_name("agent_log");
@@ -159,7 +159,7 @@ fn every_answer_is_as_documented() {
         for status in document.statuses(method, path) {
             let known =
                 NOT_PROVOKED.contains(&status) || provoked.contains(&(method, path, status));
-            assert!(known, "{method} {path} is not seen to answer {status}");
+            assert!(known, "{method} {path} never responded with {status}");
         }
     }
 }
@@ -167,7 +167,7 @@ fn every_answer_is_as_documented() {
 #[test]
 fn every_field_of_a_job_is_documented_and_nothing_else() {
     let document = Document::read();
-    // Only job files know these; the last two are for agents that push their logs.
+    // Only job files have these fields; the last two are for agents that push their logs.
     let elsewhere = ["id", "file", "epilogue_commands", "url", "token"];
     let job = "/components/schemas/Job";
     let compose = format!("{job}/properties/compose");
@@ -209,7 +209,7 @@ fn the_example_configuration_has_every_option_with_its_default() {
         match (default, set.get(name)) {
             (Some(default), Some(Value::String(value))) => assert_eq!(value, default, "{name}"),
             (Some(default), Some(value)) => assert_eq!(value.to_string(), default, "{name}"),
-            // A path that depends on the machine stands in a comment.
+            // A default path that depends on the machine is only described in a comment.
             (Some(default), None) => assert!(default.contains(' '), "{name} is {default}"),
             (None, Some(value)) => {
                 let is_example = name == "auth-token-secret-file" || *value == json!([]);
@@ -231,7 +231,7 @@ fn the_example_configuration_has_every_option_with_its_default() {
 
 #[test]
 #[cfg_attr(not(has_curl), ignore = "needs curl and perl")]
-fn what_the_readme_says_to_try_works() {
+fn the_commands_in_the_readme_work() {
     let readme = read("README.md");
     let block = readme.split_once("```sh\n# try it\n").unwrap().1.split_once("```").unwrap().0;
     let port = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr()).unwrap().port();

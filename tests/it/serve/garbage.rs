@@ -1,4 +1,4 @@
-//! Arbitrary and slightly wrong requests: each is answered or closed, and none ends the agent.
+//! Arbitrary and slightly wrong requests: the agent responds or closes the connection, and never ends.
 
 use std::io::{BufReader, Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};
@@ -22,7 +22,7 @@ fn for_many<S: Strategy>(
     }
 }
 
-/// Nothing in a mutated request must be able to hold up the agent for long.
+/// Starts an agent on which no mutated request can take a long time.
 fn start(world: &World) -> ServeAgent {
     ServeAgent::start_with(world, |command| {
         command.args(["--callback-retry-attempts", "1"]);
@@ -33,18 +33,18 @@ fn assert_alive(agent: &ServeAgent) {
     assert_eq!(agent.request("GET", "/is_alive", &[], b"").text(), "yes");
 }
 
-/// As a part of a path.
+/// Escapes an ID for use in a path.
 fn escaped(id: &str) -> String {
     id.bytes().map(|byte| format!("%{byte:02X}")).collect()
 }
 
-/// Posts a body; a job that it happened to start is stopped and archived.
+/// Posts a body. If it started a job, stops and archives that job.
 fn post(agent: &ServeAgent, body: &[u8]) -> Result<(), TestCaseError> {
     let answer = agent.post("/jobs", body);
     prop_assert!(matches!(answer.status, 200 | 400..=499), "{}", answer.status);
     prop_assert!(!answer.message().is_empty());
     if answer.status == 200 {
-        // In a field that nobody reads there may be bytes that are no text.
+        // Unused fields may contain bytes that are not UTF-8.
         let shown = String::from_utf8_lossy(body);
         let request: Value = serde_json::from_str(&shown).unwrap();
         prop_assert!(request["job_id"].is_string(), "accepted without an id: {}", shown);
@@ -57,7 +57,7 @@ fn post(agent: &ServeAgent, body: &[u8]) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-/// A request with everything in it, and a new id.
+/// Returns a request with all fields, and a new ID.
 fn good_request() -> Value {
     static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
     let id = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -93,7 +93,7 @@ fn any_json() -> impl Strategy<Value = Value> {
     })
 }
 
-/// All places in a value where another could stand.
+/// Returns the JSON pointers of all places in a value.
 fn places(value: &Value) -> Vec<String> {
     let children: Vec<(String, &Value)> = match value {
         Value::Array(items) => {
@@ -136,7 +136,7 @@ fn a_good_request_with_one_other_value() {
 fn a_good_request_with_other_bytes() {
     let agent = start(&World::new());
     let index = any::<prop::sample::Index>;
-    // A slash or a dot could lead a file out of the job's home.
+    // With a slash or a dot, a file could be written outside of the job's home.
     let bytes = prop::collection::vec(any::<u8>().prop_filter("", |it| !b"/.~".contains(it)), 0..4);
     let mutation = (index(), 0..6_usize, bytes);
     let mutations = prop::collection::vec(mutation, 1..4);
@@ -162,7 +162,7 @@ fn any_path() {
     let method = prop_oneof!["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "[A-Z]{1,9}"];
     for_many(128, &(method, path), |(method, path)| {
         let headers = [("Authorization", good_authorization())];
-        // A tunnel is no request for an answer.
+        // The response to CONNECT would be a tunnel.
         prop_assume!(method != "CONNECT");
         let answer = agent.try_request(&method, &path, &headers, b"");
         match answer {
@@ -183,7 +183,7 @@ fn any_query_of_a_log() {
     let query = prop_oneof!["[!-~]{0,30}", "start_from=[!-~]{0,10}", "start_from=[0-9]{1,25}"];
     for_many(64, &query, |query| {
         let answer = agent.get(&format!("/jobs/1/log?{query}"));
-        // Some of these characters can't stand in a URL.
+        // Some of these characters are not allowed in a URL.
         let url = !query.contains(['"', '<', '>', '\\', '^', '`', '{', '|', '}']);
         prop_assert!(answer.status == 200 || (answer.status == 400 && !url), "{}", answer.status);
         prop_assert!(answer.status == 400 || log.ends_with(&answer.text()));
@@ -219,7 +219,7 @@ fn any_value_of_the_headers_that_matter() {
     });
 }
 
-/// Whether what came back is answers and then the end, or nothing.
+/// Checks that the received bytes are complete responses, or nothing.
 fn check_answers(received: &[u8], refused_at_most: u16) -> Result<(), TestCaseError> {
     let mut reader = BufReader::new(received);
     while let Ok(answer) = Answer::read_from(&mut reader, "GET") {

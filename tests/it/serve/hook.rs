@@ -1,4 +1,4 @@
-//! The operator's hook before every job.
+//! The operator's pre-job hook.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,7 @@ use test_support::{Finished, World, job};
 
 const TITLE: &str = "Running the pre-job hook configured in the agent";
 
-/// A job with a variable, two commands and an epilogue, run by an agent with this hook.
+/// Runs a job with a variable, two commands and an epilogue on an agent with this hook.
 fn run_with(world: &World, hook: &Path) -> Finished {
     let agent = ServeAgent::start_with(world, |command| {
         command.arg("--pre-job-hook-path").arg(hook);
@@ -21,7 +21,7 @@ fn run_with(world: &World, hook: &Path) -> Finished {
     agent.run_to_end(&request)
 }
 
-/// Output and exit code of the hook; the titles of all steps.
+/// Returns output and exit code of the hook, and the titles of all steps.
 fn hook_of(finished: &Finished) -> (String, i32, Vec<String>) {
     let steps = finished.steps();
     let (_, output, exit_code) = steps.iter().find(|(title, ..)| title == TITLE).unwrap().clone();
@@ -59,7 +59,7 @@ fn a_hook_that_fails_fails_the_job() {
 }
 
 #[test]
-fn a_hook_that_is_not_there_fails_the_job() {
+fn a_missing_hook_fails_the_job() {
     let world = World::new();
     let missing = world.home().join("missing");
     let directory = world.home().join("directory");
@@ -74,7 +74,7 @@ fn a_hook_that_is_not_there_fails_the_job() {
 }
 
 #[test]
-fn a_relative_hook_is_in_the_agents_directory_as_other_files_are() {
+fn a_relative_hook_path_starts_in_the_agents_working_directory() {
     let world = World::new();
     let working = world.home().with_file_name("working");
     fs::create_dir(&working).unwrap();

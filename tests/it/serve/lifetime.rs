@@ -1,4 +1,4 @@
-//! How `agent serve` ends: signals, single jobs, and what it finishes before.
+//! The end of `agent serve`: signals, agents for a single job, and work that is completed before.
 
 use std::fs;
 use std::io::{BufReader, Write as _};
@@ -15,12 +15,12 @@ use tokio::time::Instant;
 use test_support::callbacks::CallbackServer;
 use test_support::http::{Answer, encode_request};
 use test_support::serve::{ServeAgent, good_authorization};
-use test_support::{RUN_UNTIL_GO, RUNNING, World, base64, job, lives_with, wait_until};
+use test_support::{RUN_UNTIL_GO, RUNNING, World, base64, job, processes_with, wait_until};
 
-/// Long enough for a busy machine, and much shorter than all that an end could wait for.
+/// Generous for a busy machine, but much shorter than any time limit at the agent's end.
 const AT_ONCE: Duration = Duration::from_secs(5);
 
-/// Processes that do not go when they are asked to, in and out of the shell's session.
+/// Processes that ignore SIGTERM, inside and outside of the shell's process session.
 const STUBBORN: [&str; 4] = [
     "nohup sleep 1000 >/dev/null 2>&1 &",
     "setsid -f bash -c \"trap '' TERM HUP INT; touch ~/up; while :; do sleep 1000; done\"",
@@ -31,7 +31,7 @@ const STUBBORN: [&str; 4] = [
 const PROFILE: &str = "export FROM_PROFILE=1\n";
 const KEYS: &str = "ssh-ed25519 AAAA own\n";
 
-/// A user who has a login profile and keys.
+/// Returns a world with a login profile and authorized keys.
 fn world() -> World {
     let world = World::new();
     fs::create_dir(world.home().join(".ssh")).unwrap();
@@ -40,14 +40,14 @@ fn world() -> World {
     world
 }
 
-/// A job that people may log in to, all of whose processes have a marker.
+/// Returns a job with SSH access, and the marker of all its processes.
 fn marked(commands: &[&str]) -> (Value, String) {
     let mut job = job("1", commands);
     job["ssh_public_keys"] = json!([base64(b"ssh-ed25519 AAAA of-the-job")]);
     test_support::marked(job)
 }
 
-fn telling(server: &CallbackServer, mut job: Value) -> Value {
+fn with_callbacks(server: &CallbackServer, mut job: Value) -> Value {
     job["callbacks"] = json!({
         "finished": server.url("/finished"),
         "teardown_finished": server.url("/teardown_finished"),
@@ -60,7 +60,8 @@ fn assert_finished(server: &CallbackServer, result: &str) {
     assert_eq!((callback.path.as_str(), callback.body), ("/finished", json!({"result": result})));
 }
 
-/// What two callbacks are answered, the one of this number only when the sender says so.
+/// Starts a server for two callbacks; it holds back the response to callback number `held` until the sender
+/// allows it.
 fn gated(held: usize) -> (mpsc::Sender<()>, CallbackServer) {
     let (open, gate) = mpsc::channel();
     let server = CallbackServer::answering(move |number| {
@@ -77,9 +78,9 @@ fn names_in(directory: &Path) -> Vec<String> {
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
-/// What is not as it was before the first job.
+/// Returns everything that is not as it was before the first job.
 fn left_behind(world: &World, marker: &str) -> Vec<String> {
-    let mut left = lives_with(marker);
+    let mut left = processes_with(marker);
     let expected = [
         (world.state(), &["tls"][..]),
         (world.home(), &[".bash_profile", ".ssh"]),
@@ -97,14 +98,14 @@ fn left_behind(world: &World, marker: &str) -> Vec<String> {
     left
 }
 
-/// An agent with a grace period, in seconds.
+/// Starts an agent with this grace period, in seconds.
 fn start(world: &World, grace: u64) -> ServeAgent {
     ServeAgent::start_with(world, |command| {
         command.arg(format!("--interruption-grace-period={grace}"));
     })
 }
 
-/// Starts a job that says that it is running.
+/// Starts a job and waits until it runs.
 fn run(agent: &ServeAgent, job: &Value) {
     agent.post_job(job).of_status(200);
     agent.wait_for_log("1", RUNNING);
@@ -115,7 +116,7 @@ fn ask_to_end(agent: &ServeAgent, signal: Signal) {
     agent.wait_for_own_log("asked to end");
 }
 
-/// The exit code of an agent that has so long to end.
+/// Waits for the agent's end, for a limited time, and returns its exit code.
 fn exit_code(agent: &mut ServeAgent, within: Duration) -> Option<i32> {
     let began = Instant::now();
     let status = agent.wait_for_exit();
@@ -123,14 +124,14 @@ fn exit_code(agent: &mut ServeAgent, within: Duration) -> Option<i32> {
     status.code()
 }
 
-/// It ends at once, in order, and nothing is left.
+/// Asserts that the agent ends quickly, with exit code 0, and that its job has left nothing behind.
 fn assert_ends_well(agent: &mut ServeAgent, world: &World, marker: &str) {
     assert_eq!(exit_code(agent, AT_ONCE), Some(0));
     TcpListener::bind(agent.address()).unwrap();
     assert_eq!(left_behind(world, marker), [""; 0]);
 }
 
-/// What the archivator gets as soon as the log is whole.
+/// Reads the complete log as the archivator.
 fn archived(agent: &ServeAgent) -> String {
     agent.wait_for_log("1", r#""event":"job_finished""#);
     format!("{:?}", agent.archive("1"))
@@ -146,22 +147,22 @@ fn ask_on(connection: &mut BufReader<SslStream<TcpStream>>, path: &str) -> Answe
     Answer::read_from(connection, "GET").unwrap()
 }
 
-/// An agent whose log somebody began to read, and has not read on.
+/// Starts an agent, and a reader of its job's log that stops reading.
 fn with_slow_reader() -> (ServeAgent, SslStream<TcpStream>) {
     let agent = ServeAgent::start(&World::new());
-    // More than a connection takes that nobody reads.
+    // More than an unread connection can buffer.
     agent.run_to_end(&job("1", &["head -c 40000000 /dev/zero | tr '\\0' x | fold -w 1000"]));
     let mut stream = agent.connect();
     let headers = [("Authorization", good_authorization())];
     stream.write_all(&encode_request("GET", "/jobs/1/log", &headers, b"")).unwrap();
-    // What was written is on its way, and the rest can't be.
+    // The beginning of the log is in the connection's buffers; the rest does not fit.
     let mut first = vec![0; 60_000];
     wait_until(|| stream.get_ref().peek(&mut first).unwrap() == 60_000, || "no answer".into());
     (agent, stream)
 }
 
 #[test]
-fn many_jobs_in_a_lifetime_pile_nothing_up() {
+fn many_jobs_in_a_row_leave_nothing_behind() {
     let world = world();
     let mut agent = ServeAgent::start(&world);
     let of_agent = |what: &str| names_in(format!("/proc/{}/{what}", agent.pid()).as_ref()).len();
@@ -170,13 +171,13 @@ fn many_jobs_in_a_lifetime_pile_nothing_up() {
         request["job_id"] = id.to_string().into();
         assert_eq!(agent.run_to_end(&request).result(), "passed");
         let left = left_behind(&world, &marker);
-        // The last job's directory keeps the log.
+        // The last job's directory still holds its log.
         assert!(left.len() == 1 && left[0].starts_with("job-"), "{left:?}");
     };
     (0..5).for_each(run);
     let before = (of_agent("fd"), of_agent("task"));
     (5..40).for_each(run);
-    // The last connections may be about to close.
+    // The last connections may not be closed yet.
     wait_until(
         || of_agent("fd") <= before.0 + 2 && of_agent("task") <= before.1,
         || format!("{} files and {} threads, not {before:?}", of_agent("fd"), of_agent("task")),
@@ -194,7 +195,7 @@ fn an_agent_for_a_single_job_ends_after_its_teardown() {
     });
     agent.post_job(&json!({ "job_id": "" })).of_status(422);
     let (request, marker) = marked(&["false"]);
-    let request = telling(&server, request);
+    let request = with_callbacks(&server, request);
     assert_eq!(agent.post_job(&request).message(), "ok");
     assert_finished(&server, "failed");
     agent.wait_for_log("1", "job_finished");
@@ -230,7 +231,7 @@ fn assert_ends_in_spite_of<T>(mut connect: impl FnMut(&ServeAgent) -> T) {
     let world = world();
     let mut agent = ServeAgent::start(&world);
     let _open: Vec<_> = (0..5).map(|_| connect(&agent)).collect();
-    // They are taken in the order in which they came.
+    // Jobs are handled in the order in which they came.
     agent.get("/status").of_status(200);
     agent.signal(Signal::SIGTERM);
     assert_ends_well(&mut agent, &world, "no such marker");
@@ -245,36 +246,39 @@ fn begin_a_post(agent: &ServeAgent, missing: usize) -> SslStream<TcpStream> {
 }
 
 #[test]
-fn connections_without_a_handshake_do_not_hold_up_the_end() {
+fn connections_without_a_handshake_do_not_delay_the_end() {
     assert_ends_in_spite_of(|agent| TcpStream::connect(agent.address()).unwrap());
 }
 
 #[test]
-fn headers_that_are_never_finished_do_not_hold_up_the_end() {
+fn unfinished_headers_do_not_delay_the_end() {
     assert_ends_in_spite_of(|agent| begin_a_post(agent, 110));
 }
 
 #[test]
-fn bodies_that_are_never_finished_do_not_hold_up_the_end() {
+fn unfinished_bodies_do_not_delay_the_end() {
     assert_ends_in_spite_of(|agent| begin_a_post(agent, 50));
 }
 
 #[test]
-fn an_agent_that_is_asked_to_end_stops_its_job_and_delivers_its_end() {
+fn an_ending_agent_stops_its_job_and_delivers_the_log_and_callbacks() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let (open, server) = gated(0);
         let world = world();
         let mut agent = ServeAgent::start(&world);
         let (request, marker) = marked(&STUBBORN);
-        run(&agent, &telling(&server, request));
-        assert!(!lives_with(&marker).is_empty());
+        run(&agent, &with_callbacks(&server, request));
+        assert!(!processes_with(&marker).is_empty());
         agent.signal(signal);
         assert_finished(&server, "stopped");
         let refused = agent.post_job(&job("2", &["touch ~/never"]));
         assert!(!refused.of_status(503).message().is_empty());
         assert_eq!(agent.get("/status").of_status(200).json()["state"], "job-received");
-        // The clean-up waits for nobody.
-        wait_until(|| lives_with(&marker).is_empty(), || format!("{:?}", lives_with(&marker)));
+        // The clean-up does not wait for the callback.
+        wait_until(
+            || processes_with(&marker).is_empty(),
+            || format!("{:?}", processes_with(&marker)),
+        );
         open.send(()).unwrap();
         assert!(archived(&agent).contains(r#"result: "stopped""#));
         let callback = server.next();
@@ -285,7 +289,7 @@ fn an_agent_that_is_asked_to_end_stops_its_job_and_delivers_its_end() {
 }
 
 #[test]
-fn a_job_that_is_sent_again_while_the_agent_ends_is_still_the_same_job() {
+fn a_job_that_is_sent_again_while_the_agent_ends_is_recognised() {
     let world = World::new();
     let mut agent = start(&world, 100);
     let request = job("1", &[RUN_UNTIL_GO]);
@@ -295,18 +299,18 @@ fn a_job_that_is_sent_again_while_the_agent_ends_is_still_the_same_job() {
     go(&world);
     archived(&agent);
     assert_eq!(exit_code(&mut agent, AT_ONCE), Some(0));
-    // A refusal would have the platform run it elsewhere, too.
+    // If the agent refused the job, the platform would also run it elsewhere.
     assert_eq!((same.status, same.message()), (200, "job is already running".into()));
 }
 
 #[test]
-fn a_job_in_its_first_moments_is_stopped_and_delivered_too() {
+fn a_job_that_just_started_is_stopped_and_delivered() {
     for delay in [0, 2, 5, 10, 20] {
         let world = world();
         let mut agent = ServeAgent::start(&world);
         let (request, marker) = marked(&["sleep 1000; touch ~/never"]);
         agent.post_job(&request).of_status(200);
-        // Not to win a race: every moment is to be tried, and each must be right.
+        // The delays need not hit a specific moment: all are tried, and each must be handled.
         std::thread::park_timeout(Duration::from_millis(delay));
         agent.signal(Signal::SIGTERM);
         assert!(archived(&agent).contains(r#"result: "stopped""#));
@@ -324,7 +328,7 @@ fn a_job_may_go_on_for_the_grace_period() {
         let mut agent = start(&world, grace);
         let (mut request, marker) = marked(&[RUN_UNTIL_GO, "echo next"]);
         request["epilogue_always_commands"] = json!([{ "directive": "rm ~/go; echo epilogue" }]);
-        run(&agent, &telling(&server, request));
+        run(&agent, &with_callbacks(&server, request));
         let began = Instant::now();
         ask_to_end(&agent, Signal::SIGTERM);
         agent.post_job(&job("2", &["touch ~/never"])).of_status(503);
@@ -346,7 +350,7 @@ fn a_job_may_go_on_for_the_grace_period() {
 }
 
 #[test]
-fn a_second_signal_kills_what_would_not_go() {
+fn a_second_signal_kills_a_stubborn_job() {
     let (int, term) = (Signal::SIGINT, Signal::SIGTERM);
     for (first, second, grace) in [(term, term, 100), (int, term, 100), (term, int, 0)] {
         let world = world();
@@ -355,14 +359,14 @@ fn a_second_signal_kills_what_would_not_go() {
         run(&agent, &request);
         ask_to_end(&agent, first);
         agent.signal(second);
-        // Less than those have who are asked first.
+        // Less than the time that a stubborn job has after the first signal.
         assert_eq!(exit_code(&mut agent, Duration::from_secs(2)), Some(1));
         assert_eq!(left_behind(&world, &marker), [""; 0]);
     }
 }
 
 #[test]
-fn a_second_signal_gives_up_archivators_and_callbacks() {
+fn a_second_signal_abandons_archivators_and_callbacks() {
     let slow = gated(0);
     let failing = CallbackServer::answering(|_| 500);
     let archivator = CallbackServer::start();
@@ -372,7 +376,7 @@ fn a_second_signal_gives_up_archivators_and_callbacks() {
         let world = world();
         let mut agent = ServeAgent::start(&world);
         let (request, marker) = marked(&["echo running; (sleep 1000 &)"]);
-        agent.post_job(&telling(server, request)).of_status(200);
+        agent.post_job(&with_callbacks(server, request)).of_status(200);
         assert_finished(server, "passed");
         if what == "archivator" {
             agent.wait_for_log("1", "job_finished");
@@ -386,15 +390,15 @@ fn a_second_signal_gives_up_archivators_and_callbacks() {
 }
 
 #[test]
-fn a_job_is_gone_soon_after_the_agents_violent_death() {
+fn a_job_ends_soon_after_its_agent_is_killed() {
     let world = world();
     let mut agent = ServeAgent::start(&world);
     let (request, marker) = marked(&STUBBORN);
     run(&agent, &request);
-    assert!(!lives_with(&marker).is_empty());
+    assert!(!processes_with(&marker).is_empty());
     nix::sys::signal::kill(agent.pid(), Signal::SIGKILL).unwrap();
     wait_until(|| TcpListener::bind(agent.address()).is_ok(), || "the port is in use".into());
-    // Nobody is left to tell when the clean-up is done, so it is watched.
+    // The agent can't report the end of the clean-up, so the test watches the processes.
     let left = || left_behind(&world, &marker);
     wait_until(|| left().is_empty(), || format!("{:?}", left()));
     agent = ServeAgent::start(&world);
@@ -412,14 +416,14 @@ fn a_slow_reader_gets_everything_before_the_end() {
 }
 
 #[test]
-fn a_reader_that_takes_nothing_does_not_hold_up_the_end_for_ever() {
+fn a_stuck_reader_does_not_block_the_end_for_ever() {
     let (mut agent, _reader) = with_slow_reader();
     agent.signal(Signal::SIGTERM);
     assert_eq!(exit_code(&mut agent, Duration::from_secs(45)), Some(0));
 }
 
 #[test]
-fn a_second_signal_gives_up_readers() {
+fn a_second_signal_abandons_readers() {
     let (mut agent, _reader) = with_slow_reader();
     ask_to_end(&agent, Signal::SIGTERM);
     wait_until(|| TcpStream::connect(agent.address()).is_err(), || "it still listens".into());
@@ -428,7 +432,7 @@ fn a_second_signal_gives_up_readers() {
 }
 
 #[test]
-fn a_hangup_ends_neither_the_agent_nor_a_connection_nor_a_job() {
+fn sighup_ends_neither_the_agent_nor_a_connection_nor_a_job() {
     let world = World::new();
     let agent = ServeAgent::start(&world);
     let mut connection = BufReader::new(agent.connect());

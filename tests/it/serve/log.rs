@@ -1,4 +1,4 @@
-//! The log of a job, over the API.
+//! The log of a job, read over the API.
 
 use std::io::{BufReader, Read as _, Write as _};
 
@@ -8,15 +8,15 @@ use test_support::http::{Answer, encode_request};
 use test_support::serve::{ServeAgent, events, good_authorization};
 use test_support::{RUN_FOR_EVER, RUNNING, World, job};
 
-/// Lines enough for many reads.
+/// Number of lines that takes many reads.
 const LINES: &str = "for i in {1..50}; do echo line $i; sleep 0.002; done";
 
-/// Prints `bytes` of text in lines.
+/// Returns a command that prints `bytes` of text in lines.
 fn flood(bytes: usize) -> String {
     format!("head -c {bytes} /dev/zero | tr '\\0' x | fold -w 1000")
 }
 
-/// An agent whose job is over and whose log can still be read; and the log.
+/// Runs a job to its end. Returns the agent and the log, which can still be read.
 fn with_log(commands: &[&str]) -> (ServeAgent, Vec<u8>) {
     let agent = ServeAgent::start(&World::new());
     agent.run_to_end(&job("1", commands));
@@ -31,7 +31,7 @@ fn get_with(agent: &ServeAgent, path: &str, header: (&str, &str)) -> Answer {
     answer
 }
 
-fn unpacked(answer: &Answer) -> Vec<u8> {
+fn decompressed(answer: &Answer) -> Vec<u8> {
     assert_eq!(answer.header("content-encoding"), Some("gzip"));
     let mut bytes = Vec::new();
     flate2::read::GzDecoder::new(&answer.body[..]).read_to_end(&mut bytes).unwrap();
@@ -44,7 +44,7 @@ fn assert_same(found: &[u8], expected: &[u8]) {
 }
 
 #[test]
-fn a_log_is_text_of_one_event_a_line() {
+fn a_log_has_one_event_per_line() {
     let (agent, log) = with_log(&["echo hi"]);
     let answer = agent.get("/jobs/1/log");
     let kind = answer.header("content-type").unwrap();
@@ -73,7 +73,7 @@ fn a_log_is_text_of_one_event_a_line() {
 }
 
 #[test]
-fn a_reader_starts_where_it_wants_to() {
+fn a_reader_can_start_at_any_line() {
     let (agent, log) = with_log(&["true", LINES]);
     let lines: Vec<_> = log.split_inclusive(|byte| *byte == b'\n').collect();
     for from in 0..=lines.len() {
@@ -83,7 +83,7 @@ fn a_reader_starts_where_it_wants_to() {
 }
 
 #[test]
-fn beyond_the_end_there_is_nothing() {
+fn beyond_the_end_a_log_is_empty() {
     let (agent, log) = with_log(&["true"]);
     let lines = line_count(&log);
     let beyond = [lines as u64 + 1, 1_000_000, u64::from(u32::MAX) + 1, u64::MAX];
@@ -121,7 +121,7 @@ fn a_start_that_is_not_a_number_is_the_beginning() {
 }
 
 #[test]
-fn a_log_that_grows_is_read_to_its_present_end_and_never_changes() {
+fn a_growing_log_is_read_to_its_current_end_and_never_changes() {
     let agent = ServeAgent::start(&World::new());
     agent.post_job(&job("1", &["true", LINES, "echo last"])).of_status(200);
     let mut log = Vec::new();
@@ -137,7 +137,7 @@ fn a_log_that_grows_is_read_to_its_present_end_and_never_changes() {
 }
 
 #[test]
-fn a_running_job_is_not_waited_for() {
+fn a_read_does_not_wait_for_the_running_job() {
     let agent = ServeAgent::start(&World::new());
     agent.post_job(&job("1", &[RUN_FOR_EVER])).of_status(200);
     agent.wait_for_log("1", RUNNING);
@@ -145,14 +145,14 @@ fn a_running_job_is_not_waited_for() {
 }
 
 #[test]
-fn a_log_is_packed_for_those_who_accept_it() {
+fn a_log_is_compressed_if_the_client_accepts_it() {
     for size in [10, 5_000_000] {
         let (agent, log) = with_log(&[&flood(size)]);
         for accepted in ["gzip", "gzip, deflate, br", "br;q=1.0, gzip;q=0.8, *;q=0.1"] {
             let answer = get_with(&agent, "/jobs/1/log", ("Accept-Encoding", accepted));
-            // What is small need not be.
+            // A small log may be sent uncompressed.
             if size > 1000 || answer.header("content-encoding").is_some() {
-                assert_same(&unpacked(&answer), &log);
+                assert_same(&decompressed(&answer), &log);
                 assert!(answer.body.len() < log.len());
             } else {
                 assert_same(&answer.body, &log);
@@ -168,11 +168,11 @@ fn a_log_is_packed_for_those_who_accept_it() {
 }
 
 #[test]
-fn a_packed_part_of_a_log_is_that_part() {
+fn a_part_of_a_log_can_be_compressed() {
     let (agent, log) = with_log(&["true", &flood(100_000)]);
     let lines: Vec<_> = log.split_inclusive(|byte| *byte == b'\n').collect();
     let answer = get_with(&agent, "/jobs/1/log?start_from=3", ("Accept-Encoding", "gzip"));
-    assert_same(&unpacked(&answer), &lines[3..].concat());
+    assert_same(&decompressed(&answer), &lines[3..].concat());
 }
 
 #[test]
@@ -217,7 +217,7 @@ fn requests_that_come_all_at_once_are_answered_in_order() {
 }
 
 #[test]
-fn a_slow_reader_gets_everything_and_holds_up_nobody() {
+fn a_slow_reader_gets_everything_and_blocks_nobody() {
     let agent = ServeAgent::start(&World::new());
     agent.post_job(&job("1", &[&flood(20_000_000), RUN_FOR_EVER])).of_status(200);
     agent.wait_for_log("1", RUNNING);
@@ -234,14 +234,14 @@ fn a_slow_reader_gets_everything_and_holds_up_nobody() {
     let log = agent.get("/jobs/1/log").body;
     agent.post("/stop", b"").of_status(200);
     agent.finish("1");
-    // The job is over and torn down by now, and the slow reader's part of the log is still its own.
+    // By now, the job is torn down; the slow reader still gets the rest of its log.
     let mut reader = BufReader::new(std::io::Cursor::new(received).chain(slow));
     let answer = Answer::read_from(&mut reader, "GET").unwrap();
     assert_same(&answer.of_status(200).body, &log);
 }
 
 #[test]
-fn a_reader_of_a_log_that_is_replaced_gets_it_whole() {
+fn a_reader_of_a_replaced_log_gets_all_of_it() {
     let agent = ServeAgent::start(&World::new());
     agent.run_to_end(&job("1", &[&flood(20_000_000)]));
     let log = agent.get("/jobs/1/log").body;
@@ -256,7 +256,7 @@ fn a_reader_of_a_log_that_is_replaced_gets_it_whole() {
 }
 
 #[test]
-fn many_readers_get_the_same() {
+fn many_readers_get_the_same_log() {
     let (agent, log) = with_log(&[&flood(2_000_000)]);
     std::thread::scope(|scope| {
         for _ in 0..20 {

@@ -1,4 +1,4 @@
-//! People log in to where a job runs: a real client, a real server, and nothing left afterwards.
+//! SSH access to jobs, with a real client and a real server; all of it is removed afterwards.
 
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -12,18 +12,18 @@ use serde_json::{Value, json};
 use test_support::serve::ServeAgent;
 use test_support::ssh::{SshServer, client, key};
 use test_support::{
-    RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, World, base64, feed, job, lives_with, wait_for_end,
+    RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, World, base64, feed, job, processes_with, wait_for_end,
     wait_until,
 };
 
 const WARNING: &str = "not everything for SSH access to this job is there";
 
-/// What ssh itself answers when it is not let in.
+/// The exit code of ssh when it can't log in.
 const REFUSED: Option<i32> = Some(255);
 
-/// A machine with an agent and an SSH server, and somebody who has a key.
+/// A machine with an agent and an SSH server, and a key for it.
 pub struct Machine {
-    // Fields go in this order: the programs before their files.
+    // Fields are dropped in this order: the programs must end before their files are deleted.
     pub agent: ServeAgent,
     server: SshServer,
     pub world: World,
@@ -35,7 +35,7 @@ impl Machine {
         Self::start_with(|_, _| {})
     }
 
-    /// `adapt` adds to the agent's arguments and variables.
+    /// Starts a machine after `adapt` has changed the agent's command.
     pub fn start_with(adapt: impl FnOnce(&World, &mut Command)) -> Self {
         let world = World::new();
         let directory = world.home().with_file_name("ssh");
@@ -59,7 +59,7 @@ impl Machine {
         fs::read(self.key.with_extension("pub")).unwrap()
     }
 
-    /// With a variable that is not for everybody, and the key.
+    /// Returns a job with a secret variable and the key.
     pub fn job(&self, commands: &[&str]) -> Value {
         let mut job = job("1", commands);
         job["env_vars"] = json!([{ "name": "GREETING", "value": base64(b"hello  world") }]);
@@ -98,14 +98,14 @@ impl Machine {
     }
 }
 
-/// Whether no job can be reached through the script, which the agent keeps at its place.
-pub fn leads_nowhere(world: &World) -> bool {
+/// Returns whether the script is the agent's placeholder, which enters no job.
+pub fn is_placeholder(world: &World) -> bool {
     fs::read_to_string(script(world))
         .unwrap()
         .ends_with("echo 'No job runs here now.' >&2\nexit 1\n")
 }
 
-/// Where [`ServeAgent`] has its agent put the script.
+/// Returns the path of the script that [`ServeAgent`] configures.
 pub fn script(world: &World) -> PathBuf {
     world.home().with_file_name("ssh_jump_point")
 }
@@ -120,7 +120,7 @@ pub fn text(output: &Output) -> (String, Option<i32>) {
 
 #[test]
 #[cfg_attr(not(has_ssh), ignore = "needs sshd, ssh, ssh-keygen and git")]
-fn a_command_gets_its_arguments_and_its_exit_code_goes_back() {
+fn a_command_gets_its_arguments_and_returns_its_exit_code() {
     let machine = Machine::start();
     machine.start_job(&machine.job(&[RUN_UNTIL_GO]));
     let script = script(&machine.world);
@@ -163,7 +163,7 @@ fn a_login_on_a_terminal_sees_the_job_and_the_users_own_profile() {
 
 #[test]
 #[cfg_attr(not(has_ssh), ignore = "needs sshd, ssh, ssh-keygen and git")]
-fn access_ends_with_the_teardown_and_open_sessions_too() {
+fn the_teardown_ends_access_and_open_sessions() {
     let machine = Machine::start();
     machine.start_job(&machine.job(&[RUN_UNTIL_GO]));
     let marker = format!("MARKER={}", machine.world.home().display());
@@ -173,17 +173,17 @@ fn access_ends_with_the_teardown_and_open_sessions_too() {
     for (number, command) in [through_script, format!("bash -lc '{inner}'")].iter().enumerate() {
         let mut ssh = client(machine.server.port(), &machine.key);
         sessions.push(ssh.args(["127.0.0.1", command]).spawn().unwrap());
-        wait_until(|| lives_with(&marker).len() > number, || format!("{command} does not run"));
+        wait_until(|| processes_with(&marker).len() > number, || format!("{command} does not run"));
     }
     machine.end_job();
-    assert_eq!(lives_with(&marker), [""; 0]);
+    assert_eq!(processes_with(&marker), [""; 0]);
     for session in sessions {
         let session = wait_for_end(session);
         assert_ne!(session.status.code(), Some(0), "{session:?}");
     }
     let refused = machine.ssh("true");
     assert_eq!(refused.status.code(), REFUSED, "{refused:?}");
-    // The next job of somebody else does not open it again.
+    // The next job has no keys, so it does not open access again.
     let mut next = job("2", &["ls -A ~/.ssh"]);
     next["ssh_public_keys"] = json!([]);
     assert_eq!(machine.agent.run_to_end(&next).result(), "passed");
@@ -192,7 +192,7 @@ fn access_ends_with_the_teardown_and_open_sessions_too() {
 
 #[test]
 #[cfg_attr(not(has_ssh), ignore = "needs sshd, ssh, ssh-keygen and git")]
-fn each_of_several_keys_opens_whatever_its_line_ends_with() {
+fn each_of_several_keys_works_whatever_its_line_end() {
     let machine = Machine::start();
     let directory = machine.world.home().with_file_name("ssh");
     let names = ["first", "second", "third", "fourth"];
@@ -218,7 +218,7 @@ fn each_of_several_keys_opens_whatever_its_line_ends_with() {
 
 #[test]
 #[cfg_attr(not(has_ssh), ignore = "needs sshd, ssh, ssh-keygen and git")]
-fn who_had_access_before_keeps_it_and_is_not_thrown_out() {
+fn earlier_access_and_its_sessions_are_not_affected() {
     let machine = Machine::start();
     let world = &machine.world;
     let owner = key(&world.home().with_file_name("ssh"), "owner", &["-t", "ed25519"]);
@@ -239,7 +239,7 @@ fn who_had_access_before_keeps_it_and_is_not_thrown_out() {
     assert_eq!(fs::read(authorized_keys).unwrap(), owners);
 }
 
-/// The files that a job with keys adds to, with mode and content; any of them may go away meanwhile.
+/// Returns the files to which a job with keys adds lines, with mode and content. Files may vanish meanwhile.
 fn files(home: &Path) -> Vec<(&'static str, u32, String)> {
     let paths = [".ssh/authorized_keys", ".bash_profile", ".profile", "../ssh_jump_point"];
     let found = paths.iter().filter_map(|path| {
@@ -253,7 +253,7 @@ fn files(home: &Path) -> Vec<(&'static str, u32, String)> {
 }
 
 #[test]
-fn every_file_is_as_it_was_before_byte_for_byte() {
+fn every_file_is_restored_byte_for_byte() {
     let starts: [&[(&str, u32, &str)]; 4] = [
         &[],
         &[(".ssh/authorized_keys", 0o600, ""), (".bash_profile", 0o600, "")],
@@ -302,12 +302,12 @@ fn a_job_without_keys_has_the_script_and_leaves_the_keys_alone() {
     assert!(!world.home().join(".ssh").exists());
     fs::write(world.home().join("go"), "").unwrap();
     agent.finish("1");
-    assert!(leads_nowhere(&world));
+    assert!(is_placeholder(&world));
     assert!(!world.home().join(".ssh").exists());
 }
 
 #[test]
-fn a_longer_script_of_somebody_else_is_replaced_as_a_whole() {
+fn a_longer_existing_script_is_replaced_completely() {
     let world = World::new();
     let old = format!("#!/bin/bash\n{}", "echo old\n".repeat(1000));
     fs::write(script(&world), &old).unwrap();
@@ -321,7 +321,7 @@ fn a_longer_script_of_somebody_else_is_replaced_as_a_whole() {
     assert_eq!(mode(&script(&world)), 0o600);
     fs::write(world.home().join("go"), "").unwrap();
     agent.finish("1");
-    assert!(leads_nowhere(&world));
+    assert!(is_placeholder(&world));
 }
 
 #[test]
@@ -347,7 +347,7 @@ fn planted_links_are_not_followed_and_the_job_runs() {
         assert_eq!(fs::read_to_string(&victim).unwrap(), "mine\n", "{planted:?}");
         assert_eq!(fs::read_dir(&directory).unwrap().count(), 0);
         assert_eq!(mode(&directory), 0o755);
-        assert!(leads_nowhere(&world));
+        assert!(is_placeholder(&world));
         for path in planted {
             assert!(home.join(path).is_symlink(), "{path} stays as it was");
         }
@@ -355,7 +355,7 @@ fn planted_links_are_not_followed_and_the_job_runs() {
 }
 
 #[test]
-fn an_agent_that_is_killed_leaves_no_way_in() {
+fn ssh_access_ends_when_the_agent_is_killed() {
     let world = World::new();
     let home = world.home();
     fs::create_dir(home.join(".ssh")).unwrap();

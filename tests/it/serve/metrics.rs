@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use test_support::callbacks::CallbackServer;
 use test_support::serve::{SECRET, ServeAgent};
 use test_support::{
-    RUN_FOR_EVER, RUNNING, World, base64, docker, job, lives_with, wait_for_file, wait_until,
+    RUN_FOR_EVER, RUNNING, World, base64, docker, job, processes_with, wait_for_file, wait_until,
 };
 
 fn metrics_to(host: &str, port: u16) -> impl FnOnce(&mut Command) {
@@ -36,7 +36,7 @@ fn datagram(socket: &UdpSocket) -> String {
     String::from_utf8(bytes[..length].to_vec()).unwrap()
 }
 
-/// The milliseconds of a datagram that is otherwise as expected.
+/// Checks a datagram and returns its duration in milliseconds.
 fn duration(datagram: &str, name: &str, tag: &str) -> u64 {
     let ms = datagram.strip_prefix(&format!("{name}:"));
     let ms = ms.and_then(|rest| rest.strip_suffix(&format!("|ms|#{tag}")));
@@ -69,7 +69,7 @@ fn a_jobs_duration_is_measured() {
 fn every_image_is_measured() {
     let (socket, port) = server();
     let agent = ServeAgent::start_with(&World::new(), metrics_to("127.0.0.1", port));
-    // Nobody listens there, and an upper-case name is refused before anybody is asked.
+    // One pull fails because nobody listens, the other because its upper-case name is invalid.
     let images =
         [("passed", "agent-test/bash", "success"), ("failed", "127.0.0.1:1/No", "failure")];
     for (result, image, rate) in images {
@@ -98,7 +98,7 @@ fn metrics_have_the_namespace_of_the_operator() {
 }
 
 #[test]
-fn a_metrics_server_that_is_gone_costs_nothing() {
+fn a_missing_metrics_server_does_no_harm() {
     let (_, port) = server();
     let long = "x".repeat(300);
     let hosts = ["127.0.0.1", "no such host", "", "..", "300.1.1.1", "nothing.invalid", &long];
@@ -117,7 +117,7 @@ fn a_metrics_server_that_is_gone_costs_nothing() {
 }
 
 #[test]
-fn half_an_address_is_a_warning() {
+fn an_incomplete_address_is_a_warning() {
     let (socket, port) = server();
     for (flag, value) in [("--statsd-host", "127.0.0.1"), ("--statsd-port", &port.to_string())] {
         let agent = ServeAgent::start_with(&World::new(), |command| {
@@ -130,13 +130,13 @@ fn half_an_address_is_a_warning() {
     assert!(socket.recv(&mut [0; 100]).is_err());
 }
 
-/// A program `artifact` for the agent, and what it was given.
+/// A fake `artifact` program, which records its arguments and environment.
 struct StandIn {
     directory: PathBuf,
 }
 
 impl StandIn {
-    /// `rest` is what it does after it noted everything.
+    /// Makes the program; `rest` is run after the recording.
     fn new(world: &World, rest: &str) -> Self {
         let directory = world.home().with_file_name("stand-in");
         fs::create_dir(&directory).unwrap();
@@ -151,7 +151,7 @@ impl StandIn {
         Self { directory }
     }
 
-    /// Lets the agent find it.
+    /// Puts the program on the agent's PATH.
     fn found(&self) -> impl FnOnce(&mut Command) {
         let path = format!("{}:{}", self.directory.display(), std::env::var("PATH").unwrap());
         move |command| {
@@ -182,7 +182,7 @@ fn uploading(mut job: Value, condition: &str) -> Value {
 }
 
 #[test]
-fn a_log_becomes_an_artifact_if_the_job_says_so() {
+fn a_log_becomes_an_artifact_if_the_job_requests_it() {
     let world = World::new();
     let stand_in = StandIn::new(&world, "");
     let agent = ServeAgent::start_with(&world, stand_in.found());
@@ -237,7 +237,7 @@ fn an_upload_comes_between_the_archivator_and_the_teardown() {
 }
 
 #[test]
-fn a_log_that_the_platform_cuts_becomes_an_artifact() {
+fn a_log_that_the_platform_truncates_becomes_an_artifact() {
     let world = World::new();
     let stand_in = StandIn::new(&world, "");
     let agent = ServeAgent::start_with(&world, stand_in.found());
@@ -252,7 +252,7 @@ fn a_log_that_the_platform_cuts_becomes_an_artifact() {
 }
 
 #[test]
-fn a_long_log_is_packed() {
+fn a_long_log_is_compressed() {
     let world = World::new();
     let stand_in = StandIn::new(&world, "");
     let found = stand_in.found();
@@ -269,7 +269,7 @@ fn a_long_log_is_packed() {
 }
 
 #[test]
-fn an_upload_that_fails_changes_nothing_else() {
+fn a_failed_upload_has_no_other_effect() {
     for (rest, condition, why) in [
         ("exit 3", "always", "exit status: 3"),
         ("kill -9 $$", "always", "signal: 9"),
@@ -286,13 +286,13 @@ fn an_upload_that_fails_changes_nothing_else() {
 }
 
 #[test]
-fn a_machine_without_the_program_says_so() {
+fn a_missing_upload_program_is_logged() {
     let agent = ServeAgent::start(&World::new());
     assert_eq!(agent.run_to_end(&uploading(job("1", &["true"]), "always")).result(), "passed");
     agent.wait_for_own_log("no `artifact` program");
 }
 
-/// A second signal while the program hangs.
+/// Sends a second signal while the program hangs.
 fn end_while_it_hangs(rest: &str) {
     let world = World::new();
     let stand_in = StandIn::new(&world, rest);
@@ -306,7 +306,7 @@ fn end_while_it_hangs(rest: &str) {
     agent.wait_for_own_log("asked to end");
     agent.signal(Signal::SIGTERM);
     assert_eq!(agent.wait_for_exit().code(), Some(1));
-    let left = || lives_with(&marker);
+    let left = || processes_with(&marker);
     wait_until(|| left().is_empty(), || format!("these live on: {:?}", left()));
 }
 
@@ -316,6 +316,6 @@ fn an_upload_that_hangs_ends_with_the_agent() {
 }
 
 #[test]
-fn what_an_upload_started_ends_with_the_agent() {
+fn processes_of_an_upload_end_with_the_agent() {
     end_while_it_hangs("sleep 60; true");
 }

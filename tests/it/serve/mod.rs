@@ -1,4 +1,4 @@
-//! `agent serve`: jobs that come over HTTPS.
+//! `agent serve`: jobs from a platform over HTTPS.
 
 mod abuse;
 mod api;

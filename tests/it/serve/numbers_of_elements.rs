@@ -1,4 +1,4 @@
-//! Lists of a job without end: little text must not stand for much memory.
+//! Jobs with very long lists: a small request must not take much memory.
 
 use std::fs;
 use std::process::Stdio;
@@ -7,13 +7,13 @@ use std::time::SystemTime;
 use test_support::serve::ServeAgent;
 use test_support::{World, job, wait_for_end};
 
-/// How often the least element is in a list: 4 MB of text at most.
+/// How often the smallest element is repeated: at most 4 MB of text.
 const MANY: usize = 1_000_000;
 
-/// What may be held of a body of that size, in KiB: the text, and as much again a few times.
+/// Memory limit for a body of that size, in KiB: a few times its size.
 const MOST: u64 = 100 * 1024;
 
-/// The lists of a job: what is before the elements, one of them, and what is after.
+/// The lists of a job: the text before the elements, one element, and the text after.
 const LISTS: [(&str, &str, &str); 8] = [
     (r#""compose":{"containers":["#, "{}", "]}"),
     (r#""compose":{"containers":[{"env_vars":["#, "{}", "]}]}"),
@@ -33,7 +33,7 @@ fn request(list: (&str, &str, &str)) -> String {
     )
 }
 
-/// A figure of the agent's memory, in KiB.
+/// Returns a figure of the agent's memory, in KiB.
 fn memory(agent: &ServeAgent, name: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{}/status", agent.pid())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
@@ -71,18 +71,18 @@ fn a_file_with_a_list_of_very_many_elements_is_refused() {
         let mut agent = world.agent();
         agent.arg("run").arg(path).stdout(Stdio::piped()).stderr(Stdio::piped());
         let output = wait_for_end(agent.spawn().unwrap());
-        let told = String::from_utf8_lossy(&output.stderr);
-        let told: String = told.chars().take(300).collect();
+        let message = String::from_utf8_lossy(&output.stderr);
+        let message: String = message.chars().take(300).collect();
         let name = list.0.rsplit('"').nth(1).unwrap();
-        if output.status.success() || !told.contains(name) {
-            taken.push(format!("{name}: {:?}, {told}", output.status));
+        if output.status.success() || !message.contains(name) {
+            taken.push(format!("{name}: {:?}, {message}", output.status));
         }
     }
     assert!(taken.is_empty(), "{taken:#?}");
 }
 
 #[test]
-fn as_many_elements_as_control_planes_send_are_taken() {
+fn as_many_elements_as_control_planes_send_are_accepted() {
     let world = World::new();
     let agent = ServeAgent::start(&world);
     let mut request = job("1", &["echo $V299 ${#V0}"; 50]);

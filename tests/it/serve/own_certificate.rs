@@ -1,5 +1,5 @@
-//! What `agent serve` shows and what it keeps secret: the certificate that the agent makes is good for this
-//! one server, and files with secrets are looked at before they are relied upon.
+//! The certificate that `agent serve` makes is only valid for this one server, and files with secrets are
+//! checked before they are used.
 
 use std::fs::{self, Permissions};
 use std::net::TcpStream;
@@ -18,12 +18,12 @@ use openssl::x509::extension::{BasicConstraints, ExtendedKeyUsage, SubjectAltern
 use openssl::x509::{X509, X509Name};
 
 use test_support::serve::{SECRET, ServeAgent, refusal};
-use test_support::surroundings::{OPERATOR, STRANGER, as_user, has_other_users};
+use test_support::surroundings::{OPERATOR, STRANGER, as_user, can_switch_user};
 use test_support::{World, wait_until};
 
 const SECRET_VARIABLE: &str = "SEMAPHORE_AGENT_AUTH_TOKEN_SECRET";
 
-/// The pair that the agent makes.
+/// Returns the paths of the certificate and key that the agent makes.
 fn own(world: &World) -> [PathBuf; 2] {
     ["server.crt", "server.key"].map(|name| world.state().join("tls").join(name))
 }
@@ -36,7 +36,7 @@ fn host() -> String {
     gethostname().unwrap().into_string().unwrap()
 }
 
-/// A certificate and its key, in PEM, as the agent would make it but for these.
+/// Returns a certificate and its key in PEM, like those of the agent except for these properties.
 fn pair(is_authority: bool, days: u32) -> [Vec<u8>; 2] {
     let group = EcGroup::from_curve_name(Nid::X9_62_PRIME256V1).unwrap();
     let key = PKey::from_ec_key(EcKey::generate(&group).unwrap()).unwrap();
@@ -65,7 +65,7 @@ fn pair(is_authority: bool, days: u32) -> [Vec<u8>; 2] {
     [cert.build().to_pem().unwrap(), key.private_key_to_pem_pkcs8().unwrap()]
 }
 
-/// The agent warns of this, or does not.
+/// Asserts that the agent's own log contains this warning, or that it does not.
 fn assert_warned(agent: &ServeAgent, of: &str, warned: bool, case: &str) {
     let is_there = || {
         let log = agent.own_log();
@@ -84,7 +84,7 @@ fn set_mode(path: &Path, mode: u32) {
 }
 
 #[test]
-fn an_own_certificate_is_for_this_server_and_no_authority() {
+fn the_agents_certificate_is_for_this_server_and_not_an_authority() {
     let world = World::new();
     let agent = ServeAgent::start(&world);
     let [file, _] = own(&world);
@@ -117,7 +117,7 @@ fn an_own_certificate_is_for_this_server_and_no_authority() {
 
 #[test]
 #[cfg_attr(not(has_curl), ignore = "needs curl and perl")]
-fn curl_trusts_an_agent_that_it_is_told_to_trust() {
+fn curl_trusts_the_agents_certificate_as_its_ca_file() {
     let world = World::new();
     let agent = ServeAgent::start(&world);
     let url = format!("https://localhost:{}/is_alive", agent.address().port());
@@ -129,7 +129,7 @@ fn curl_trusts_an_agent_that_it_is_told_to_trust() {
 }
 
 #[test]
-fn an_own_certificate_that_is_no_good_any_more_is_made_anew() {
+fn an_invalid_certificate_of_the_agent_is_replaced() {
     for (is_authority, days, stays) in
         [(false, 300, true), (true, 300, false), (true, 3650, false), (false, 29, false)]
     {
@@ -150,7 +150,7 @@ fn an_own_certificate_that_is_no_good_any_more_is_made_anew() {
 }
 
 #[test]
-fn a_key_that_others_can_read_is_a_warning_and_one_of_somebody_else_is_refused() {
+fn a_key_that_others_can_read_is_a_warning_and_a_foreign_key_is_refused() {
     let world = World::new();
     let [cert, key] = pair(false, 300);
     let [cert, key] = [world.file("my.crt", &cert), world.file("my.key", &key)];
@@ -161,7 +161,7 @@ fn a_key_that_others_can_read_is_a_warning_and_one_of_somebody_else_is_refused()
         });
         assert_warned(&agent, key.to_str().unwrap(), warned, &format!("{mode:o}"));
     }
-    if !has_other_users() {
+    if !can_switch_user() {
         return;
     }
     let working = world.home().with_file_name("working");
@@ -192,7 +192,7 @@ fn a_short_secret_is_a_warning() {
     }
 }
 
-/// Names this file as that of the secret.
+/// Sets the path of the file with the secret.
 fn with_secret(path: &Path) -> impl FnOnce(&mut Command) {
     move |command| {
         command.env_remove(SECRET_VARIABLE).arg("--auth-token-secret-file").arg(path);
@@ -200,7 +200,7 @@ fn with_secret(path: &Path) -> impl FnOnce(&mut Command) {
 }
 
 #[test]
-fn a_secret_that_others_can_read_is_a_warning_and_one_that_they_can_change_is_refused() {
+fn a_secret_that_others_can_read_is_a_warning_and_a_writable_one_is_refused() {
     let world = World::new();
     let file = world.file("secret", format!("{SECRET}\n"));
     let name = file.to_str().unwrap();
@@ -215,14 +215,17 @@ fn a_secret_that_others_can_read_is_a_warning_and_one_that_they_can_change_is_re
         let message = refusal(&world, with_secret(&file));
         assert!(message.contains(name) && !message.contains(SECRET), "{mode:o}: {message}");
     }
-    if !has_other_users() {
+    if !can_switch_user() {
         return;
     }
     set_mode(&file, 0o600);
     lchown(&file, Some(STRANGER), Some(STRANGER)).unwrap();
     let message = refusal(&world, with_secret(&file));
-    assert!(message.contains(name) && !message.contains(SECRET), "of somebody else: {message}");
-    // Of root, for an agent of a user: that is how machines are set up.
+    assert!(
+        message.contains(name) && !message.contains(SECRET),
+        "a file of another user: {message}"
+    );
+    // Root owns the file, and the agent runs as another user, which is a common setup.
     let agent = ServeAgent::start_with(&world, |command| {
         with_secret(&file)(command);
         as_user(&world, OPERATOR, command);

@@ -27,14 +27,14 @@ fn logging_to(path: &Path) -> impl FnOnce(&mut Command) {
     }
 }
 
-/// For levels that hide where the agent listens.
+/// Starts an agent on a known port, for log levels that hide the address.
 fn start_on_known_port(mut agent: Command) -> (Child, SocketAddr) {
     let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     agent.env("SEMAPHORE_AGENT_PORT", free.port().to_string());
     (agent.stdout(Stdio::piped()).spawn().unwrap(), free)
 }
 
-/// Somebody answers, if only to say that this is not TLS.
+/// Returns whether the agent responds to plain HTTP, if only with an error.
 fn is_served(address: SocketAddr) -> bool {
     let answer = TcpStream::connect(address).and_then(|mut connection| {
         connection.write_all(b"GET ")?;
@@ -43,13 +43,13 @@ fn is_served(address: SocketAddr) -> bool {
     answer.is_ok_and(|bytes| bytes == 1)
 }
 
-/// Asks it to end; what it wrote.
+/// Ends the agent and returns its standard output.
 fn end(child: Child) -> String {
     kill(Pid::from_raw(child.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
     String::from_utf8(wait_for_end(child).stdout).unwrap()
 }
 
-/// Level and the rest of each line after its time.
+/// Returns level and text of each line, without its time.
 fn entries(log: &str) -> Vec<(&str, &str)> {
     log.lines()
         .map(|line| {
@@ -62,7 +62,7 @@ fn entries(log: &str) -> Vec<(&str, &str)> {
 }
 
 #[test]
-fn requests_are_noted_on_standard_output_and_in_the_file() {
+fn requests_are_logged_on_standard_output_and_in_the_file() {
     let world = World::new();
     let agent = ServeAgent::start(&world);
     agent.get("/status").of_status(200);
@@ -79,10 +79,10 @@ fn requests_are_noted_on_standard_output_and_in_the_file() {
         agent.wait_for_own_log(text);
     }
     let file = fs::read_to_string(log_file(&world)).unwrap();
-    let noted: Vec<_> =
+    let logged: Vec<_> =
         entries(&file).into_iter().filter(|(_, t)| t.starts_with("request")).collect();
-    assert_eq!(noted.len(), expected.len(), "{file}");
-    for ((level, line), text) in noted.iter().zip(expected) {
+    assert_eq!(logged.len(), expected.len(), "{file}");
+    for ((level, line), text) in logged.iter().zip(expected) {
         assert!(*level == "INFO" && line.starts_with(text), "{file}");
         assert!(line.contains("127.0.0.1:"), "{file}");
     }
@@ -103,7 +103,7 @@ fn the_log_is_served() {
 }
 
 #[test]
-fn the_level_is_what_the_operator_wants() {
+fn the_configured_level_applies() {
     for (level, debug, info) in
         [("debug", true, true), ("", false, true), ("WARN", false, false), ("off", false, false)]
     {
@@ -111,7 +111,7 @@ fn the_level_is_what_the_operator_wants() {
         let mut agent = command(&world);
         agent.env("SEMAPHORE_AGENT_LOG_LEVEL", level);
         let (child, address) = start_on_known_port(agent);
-        wait_until(|| is_served(address), || format!("{level}: it does not listen"));
+        wait_until(|| is_served(address), || format!("{level}: the agent does not listen"));
         wait_until(
             || !debug || fs::read_to_string(log_file(&world)).unwrap().contains(" DEBUG "),
             || format!("{level}: no line for debugging"),
@@ -123,7 +123,7 @@ fn the_level_is_what_the_operator_wants() {
 }
 
 #[test]
-fn a_setting_that_makes_no_sense_is_fatal() {
+fn an_invalid_setting_is_fatal() {
     let world = World::new();
     let cases = [
         ("SEMAPHORE_AGENT_LOG_LEVEL", "loud", "error, warn, info, debug"),
@@ -143,23 +143,23 @@ fn a_setting_that_makes_no_sense_is_fatal() {
 }
 
 #[test]
-fn the_file_is_rotated_and_goes_on_after_a_restart() {
+fn the_file_is_rotated_and_continued_after_a_restart() {
     let world = World::new();
     let small = |command: &mut Command| {
         command.env("SEMAPHORE_AGENT_LOG_MAX_SIZE", "5000");
     };
     let old = log_file(&world).with_file_name("agent_log.1");
     let agent = ServeAgent::start_with(&world, small);
-    let mut asked = 0;
+    let mut requests = 0;
     wait_until(
         || {
-            asked += 1;
-            agent.get(&format!("/number-{asked}")).of_status(404);
+            requests += 1;
+            agent.get(&format!("/number-{requests}")).of_status(404);
             old.exists()
         },
         || "nothing is rotated".into(),
     );
-    assert!((20..100).contains(&asked), "{asked}");
+    assert!((20..100).contains(&requests), "{requests}");
     agent.get("/the-last").of_status(404);
     agent.wait_for_own_log("/the-last");
     let served = agent.get("/agent_logs").text();
@@ -194,7 +194,7 @@ fn a_file_that_can_not_be_written_is_a_warning() {
         assert_eq!(agent.run_to_end(&job("1", &["true"])).result(), "passed");
         assert_eq!(fs::read_to_string(target).unwrap(), CANARY, "{kind}");
         assert!(agent.own_log().contains("job torn down"));
-        // There is no log to serve, and least of all what others put in its place.
+        // The agent has no log to serve, and must not serve a file that others put at its path.
         let headers = [("Authorization", good_authorization())];
         let answer = agent.try_request("GET", "/agent_logs", &headers, b"");
         if !answer.as_ref().is_ok_and(|answer| answer.status == 404) {
@@ -205,7 +205,7 @@ fn a_file_that_can_not_be_written_is_a_warning() {
 }
 
 #[test]
-fn a_pipe_in_the_place_of_the_file_holds_up_nothing() {
+fn a_pipe_at_the_files_path_does_not_block_the_agent() {
     let world = World::new();
     let path = world.home().join("pipe");
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -218,10 +218,10 @@ fn a_pipe_in_the_place_of_the_file_holds_up_nothing() {
         serves = is_served(address);
     }
     end(child);
-    assert!(serves, "it waits for a reader");
+    assert!(serves, "the agent waits for a reader of the pipe");
 }
 
-/// Sends the agent's standard output to this shell script.
+/// Redirects the agent's standard output to this shell script.
 fn reading_with(reader: &str, command: &mut Command) {
     let mut shell = Command::new("bash");
     shell.args(["-c", &format!("exec \"$0\" \"$@\" > >({reader})")]);
@@ -232,7 +232,7 @@ fn reading_with(reader: &str, command: &mut Command) {
 }
 
 #[test]
-fn nobody_needs_to_read_standard_output() {
+fn unread_standard_output_does_not_block_the_agent() {
     for reader in ["head -n 1", "head -n 1; while kill -0 $$ 2> /dev/null; do sleep 0.01; done"] {
         let world = World::new();
         let mut agent = ServeAgent::start_with(&world, |command| {
@@ -241,7 +241,7 @@ fn nobody_needs_to_read_standard_output() {
         });
         let mut connection = BufReader::new(agent.connect());
         let request = encode_request("GET", "/is_alive", &[], b"");
-        // More than a pipe and all that waits for it can hold.
+        // More than the pipe and the agent's queue can hold.
         for _ in 0..6000 {
             connection.get_mut().write_all(&request).unwrap();
             Answer::read_from(&mut connection, "GET").unwrap().of_status(200);

@@ -1,4 +1,4 @@
-//! Requests for jobs that are refused, and such that only seem to be: their job tells why it fails.
+//! Requests for jobs that are refused, and requests that are accepted but whose job fails with a reason.
 
 use std::io::{BufReader, Write as _};
 
@@ -11,7 +11,7 @@ use test_support::{Finished, World, base64, job};
 const SECRET_TEXT: &str = "hunter2-wordlike";
 const SECRET_NUMBER: u64 = 481_516_234_200;
 
-/// Refused with these words in the message; and nothing has changed.
+/// Asserts that the job is refused with these words in the message, and that the agent's state is unchanged.
 fn assert_refused(agent: &ServeAgent, body: &[u8], words: &[&str]) {
     let shown = String::from_utf8_lossy(&body[..body.len().min(300)]).into_owned();
     let answer = agent.post("/jobs", body);
@@ -30,7 +30,7 @@ fn assert_refused(agent: &ServeAgent, body: &[u8], words: &[&str]) {
 }
 
 #[test]
-fn what_is_no_request_is_refused() {
+fn malformed_requests_are_refused() {
     let agent = ServeAgent::start(&World::new());
     let whole = job("1", &["true"]).to_string();
     let deep = "[".repeat(100_000);
@@ -64,7 +64,7 @@ fn a_request_without_an_id_is_refused() {
         let body = json!({ "job_id": id, "commands": [{ "directive": "true" }] }).to_string();
         assert_refused(&agent, body.as_bytes(), &["job_id"]);
     }
-    // An alias that is one in files only.
+    // An alias that only exists in job files.
     assert_refused(&agent, br#"{"id": "1"}"#, &["job_id"]);
 }
 
@@ -142,7 +142,7 @@ fn a_log_that_cannot_be_delivered_is_refused() {
     }
 }
 
-/// A job that is taken, and that fails in a step with this title; nothing of it ran.
+/// Asserts that the job is accepted, fails in the step with this title, and runs none of its commands.
 fn assert_fails(agent: &ServeAgent, mut request: Value, title: &str, words: &[&str]) -> Finished {
     static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
     let id = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed).to_string();
@@ -163,7 +163,7 @@ fn assert_fails(agent: &ServeAgent, mut request: Value, title: &str, words: &[&s
 }
 
 #[test]
-fn variables_that_cannot_be_exported_fail_the_job_there() {
+fn variables_that_cannot_be_exported_fail_the_export_step() {
     let agent = ServeAgent::start(&World::new());
     let good = base64(b"x");
     for (name, value) in [
@@ -187,7 +187,7 @@ fn variables_that_cannot_be_exported_fail_the_job_there() {
 }
 
 #[test]
-fn files_that_cannot_be_injected_fail_the_job_there() {
+fn files_that_cannot_be_injected_fail_the_injection_step() {
     let agent = ServeAgent::start(&World::new());
     let good = base64(b"x");
     for mode in ["9z9", "rwx", "0o644", "-644", "888", "0x1", "99999999999", " 0644"] {
@@ -233,7 +233,7 @@ fn a_job_that_cannot_be_prepared_fails_and_says_why() {
 }
 
 #[test]
-fn a_body_may_be_as_long_as_allowed_and_no_longer() {
+fn a_body_of_the_maximum_size_is_accepted_and_a_longer_one_is_refused() {
     let agent = ServeAgent::start_with(&World::new(), |command| {
         command.args(["--max-body-size", "1000"]);
     });
@@ -270,7 +270,7 @@ fn a_body_may_be_as_long_as_allowed_and_no_longer() {
 }
 
 #[test]
-fn a_length_that_is_too_much_is_refused_before_the_body_comes() {
+fn an_excessive_content_length_is_refused_before_the_body_comes() {
     let agent = ServeAgent::start(&World::new());
     for length in ["33554433", "1000000000000", "18446744073709551615"] {
         let headers = [("Authorization", good_authorization()), ("Expect", "100-continue")];
@@ -288,7 +288,7 @@ fn a_length_that_is_too_much_is_refused_before_the_body_comes() {
 }
 
 #[test]
-fn without_being_told_a_body_may_have_32_mib() {
+fn the_default_body_limit_is_32_mib() {
     let agent = ServeAgent::start(&World::new());
     let mut request = job("1", &["wc -c <large"]);
     let content = base64(&vec![b'x'; 24_000_000]);

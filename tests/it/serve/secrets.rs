@@ -1,4 +1,4 @@
-//! Secrets stay where they are: not in errors, not in logs, not in jobs.
+//! Secrets do not leak into errors, logs or jobs.
 
 use std::fs;
 use std::path::PathBuf;
@@ -49,7 +49,7 @@ fn a_secret_is_never_in_an_error() {
     assert!(shown.is_empty(), "{shown:#?}");
 }
 
-/// Ways to give the secret.
+/// Ways to pass the secret to the agent.
 fn ways(world: &World) -> [(Option<&'static str>, Vec<PathBuf>); 4] {
     let file = world.file("secret", format!("{SECRET}\n"));
     let inline = world.file("a.yaml", format!("auth-token-secret: {SECRET}"));
@@ -87,7 +87,7 @@ fn jobs_and_process_lists_do_not_see_the_secret() {
 }
 
 #[test]
-fn nothing_secret_is_ever_in_it() {
+fn the_agents_own_log_contains_no_secrets() {
     let world = World::new();
     let secret = format!("{SECRET} {CANARY}");
     for level in ["debug", "trace"] {

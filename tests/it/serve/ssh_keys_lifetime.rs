@@ -1,5 +1,5 @@
-//! Keys that come with a job open the account no longer than somebody uses them, and nobody who came in by them
-//! stays longer than the job.
+//! Keys of a job are removed when the job has ended and nobody is logged in, and sessions opened with them
+//! end with the job's teardown.
 
 use std::fs;
 use std::process::Child;
@@ -11,14 +11,14 @@ use crate::serve::login::{Machine, script, text};
 use test_support::serve::ServeAgent;
 use test_support::ssh::client;
 use test_support::{
-    KilledOnFailure, RUN_UNTIL_GO, RUNNING, World, base64, job, lives_with, wait_for_end,
+    KilledOnFailure, RUN_UNTIL_GO, RUNNING, World, base64, job, processes_with, wait_for_end,
     wait_until,
 };
 
 const KEY: &str = "ssh-ed25519 AAAA of-the-job";
 
-/// All that a job with keys has in files of the user.
-fn ways_in(world: &World) -> Vec<&'static str> {
+/// Returns all traces of a job with keys in files of the user.
+fn traces_of_access(world: &World) -> Vec<&'static str> {
     let home = world.home();
     let files = [
         ("the keys", home.join(".ssh/authorized_keys")),
@@ -31,26 +31,29 @@ fn ways_in(world: &World) -> Vec<&'static str> {
 }
 
 #[test]
-fn keys_are_gone_soon_after_the_job_though_nobody_has_its_log_yet() {
+fn keys_are_removed_soon_after_the_job_even_if_its_log_is_not_archived() {
     let world = World::new();
     let agent = ServeAgent::start(&world);
     let mut request = job("1", &[RUN_UNTIL_GO]);
     request["ssh_public_keys"] = json!([base64(KEY.as_bytes())]);
     agent.post_job(&request).of_status(200);
     agent.wait_for_log("1", RUNNING);
-    assert_eq!(ways_in(&world), ["the keys", "the profile", "the script"]);
+    assert_eq!(traces_of_access(&world), ["the keys", "the profile", "the script"]);
     fs::write(world.home().join("go"), "").unwrap();
     agent.wait_for_log("1", "job_finished");
-    wait_until(|| ways_in(&world).is_empty(), || format!("still there: {:?}", ways_in(&world)));
+    wait_until(
+        || traces_of_access(&world).is_empty(),
+        || format!("still there: {:?}", traces_of_access(&world)),
+    );
 
-    // The job is not torn down yet, and its log is there.
+    // The job is not torn down yet, and its log still exists.
     assert_ne!(agent.get("/status").of_status(200).json()["state"], "waiting-for-job");
     assert!(agent.get("/jobs/1/log").of_status(200).text().contains("running"));
     assert_eq!(agent.finish("1").result(), "passed");
-    assert_eq!(ways_in(&world), [""; 0]);
+    assert_eq!(traces_of_access(&world), [""; 0]);
 }
 
-/// Logs in, by the script or by a login shell, and runs this there; it has the marker then.
+/// Logs in, by the script or by a login shell, and runs a command with the marker.
 fn log_in(machine: &Machine, by_script: bool, marker: &str, what: &str) -> Child {
     let what = what.replace("MARKED", marker);
     let command = if by_script {
@@ -58,13 +61,13 @@ fn log_in(machine: &Machine, by_script: bool, marker: &str, what: &str) -> Child
     } else {
         format!("bash -lc '{what}'")
     };
-    let before = lives_with(marker).len();
+    let before = processes_with(marker).len();
     let session = client(machine.port(), &machine.key).args(["127.0.0.1", &command]).spawn();
-    wait_until(|| lives_with(marker).len() > before, || format!("{command} does not run"));
+    wait_until(|| processes_with(marker).len() > before, || format!("{command} does not run"));
     session.unwrap()
 }
 
-/// A job that runs, and what tells those who log in to it from all else.
+/// Starts a job and returns a marker for the sessions of people who log in.
 fn start(machine: &Machine) -> String {
     machine.agent.post_job(&machine.job(&[RUN_UNTIL_GO])).of_status(200);
     machine.agent.wait_for_log("1", RUNNING);
@@ -73,7 +76,7 @@ fn start(machine: &Machine) -> String {
 
 #[test]
 #[cfg_attr(not(has_ssh), ignore = "needs sshd, ssh, ssh-keygen and git")]
-fn who_is_logged_in_when_the_job_ends_is_not_shut_out() {
+fn keys_stay_while_somebody_is_logged_in() {
     let machine = Machine::start_with(|_, _| {});
     let marker = start(&machine);
     let _killed = KilledOnFailure(marker.clone());
@@ -81,18 +84,18 @@ fn who_is_logged_in_when_the_job_ends_is_not_shut_out() {
     let sessions = [true, false].map(|by_script| log_in(&machine, by_script, &marker, stay));
     fs::write(machine.world.home().join("go"), "").unwrap();
     machine.agent.wait_for_log("1", "job_finished");
-    // While they are there, others may come.
+    // While somebody is logged in, others may log in, too.
     for _ in 0..5 {
         let answer = machine.ssh("echo in");
         assert_eq!(text(&answer), ("in\n".into(), Some(0)), "{answer:?}");
         std::thread::park_timeout(Duration::from_secs(1));
     }
-    assert!(!lives_with(&marker).is_empty(), "somebody was thrown out before the teardown");
+    assert!(!processes_with(&marker).is_empty(), "a session ended before the teardown");
     fs::write(machine.world.home().join("leave"), "").unwrap();
     for session in sessions {
         assert_eq!(wait_for_end(session).status.code(), Some(5));
     }
-    let left = || ways_in(&machine.world);
+    let left = || traces_of_access(&machine.world);
     wait_until(|| left().is_empty(), || format!("still there: {:?}", left()));
     assert_eq!(machine.ssh("true").status.code(), Some(255), "a key still opens");
     assert_eq!(machine.agent.finish("1").result(), "passed");
@@ -100,7 +103,7 @@ fn who_is_logged_in_when_the_job_ends_is_not_shut_out() {
 
 #[test]
 #[cfg_attr(not(has_ssh), ignore = "needs sshd, ssh, ssh-keygen and git")]
-fn a_session_that_hides_that_it_is_one_ends_with_the_job_too() {
+fn a_session_that_clears_its_environment_ends_with_the_job() {
     let machine = Machine::start_with(|_, _| {});
     let marker = start(&machine);
     let _killed = KilledOnFailure(marker.clone());
@@ -108,7 +111,7 @@ fn a_session_that_hides_that_it_is_one_ends_with_the_job_too() {
     let hidden = format!("unset {name}; exec env -u {name} MARKED sleep 1000");
     let sessions = [true, false].map(|by_script| log_in(&machine, by_script, &marker, &hidden));
     machine.end_job();
-    assert_eq!(lives_with(&marker), [""; 0]);
+    assert_eq!(processes_with(&marker), [""; 0]);
     for session in sessions {
         assert_ne!(wait_for_end(session).status.code(), Some(0));
     }

@@ -1,4 +1,4 @@
-//! The messages of an `agent serve` that can't start.
+//! The error messages of an `agent serve` that can't start.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -7,7 +7,7 @@ use std::process::Stdio;
 use test_support::serve::{ServeAgent, command};
 use test_support::{RUN_UNTIL_GO, RUNNING, World, base64, job, wait_for_end};
 
-/// The exit code of an agent that does not start and names `value` and `why`.
+/// Returns the exit code of an agent that does not start, whose message must contain `value` and `why`.
 fn refusal(world: &World, flag: &str, value: impl AsRef<OsStr>, why: &str) -> Option<i32> {
     let mut agent = command(world);
     let agent = agent.arg(flag).arg(&value).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -29,7 +29,7 @@ fn an_agent_that_cannot_listen_says_why() {
 }
 
 #[test]
-fn a_second_agent_on_the_same_port_is_refused_and_disturbs_nobody() {
+fn a_second_agent_on_the_same_port_fails_and_does_not_disturb_the_first() {
     let world = World::new();
     let agent = ServeAgent::start(&world);
     let mut request = job("1", &[RUN_UNTIL_GO, "echo next"]);
@@ -41,14 +41,14 @@ fn a_second_agent_on_the_same_port_is_refused_and_disturbs_nobody() {
     let before = access.each_ref().map(|path| fs::read(path).unwrap());
     let port = agent.address().port().to_string();
     assert_eq!(refusal(&world, "--port", port, "in use"), Some(1));
-    assert!(access.map(|path| fs::read(path).unwrap()) == before, "SSH access is another one");
+    assert!(access.map(|path| fs::read(path).unwrap()) == before, "SSH access has changed");
     fs::write(world.home().join("go"), "").unwrap();
     let finished = agent.finish("1");
     assert_eq!((finished.result(), finished.output().as_str()), ("passed", "running\nnext\n"));
 }
 
 #[test]
-fn an_agent_that_cannot_keep_its_state_says_why() {
+fn an_agent_without_a_usable_state_directory_says_why() {
     let world = World::new();
     let file = world.file("file", "");
     for path in [file.clone(), file.join("state"), "/proc/state".into()] {

@@ -1,4 +1,4 @@
-//! Stops by the API, at every moment of a job.
+//! Stops over the API, in every phase of a job.
 
 use std::io::{BufReader, Write as _};
 
@@ -6,7 +6,9 @@ use serde_json::{Value, json};
 
 use test_support::http::{Answer, encode_request};
 use test_support::serve::{ServeAgent, good_authorization};
-use test_support::{Finished, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, World, job, lives_with, marked};
+use test_support::{
+    Finished, RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, World, job, marked, processes_with,
+};
 
 const EXPORTS: &str = "Exporting environment variables";
 
@@ -24,7 +26,7 @@ fn job_with_epilogues(main: &str) -> Value {
 }
 
 #[test]
-fn without_a_job_there_is_nothing_to_stop() {
+fn a_stop_without_a_job_has_no_effect() {
     let agent = ServeAgent::start(&World::new());
     for path in ["/stop", "/jobs/terminate", "/stop/", "/jobs/terminate/"] {
         for body in ["", "{}", r#"{"job_hash_id": "1"}"#, r#"{"job_hash_id": null}"#] {
@@ -37,7 +39,7 @@ fn without_a_job_there_is_nothing_to_stop() {
 }
 
 #[test]
-fn a_stopped_command_finishes_with_1_and_nothing_follows() {
+fn a_stopped_command_finishes_with_1_and_no_command_follows() {
     let bodies =
         ["", "{}", r#"{"job_hash_id": "1"}"#, r#"{"job_hash_id": null}"#, r#"{"more": []}"#];
     for path in ["/stop", "/jobs/terminate"] {
@@ -59,7 +61,7 @@ fn a_stopped_command_finishes_with_1_and_nothing_follows() {
 }
 
 #[test]
-fn a_stop_without_a_length_or_in_chunks_is_a_stop() {
+fn a_stop_with_no_length_or_a_chunked_body_is_accepted() {
     let agent = ServeAgent::start(&World::new());
     let authorization = ("Authorization", good_authorization());
     for (id, chunks) in
@@ -163,7 +165,7 @@ fn a_stop_in_the_first_moments_is_never_lost() {
         let mut request = job(&id, &["sleep 1000; touch ~/deployed", "touch ~/deployed"]);
         request["epilogue_always_commands"] = json!([{ "directive": "touch ~/deployed" }]);
         agent.post_job(&request).of_status(200);
-        // Not to win a race: every moment is to be tried, and each must be right.
+        // The delays need not hit a specific moment: all are tried, and each must be handled.
         std::thread::park_timeout(std::time::Duration::from_millis(delay));
         agent.post("/stop", b"").of_status(200);
         assert_eq!(agent.finish(&id).result(), "stopped", "after {delay} ms");
@@ -172,7 +174,7 @@ fn a_stop_in_the_first_moments_is_never_lost() {
 }
 
 #[test]
-fn a_stop_in_the_same_breath_as_the_job_is_never_lost() {
+fn a_stop_right_after_the_job_is_never_lost() {
     let agent = ServeAgent::start(&World::new());
     let headers = [("Authorization", good_authorization())];
     for id in 0..10 {
@@ -192,7 +194,7 @@ fn a_stop_in_the_same_breath_as_the_job_is_never_lost() {
 }
 
 #[test]
-fn a_stop_that_meets_the_end_leaves_one_result() {
+fn a_stop_at_the_end_of_the_job_leaves_one_result() {
     let agent = ServeAgent::start(&World::new());
     for id in 0..10 {
         let id = id.to_string();
@@ -219,10 +221,10 @@ fn nothing_survives_a_stop() {
     ));
     agent.post_job(&request).of_status(200);
     agent.wait_for_log("1", RUNNING);
-    assert!(!lives_with(&marker).is_empty());
+    assert!(!processes_with(&marker).is_empty());
     agent.post("/stop", b"").of_status(200);
     assert_eq!(agent.finish("1").result(), "stopped");
-    assert_eq!(lives_with(&marker), [""; 0]);
+    assert_eq!(processes_with(&marker), [""; 0]);
 }
 
 #[test]

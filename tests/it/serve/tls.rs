@@ -1,4 +1,4 @@
-//! The certificate of `agent serve`: given, found, made, and changed while it is used.
+//! The certificate of `agent serve`: configured, found, generated, and replaced at run time.
 
 use std::fs;
 use std::io::{BufReader, Write as _};
@@ -63,7 +63,7 @@ fn fingerprint(cert: &X509) -> String {
     digest.iter().map(|byte| format!("{byte:02X}")).collect::<Vec<_>>().join(":")
 }
 
-/// Of what the agent shows to a new connection.
+/// Returns the fingerprint of the certificate on a new connection.
 fn shown(agent: &ServeAgent) -> String {
     fingerprint(&agent.connect().ssl().peer_certificate().unwrap())
 }
@@ -74,7 +74,7 @@ fn given(cert: &Path, key: &Path) -> impl FnOnce(&mut Command) {
     }
 }
 
-/// The directory that the agent runs in.
+/// Returns the agent's working directory.
 fn working(world: &World) -> PathBuf {
     let directory = world.home().with_file_name("working");
     fs::create_dir_all(&directory).unwrap();
@@ -96,7 +96,7 @@ fn ask(connection: &mut BufReader<SslStream<TcpStream>>) -> Answer {
     Answer::read_from(connection, "GET").unwrap()
 }
 
-/// The pair that the agent makes.
+/// Returns the paths of the certificate and key that the agent makes.
 fn own(world: &World) -> [PathBuf; 2] {
     ["server.crt", "server.key"].map(|name| world.state().join("tls").join(name))
 }
@@ -106,7 +106,7 @@ fn mode(path: &Path) -> u32 {
 }
 
 #[test]
-fn without_a_certificate_one_is_made_and_kept() {
+fn without_a_configured_certificate_the_agent_makes_and_keeps_one() {
     let world = World::new();
     let [cert, key] = own(&world);
     let agent = ServeAgent::start(&world);
@@ -121,12 +121,12 @@ fn without_a_certificate_one_is_made_and_kept() {
     assert_eq!(shown(&agent), first);
     assert!(agent.own_log().contains(&first));
     assert_eq!([&cert, &key].map(|path| fs::read(path).unwrap()), made);
-    // Not the same one everywhere.
+    // Each agent makes its own pair.
     assert_ne!(shown(&ServeAgent::start(&World::new())), first);
 }
 
 #[test]
-fn an_own_certificate_that_expired_is_made_anew() {
+fn an_expired_certificate_of_the_agent_is_replaced() {
     let world = World::new();
     drop(ServeAgent::start(&world));
     let [cert, key] = own(&world);
@@ -149,7 +149,7 @@ fn a_pair_in_the_working_directory_is_used() {
 }
 
 #[test]
-fn a_pair_that_is_given_is_used() {
+fn a_configured_pair_is_used() {
     let world = World::new();
     Pair::good().write(&working(&world).join("server.crt"), &working(&world).join("server.key"));
     let (pair, authority) = (Pair::good(), Pair::good());
@@ -176,7 +176,7 @@ fn a_pair_that_is_given_is_used() {
 }
 
 #[test]
-fn a_pair_that_can_not_be_used_is_fatal_and_named() {
+fn an_unusable_pair_is_fatal_and_named() {
     let world = World::new();
     let pair = Pair::good();
     let expired = Pair::for_seconds(-60);
@@ -231,7 +231,7 @@ fn half_a_pair_is_fatal() {
 }
 
 #[test]
-fn a_hangup_changes_the_pair_for_new_connections() {
+fn sighup_replaces_the_pair_for_new_connections() {
     let world = World::new();
     let (cert, key) = (world.home().join("crt"), world.home().join("key"));
     let [first, second, third] = [Pair::good(), Pair::good(), Pair::good()];
@@ -249,7 +249,7 @@ fn a_hangup_changes_the_pair_for_new_connections() {
     assert_eq!(shown(&agent), fingerprint(&second.cert));
     assert_eq!(ask(&mut kept).text(), "yes");
 
-    // Broken in every way: the last good pair stays, and the agent says why.
+    // Whatever is wrong with the new pair, the last good one stays in use, and the agent logs the reason.
     fs::write(&key, third.key_pem()).unwrap();
     agent.signal(Signal::SIGHUP);
     agent.wait_for_own_log(&format!("old one stays error=\"{}: is not the key", key.display()));

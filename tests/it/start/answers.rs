@@ -1,4 +1,4 @@
-//! Answers of a control plane with fields that are odd.
+//! Responses of the control plane with unusual fields.
 
 use std::fs;
 
@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 use test_support::start::{Hub, SOON, StartAgent};
 use test_support::{RUN_FOR_EVER, RUNNING, World, job};
 
-/// Waits for the end of an agent that is told to end like this; why it ended, in its hook's words.
+/// Sends this response to an agent and waits for the agent's end. Returns the shutdown reason, as passed to
+/// its hook.
 fn end(answer: Value) -> String {
     let hub = Hub::start(SOON);
     let world = World::new();
@@ -28,7 +29,7 @@ fn end(answer: Value) -> String {
 }
 
 #[test]
-fn an_action_is_done_whatever_the_next_report_is_to_be() {
+fn an_action_is_done_whatever_the_time_of_the_next_report() {
     for odd in [json!(-5), json!(150.5), json!("150"), json!("soon"), json!(1e300), json!([1])] {
         let answer = json!({
             "action": "shutdown", "shutdown_reason": "requested", "next_sync_after": odd,
@@ -38,7 +39,7 @@ fn an_action_is_done_whatever_the_next_report_is_to_be() {
 }
 
 #[test]
-fn an_action_is_done_though_a_field_that_it_has_no_need_of_is_odd() {
+fn an_action_is_done_although_an_unneeded_field_is_malformed() {
     let unused_job = json!({ "action": "shutdown", "shutdown_reason": "idle", "job_id": 7 });
     assert_eq!(end(unused_job), "IDLE");
     let odd_reason = json!({ "action": "shutdown", "shutdown_reason": { "code": 3 } });
@@ -46,7 +47,7 @@ fn an_action_is_done_though_a_field_that_it_has_no_need_of_is_odd() {
 }
 
 #[test]
-fn a_number_with_a_fraction_or_in_quotes_is_still_a_number_of_milliseconds() {
+fn milliseconds_may_have_a_fraction_or_quotes() {
     for odd in [json!(700.5), json!("700")] {
         let hub = Hub::start(SOON);
         let world = World::new();
@@ -57,7 +58,7 @@ fn a_number_with_a_fraction_or_in_quotes_is_still_a_number_of_milliseconds() {
         hub.wait_until("these reports", |known| known.reports.len() > reports + 5);
         let times = hub.look(|known| known.answered[reports..].to_vec());
         let pauses = times.windows(2).map(|two| two[1].duration_since(two[0]).unwrap().as_millis());
-        // A report may have come before the first of these answers. After a failure a pause is longer.
+        // The first report may have preceded these responses. After an error, the pause would be longer.
         let pauses: Vec<_> = pauses.skip(1).take(3).collect();
         let shortest = pauses.iter().min().unwrap();
         assert!((600..1000).contains(shortest), "{odd}: {pauses:?}");
@@ -65,7 +66,7 @@ fn a_number_with_a_fraction_or_in_quotes_is_still_a_number_of_milliseconds() {
 }
 
 #[test]
-fn a_job_is_stopped_by_an_answer_with_an_odd_field() {
+fn a_response_with_a_malformed_field_still_stops_the_job() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = StartAgent::start(&world, &hub);

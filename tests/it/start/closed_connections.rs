@@ -1,4 +1,4 @@
-//! Whom the agent talks to may close the connection without a word: that is what is told then.
+//! A peer that closes the connection without a response: the agent's log says exactly that.
 
 use std::fs;
 use std::io::Read as _;
@@ -6,48 +6,48 @@ use std::net::{Ipv4Addr, TcpListener};
 
 use serde_json::json;
 
-use test_support::control_plane::{Asked, Fault};
+use test_support::control_plane::{Fault, ReceivedRequest};
 use test_support::serve::ServeAgent;
 use test_support::start::{Hub, SOON, StartAgent};
 use test_support::{RUN_UNTIL_GO, RUNNING, World, job};
 
 #[test]
-fn a_connection_that_the_log_server_closed_is_told_as_that() {
+fn a_connection_closed_by_the_log_server_is_logged_as_closed() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let agent = StartAgent::start(&world, &hub);
     let id = hub.queue(job("1", &[RUN_UNTIL_GO]));
     hub.wait_for_log(&id, RUNNING);
-    hub.fail(Fault::Drop, Asked::is_log);
+    hub.fail(Fault::Drop, ReceivedRequest::is_log);
     fs::write(world.home().join("go"), "").unwrap();
     let own_log = agent.wait_for_own_log("log not taken, trying again");
-    assert_told_as_closed(&own_log, "log not taken");
+    assert_logged_as_closed(&own_log, "log not taken");
 }
 
 #[test]
-fn a_connection_that_the_control_plane_closed_is_told_as_that() {
+fn a_connection_closed_by_the_control_plane_is_logged_as_closed() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let agent = StartAgent::start(&world, &hub);
     hub.wait_for_state("waiting-for-jobs");
-    hub.fail(Fault::Drop, |asked| asked.is("POST", "/sync"));
+    hub.fail(Fault::Drop, |received| received.is("POST", "/sync"));
     let own_log = agent.wait_for_own_log("report not taken");
-    assert_told_as_closed(&own_log, "report not taken");
+    assert_logged_as_closed(&own_log, "report not taken");
 }
 
-fn assert_told_as_closed(own_log: &str, what: &str) {
+fn assert_logged_as_closed(own_log: &str, what: &str) {
     let line = own_log.lines().find(|line| line.contains(what)).unwrap();
     assert!(line.contains("closed") && !line.contains("Internal error"), "{line}");
     assert!(!line.contains("connector"), "{line}");
 }
 
 #[test]
-fn a_connection_that_a_receiver_of_callbacks_closed_is_told_as_that() {
+fn a_connection_closed_by_a_callback_receiver_is_logged_as_closed() {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let url = format!("http://{}/finished", listener.local_addr().unwrap());
     std::thread::spawn(move || {
         for mut stream in listener.incoming().filter_map(Result::ok) {
-            // What was sent is read, so that the connection is closed and not reset.
+            // Read the request, so that the connection is closed and not reset.
             let _ = stream.read(&mut [0; 4096]);
         }
     });
@@ -56,5 +56,5 @@ fn a_connection_that_a_receiver_of_callbacks_closed_is_told_as_that() {
     request["callbacks"] = json!({ "finished": url });
     agent.post_job(&request).of_status(200);
     let own_log = agent.wait_for_own_log("callback not taken");
-    assert_told_as_closed(&own_log, "callback not taken");
+    assert_logged_as_closed(&own_log, "callback not taken");
 }

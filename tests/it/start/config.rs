@@ -1,4 +1,4 @@
-//! The configuration of `agent start`: flags, variables, a file, and mistakes in them.
+//! The configuration of `agent start`: flags, variables, a file, and errors in them.
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
@@ -13,10 +13,10 @@ use serde_json::{Map, Value};
 use test_support::start::{Hub, SOON, StartAgent, TOKEN, command, refusal, run};
 use test_support::{World, config_keys, job};
 
-/// What is needed, in a file.
+/// A file with the required settings.
 const NEEDED: &str = "endpoint: hub.example.com\ntoken: canary-registration-token\n";
 
-/// An agent with this text in a file, besides what is needed.
+/// Returns an agent with this text in its file, in addition to the required settings.
 fn with_file(world: &World, text: &str) -> Command {
     let mut command = command(world);
     let file = world.file("config.yaml", format!("{NEEDED}{text}"));
@@ -24,23 +24,24 @@ fn with_file(world: &World, text: &str) -> Command {
     command
 }
 
-/// What the agent prints about its configuration, and the warnings with it.
+/// Returns the configuration that the agent prints, and its warnings.
 fn print(command: &mut Command) -> (String, String) {
     let output = run(command.arg("--print-config"));
-    let [printed, told] = [output.stdout, output.stderr].map(|it| String::from_utf8(it).unwrap());
-    assert_eq!(output.status.code(), Some(0), "{command:?}: {told}");
-    assert!(!format!("{printed}{told}").contains("canary"), "{printed}{told}");
-    (printed, told)
+    let [printed, warnings] =
+        [output.stdout, output.stderr].map(|it| String::from_utf8(it).unwrap());
+    assert_eq!(output.status.code(), Some(0), "{command:?}: {warnings}");
+    assert!(!format!("{printed}{warnings}").contains("canary"), "{printed}{warnings}");
+    (printed, warnings)
 }
 
-/// Its line about one option, without the key.
+/// Returns the printed value of one option.
 fn line_of<'a>(printed: &'a str, key: &str) -> &'a str {
     let line = printed.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(": "));
     line.unwrap_or_else(|| panic!("{key} is missing: {printed}"))
 }
 
 #[test]
-fn a_flag_wins_over_a_variable_and_that_over_the_file() {
+fn flags_override_variables_which_override_the_file() {
     let world = World::new();
     let options = [
         ("name", "from-file", "from-variable", "from-flag"),
@@ -119,7 +120,7 @@ fn the_configuration_is_printed_with_origins_and_without_secrets() {
     agent.env("SEMAPHORE_AGENT_HOOK_TIMOUT", "canary");
     agent.env("SEMAPHORE_AGENT_FAIL_ON_PRE_JOB_HOOK_ERROR", "T");
     agent.args(["--interruption-grace-period", "60", "--disconnect-after-job"]);
-    let (printed, told) = print(&mut agent);
+    let (printed, warnings) = print(&mut agent);
     let directory = world.home().with_file_name("");
     let directory = directory.to_str().unwrap();
     let file = format!("{directory}config.yaml");
@@ -150,11 +151,11 @@ kubernetes-executor: false # default
     );
     assert_eq!(printed, expected);
     assert_eq!(
-        told,
+        warnings,
         "warning: unknown variable SEMAPHORE_AGENT_HOOK_TIMOUT; did you mean \
          SEMAPHORE_AGENT_HOOK_TIMEOUT?\n"
     );
-    // What is printed could be a file, and nothing was begun.
+    // The printed text could be used as a file, and the agent has started nothing.
     let _: Map<String, Value> = serde_yaml::from_str(&printed).unwrap();
     assert!(!world.state().exists());
 }
@@ -190,7 +191,7 @@ fn an_unknown_key_is_named_with_its_line_and_the_nearest_known_one() {
 }
 
 #[test]
-fn a_bad_value_is_named_with_its_place_and_what_would_be_right() {
+fn a_bad_value_is_named_with_its_place_and_the_valid_values() {
     let world = World::new();
     let cases = [
         ("no-https", "yes", "`yes` is not true or false"),
@@ -246,7 +247,7 @@ fn a_bad_value_is_named_with_its_place_and_what_would_be_right() {
         message
     };
     for (key, value, why) in cases {
-        // What clap refuses, it names in words of its own.
+        // clap has its own messages for the values that it refuses.
         let shown = why.split('`').nth(1);
         let in_flag = why.rsplit_once("` is ").map_or(why, |(_, expected)| expected);
         let flag = format!("--{key}");
@@ -269,7 +270,7 @@ fn a_bad_value_is_named_with_its_place_and_what_would_be_right() {
 }
 
 #[test]
-fn a_value_of_the_wrong_shape_is_named_but_never_a_secret() {
+fn a_value_of_the_wrong_type_is_named_but_secrets_are_not_shown() {
     let world = World::new();
     for (text, words) in [
         ("env-vars: A=canary\n", &["env-vars", "sequence", "line 3"][..]),
@@ -307,7 +308,7 @@ fn a_value_of_the_wrong_shape_is_named_but_never_a_secret() {
 }
 
 #[test]
-fn one_way_to_give_a_token_or_a_name_stands_in_for_another_further_away() {
+fn a_token_or_name_overrides_one_from_a_lower_source() {
     let world = World::new();
     let token = world.file("token", format!("{TOKEN}\n"));
     let mut agent = with_file(&world, "name: from-the-file\n");
@@ -320,7 +321,7 @@ fn one_way_to_give_a_token_or_a_name_stands_in_for_another_further_away() {
 }
 
 #[test]
-fn an_empty_list_is_one_and_what_is_empty_in_a_file_is_not_set() {
+fn an_empty_list_counts_and_an_empty_value_in_a_file_is_unset() {
     let world = World::new();
     let empty = "shutdown-hook-path: ''\npre-job-hook-path: \"\"\nname:\nca-file: ''\nfiles: []\n\
                  kubernetes-labels: []\nkubernetes-default-image: ''\nstate-dir: ''\ntoken-file: ''\n";
@@ -335,7 +336,7 @@ fn an_empty_list_is_one_and_what_is_empty_in_a_file_is_not_set() {
 }
 
 #[test]
-fn variables_for_jobs_come_as_they_were_given() {
+fn variables_for_jobs_keep_their_values() {
     let world = World::new();
     let control_plane = Hub::start(SOON);
     let text = "env-vars:\n- EQUALS=a=b==\n- EMPTY=\n- 'SPACES= a, b '\n- TWICE=1\n- TWICE=2\n- \"LINES=1\\n2\"\n- ours=1\n";
@@ -383,14 +384,14 @@ fn the_example_configuration_has_every_option_with_its_default() {
     let file = world.file("config.yaml", &usable);
     let bare = |command: &mut Command| {
         command.env_remove("SEMAPHORE_AGENT_SSH_JUMP_POINT_PATH");
-        let (printed, told) = print(command);
-        assert!(told.is_empty(), "{told}");
+        let (printed, warnings) = print(command);
+        assert!(warnings.is_empty(), "{warnings}");
         let lines = printed.lines().map(|line| line.rsplit_once(" # ").unwrap().0);
         let lines = lines.filter(|line| !line.starts_with("config-file: "));
         serde_yaml::from_str::<Map<String, Value>>(&lines.collect::<Vec<_>>().join("\n")).unwrap()
     };
     let mut all = bare(command(&world).arg("--config-file").arg(file));
-    // Lists are empty by default, and are not shown then.
+    // Lists are empty by default, and are not printed then.
     for key in ["env-vars", "files"] {
         assert_eq!(all.remove(key), Some(Value::Array(Vec::new())), "{key}");
     }

@@ -1,4 +1,4 @@
-//! What a job leaves behind on purpose.
+//! Daemons that a job may leave behind on purpose.
 
 use std::fs;
 use std::path::Path;
@@ -7,22 +7,22 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use test_support::start::{Hub, SOON, StartAgent};
-use test_support::{RUN_FOR_EVER, RUNNING, World, job, lives_with, marked, wait_until};
+use test_support::{RUN_FOR_EVER, RUNNING, World, job, marked, processes_with, wait_until};
 
-/// Leaves a mere background job, and a daemon in a session of its own, which has started then.
+/// Starts a background job, and a daemon in a session of its own, and waits until the daemon runs.
 const START_BOTH: &str = "rm -f ~/up; sleep 2000 & \
     setsid -f bash -c 'touch ~/up; exec sleep 1000' >/dev/null 2>&1 </dev/null; \
     until [[ -e ~/up ]]; do :; done";
 
 #[test]
-fn a_daemon_outlives_its_job_and_its_agent_where_that_is_wanted() {
+fn a_daemon_outlives_its_job_and_agent_if_configured() {
     let (world, hub) = (World::new(), Hub::start(SOON));
     let mut agent = StartAgent::start_with(&world, &hub, |command| {
         command.arg("--keep-daemons");
     });
     let (request, marker) = marked(job("kept", &[START_BOTH, "false"]));
     assert_eq!(hub.run(&request).result(), "failed");
-    // A mere background job is hung up, and may not have noticed yet.
+    // The background job gets SIGHUP, and may take a moment to end.
     wait_until(|| daemons(&marker).len() == 1, || format!("{:?}", daemons(&marker)));
     let left = daemons(&marker);
 
@@ -31,16 +31,16 @@ fn a_daemon_outlives_its_job_and_its_agent_where_that_is_wanted() {
     hub.wait_for_log(&id, RUNNING);
     hub.stop_job(&id);
     assert_eq!(hub.finish(&id).result(), "stopped");
-    assert_eq!(lives_with(&stopped), [""; 0]);
+    assert_eq!(processes_with(&stopped), [""; 0]);
 
     hub.shut_down("requested");
     assert_eq!(agent.exit_code(), Some(0));
     assert_eq!(daemons(&marker), left);
-    // Its parent has waited for it, and goes with it.
+    // Its parent has reaped it, and has ended with it.
     let parent = Path::new("/proc").join(left[0].parent.to_string()).join("exe");
     kill(left[0].pid, Signal::SIGKILL).unwrap();
     wait_until(|| parent.read_link().is_err(), || format!("{} stays", parent.display()));
-    assert_eq!(lives_with(&marker), [""; 0]);
+    assert_eq!(processes_with(&marker), [""; 0]);
 }
 
 #[derive(Debug, PartialEq)]
@@ -57,5 +57,5 @@ fn daemons(marker: &str) -> Vec<Daemon> {
         let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).unwrap();
         Daemon { pid: Pid::from_raw(pid), parent: parent.trim().parse().unwrap() }
     };
-    lives_with(marker).into_iter().map(parse).collect()
+    processes_with(marker).into_iter().map(parse).collect()
 }

@@ -1,5 +1,5 @@
-//! Logs on their way to a log server that counts memory, has lost some, or is another one; and what can't
-//! be delivered.
+//! Delivery of logs to a log server that limits memory, has lost a part, or is not a log server at all; and
+//! logs that can't be delivered.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -11,15 +11,15 @@ use actors::log::event::LogEvent;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use test_support::control_plane::{Asked, Fault, Known};
+use test_support::control_plane::{Fault, Known, ReceivedRequest};
 use test_support::jobs::{go, in_parts, wait_for_part};
 use test_support::start::{Hub, SOON, StartAgent};
 use test_support::{World, job, wait_until};
 
-/// What one line of output may be long, in bytes, without its end.
+/// Maximum length of a line of output, in bytes without the line end.
 const LONGEST: usize = 8000;
 
-/// The lines of a job's log that have output, without their ends.
+/// Returns the output lines of a job's log, without line ends.
 fn output_lines(hub: &Hub, id: &str) -> Vec<String> {
     let log = hub.look(|known| known.jobs[id].log_bytes());
     let lines = String::from_utf8(log).unwrap();
@@ -31,7 +31,7 @@ fn output_lines(hub: &Hub, id: &str) -> Vec<String> {
 }
 
 #[test]
-fn no_line_of_output_is_longer_than_the_store_likes() {
+fn no_line_of_output_exceeds_the_log_stores_limit() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = StartAgent::start(&world, &hub);
@@ -48,13 +48,13 @@ fn no_line_of_output_is_longer_than_the_store_likes() {
     assert!(finished.commands() == expected, "{:?}", finished.result());
     let lengths: Vec<_> = output_lines(&hub, "1").iter().map(String::len).collect();
     assert!(lengths.iter().all(|length| *length <= LONGEST), "{lengths:?}");
-    // Not many more than there must be.
+    // The output is split into hardly more lines than necessary.
     let least = lengths.iter().sum::<usize>() / LONGEST;
     assert!(lengths.len() < 3 * least + 20, "{least}: {lengths:?}");
 }
 
 #[test]
-fn what_the_agent_itself_prints_is_cut_like_any_output() {
+fn the_agents_own_output_is_split_like_any_other() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = StartAgent::start(&world, &hub);
@@ -83,8 +83,8 @@ fn output_of_one_second_is_one_line() {
     assert!(lines <= 3 * seconds + 3, "{lines} lines in {seconds} s");
 }
 
-/// Much output at once, and then many commands that print nothing.
-fn much_and_then_little(id: &str) -> Value {
+/// Returns a job that prints much output at once, and then runs many commands that print nothing.
+fn job_with_much_output_at_the_beginning(id: &str) -> Value {
     let comment = format!("# {}", "x".repeat(3000));
     let mut commands = vec!["head -c 300000 /dev/zero | tr '\\0' x"];
     commands.extend(vec![comment.as_str(); 150]);
@@ -92,27 +92,28 @@ fn much_and_then_little(id: &str) -> Value {
 }
 
 #[test]
-fn much_output_at_the_beginning_does_not_use_up_the_space_for_what_follows() {
+fn much_output_at_the_beginning_does_not_use_up_the_space_for_later_output() {
     let hub = Hub::start(SOON);
     // The log has about 1.2 MB.
     hub.set(|settings| settings.memory = 2 << 20);
     let world = World::new();
     let _agent = StartAgent::start(&world, &hub);
-    let id = hub.queue(much_and_then_little("1"));
+    let id = hub.queue(job_with_much_output_at_the_beginning("1"));
     assert_eq!(hub.result(&id), "passed");
-    let refused =
-        hub.look(|known| known.requests.iter().filter(|asked| asked.status == Some(422)).count());
-    assert_eq!(refused, 0, "the log is trimmed");
+    let refused = hub.look(|known| {
+        known.requests.iter().filter(|received| received.status == Some(422)).count()
+    });
+    assert_eq!(refused, 0, "the log was trimmed");
     assert_eq!(hub.finish(&id).result(), "passed");
 }
 
-/// What has gone on for a second is an outage.
+/// Waits for a second: shorter failures do not count as outages.
 fn outlast_hiccups(hub: &Hub) {
     assert_eq!(hub.wait_for(Duration::from_millis(1500), |_| None::<()>), None);
 }
 
 #[test]
-fn a_log_arrives_whole_though_the_log_server_lost_its_beginning() {
+fn a_log_arrives_completely_although_the_log_server_lost_its_beginning() {
     let mut hub = Hub::start(SOON);
     let world = World::new();
     let agent = StartAgent::start(&world, &hub);
@@ -132,13 +133,13 @@ fn a_log_arrives_whole_though_the_log_server_lost_its_beginning() {
 }
 
 #[test]
-fn a_log_server_that_answers_with_errors_for_a_while_may_have_lost_a_log() {
+fn a_log_server_that_returns_errors_for_a_while_may_have_lost_a_log() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let agent = StartAgent::start(&world, &hub);
     hub.queue(job("1", &[&in_parts(&["echo one", "echo two", "echo three"])]));
     hub.wait_for_log("1", "one");
-    hub.fail(Fault::Status(503), Asked::is_log);
+    hub.fail(Fault::Status(503), ReceivedRequest::is_log);
     go(&world, 0);
     wait_for_part(&world, 1);
     agent.wait_for_own_log("log not taken, trying again");
@@ -152,16 +153,16 @@ fn a_log_server_that_answers_with_errors_for_a_while_may_have_lost_a_log() {
 }
 
 #[test]
-fn an_answer_that_no_log_server_gives_is_no_acknowledgment() {
+fn a_response_of_another_server_is_no_acknowledgment() {
     for fault in [Fault::Page, Fault::Nonsense, Fault::Status(202), Fault::Status(204)] {
         let hub = Hub::start(SOON);
         let world = World::new();
         let _agent = StartAgent::start(&world, &hub);
         let mut left = 2;
-        hub.fail(fault, move |asked| {
-            let is_met = left > 0 && asked.is_log();
-            left -= u32::from(is_met);
-            is_met
+        hub.fail(fault, move |received| {
+            let is_hit = left > 0 && received.is_log();
+            left -= u32::from(is_hit);
+            is_hit
         });
         let id = hub.queue(job("1", &["echo hi"]));
         assert_eq!(hub.result(&id), "passed", "{fault:?}");
@@ -172,23 +173,23 @@ fn an_answer_that_no_log_server_gives_is_no_acknowledgment() {
 }
 
 #[test]
-fn a_page_of_somebody_else_does_not_disconnect_an_agent() {
+fn an_html_page_does_not_disconnect_an_agent() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let mut agent = StartAgent::start(&world, &hub);
     hub.wait_for_state("waiting-for-jobs");
     let mut left = 2;
-    hub.fail(Fault::Page, move |asked| {
-        let is_met = left > 0 && asked.is("POST", "/disconnect");
-        left -= u32::from(is_met);
-        is_met
+    hub.fail(Fault::Page, move |received| {
+        let is_hit = left > 0 && received.is("POST", "/disconnect");
+        left -= u32::from(is_hit);
+        is_hit
     });
     agent.signal(Signal::SIGTERM);
     assert_eq!(agent.exit_code(), Some(0));
     assert_eq!(hub.look(|known| known.disconnected), 1);
 }
 
-/// An agent that gives up undelivered logs after so many seconds.
+/// Starts an agent that gives up undelivered logs after this time, in seconds.
 fn impatient(world: &World, hub: &Hub, seconds: u32) -> StartAgent {
     StartAgent::start_with(world, hub, |command| {
         command.arg(format!("--log-delivery-timeout={seconds}"));
@@ -196,12 +197,12 @@ fn impatient(world: &World, hub: &Hub, seconds: u32) -> StartAgent {
 }
 
 #[test]
-fn a_log_that_is_not_to_be_uploaded_is_not_reported_as_not_uploaded() {
+fn a_log_without_a_requested_upload_is_not_reported_as_missing() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    hub.fail(Fault::Status(500), Asked::is_log);
+    hub.fail(Fault::Status(500), ReceivedRequest::is_log);
     let agent = impatient(&world, &hub, 0);
-    // Which of two ends of the waiting came first was up to chance.
+    // It was a race which of the two waits ended first.
     for number in 0..10 {
         let id = hub.queue(job(&number.to_string(), &["true"]));
         assert_eq!(hub.result(&id), "passed");
@@ -211,10 +212,10 @@ fn a_log_that_is_not_to_be_uploaded_is_not_reported_as_not_uploaded() {
 }
 
 #[test]
-fn the_place_of_an_undelivered_log_is_told_as_a_path() {
+fn the_path_of_an_undelivered_log_is_logged() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    hub.fail(Fault::Status(500), Asked::is_log);
+    hub.fail(Fault::Status(500), ReceivedRequest::is_log);
     let agent = impatient(&world, &hub, 0);
     let id = hub.queue(job("1", &["true"]));
     assert_eq!(hub.result(&id), "passed");
@@ -224,15 +225,15 @@ fn the_place_of_an_undelivered_log_is_told_as_a_path() {
     assert!(line.contains(world.state().join("undelivered").to_str().unwrap()), "{line}");
 }
 
-/// A job whose log nobody takes, but whose result is told.
+/// Runs a job whose log can't be delivered, but whose result is reported.
 fn leave_undelivered(hub: &Hub, id: &str, command: &str) {
-    hub.fail(Fault::Status(500), Asked::is_log);
+    hub.fail(Fault::Status(500), ReceivedRequest::is_log);
     let id = hub.queue(job(id, &[command]));
     assert_eq!(hub.result(&id), "passed");
     hub.wait_for_state("waiting-for-jobs");
 }
 
-/// A file of an undelivered log as a long time ago, which takes no space but claims to.
+/// Makes a large sparse file that looks like an old undelivered log.
 fn plant_old(directory: &Path, number: usize) {
     let file = File::create_new(directory.join(format!("old-{number}.1.jsonl"))).unwrap();
     file.set_len(1 << 30).unwrap();
@@ -240,7 +241,7 @@ fn plant_old(directory: &Path, number: usize) {
 }
 
 #[test]
-fn what_can_not_be_delivered_does_not_pile_up_for_ever() {
+fn undelivered_logs_do_not_pile_up_for_ever() {
     const MANY: usize = 2000;
     let hub = Hub::start(SOON);
     let world = World::new();
@@ -257,16 +258,16 @@ fn what_can_not_be_delivered_does_not_pile_up_for_ever() {
         let names = fs::read_dir(&kept).unwrap().filter_map(|entry| Some(entry.ok()?.file_name()));
         names.filter(|name| name.to_string_lossy().starts_with("old-")).count()
     };
-    wait_until(|| old() < MANY, || "2 TB of old logs stay, and one more".to_owned());
+    wait_until(|| old() < MANY, || "no old log was deleted".to_owned());
 }
 
-/// What is kept of undelivered logs.
+/// Returns the files that are kept of undelivered logs.
 fn kept(world: &World) -> Vec<String> {
     let Ok(entries) = fs::read_dir(world.state().join("undelivered")) else { return Vec::new() };
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
-/// The logs among that.
+/// Returns the logs among these files.
 fn kept_logs(world: &World) -> Vec<String> {
     kept(world)
         .into_iter()
@@ -275,7 +276,7 @@ fn kept_logs(world: &World) -> Vec<String> {
 }
 
 #[test]
-fn a_log_that_was_not_delivered_is_as_soon_as_the_log_server_is_back() {
+fn an_undelivered_log_is_delivered_when_the_log_server_is_back() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let agent = impatient(&world, &hub, 1);
@@ -288,7 +289,7 @@ fn a_log_that_was_not_delivered_is_as_soon_as_the_log_server_is_back() {
         assert_eq!(file.permissions().mode() & 0o777, 0o600, "{name}");
     }
     hub.misbehave(None);
-    // At the latest after the next job's end.
+    // Delivered after the next job's end at the latest.
     let next = hub.queue(job("next", &["echo next"]));
     assert_eq!(hub.finish(&next).output(), "next\n");
     for id in ["1", "2"] {
@@ -297,7 +298,7 @@ fn a_log_that_was_not_delivered_is_as_soon_as_the_log_server_is_back() {
     }
     wait_until(|| kept(&world).is_empty(), || format!("{:?} are kept", kept(&world)));
     assert!(!agent.own_log().contains("the output of"), "{}", agent.own_log());
-    // The jobs are over, and nothing else is told again.
+    // The results of the jobs are not reported again.
     let results = |known: &Known| {
         let finished = known.reports.iter().filter(|report| report["state"] == "finished-job");
         finished.filter_map(|report| report["job_id"].as_str().map(str::to_owned)).collect()
@@ -309,7 +310,7 @@ fn a_log_that_was_not_delivered_is_as_soon_as_the_log_server_is_back() {
 }
 
 #[test]
-fn a_log_that_still_can_not_be_delivered_stays() {
+fn an_undelivered_log_is_kept_while_delivery_fails() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = impatient(&world, &hub, 0);

@@ -1,4 +1,4 @@
-//! What jobs of a control plane have in their environment, and where people find it.
+//! The environment of jobs of a control plane, and the file in which people find it.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -42,15 +42,15 @@ fn a_variable_that_no_shell_can_hold_is_skipped_and_shown() {
     assert!(exported.contains("Exporting FIRST\n") && exported.contains("Exporting ZZ\n"));
     for name in ["my-param", "1ST", "two words", "a.b"] {
         assert!(!exported.contains(&format!("Exporting {name}\n")), "{exported}");
-        let told = exported.lines().find(|line| line.contains(name));
-        assert!(told.is_some(), "{name} is not there: {exported}");
+        let line = exported.lines().find(|line| line.contains(name));
+        assert!(line.is_some(), "{name} is not mentioned: {exported}");
     }
     assert!(!format!("{finished:?}{}", agent.own_log()).contains("canary"));
     assert!(!world.home().join("never").exists());
 }
 
 #[test]
-fn a_value_in_the_place_of_a_name_is_not_shown() {
+fn a_value_given_as_a_name_is_not_shown() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = StartAgent::start(&world, &hub);
@@ -62,7 +62,7 @@ fn a_value_in_the_place_of_a_name_is_not_shown() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn in_containers_a_variable_that_no_shell_can_hold_is_skipped_too() {
+fn a_variable_that_no_shell_can_hold_is_skipped_in_containers() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = StartAgent::start(&world, &hub);
@@ -80,7 +80,7 @@ fn no_pager_waits_for_a_key_in_a_job() {
     let _agent = StartAgent::start(&world, &hub);
     let finished = hub.run(&job("1", &[SHOW_PAGERS, "bash -c 'echo $PAGER'"]));
     assert_eq!(finished.output(), "cat,cat\ncat\n");
-    // They are nobody's variables.
+    // The pager variables are not listed as exported variables.
     assert_eq!(finished.steps()[0].1, "");
     let set = with_variables(job("2", &[SHOW_PAGERS]), &[("PAGER", "most"), ("GIT_PAGER", "more")]);
     assert_eq!(hub.run(&set).output(), "most,more\n");
@@ -89,7 +89,7 @@ fn no_pager_waits_for_a_key_in_a_job() {
 }
 
 #[test]
-fn the_pager_of_the_agents_own_environment_is_heeded() {
+fn the_pager_of_the_agents_own_environment_is_kept() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = StartAgent::start_with(&world, &hub, |command| {
@@ -131,7 +131,7 @@ fn no_pager_waits_in_a_container() {
     assert_eq!(finished.output(), "cat,cat\n");
 }
 
-/// An agent with a directory of its own for temporary files.
+/// Starts an agent with its own directory for temporary files.
 fn with_temporary(world: &World, hub: &Hub) -> (StartAgent, PathBuf) {
     let temporary = world.home().with_file_name("temporary");
     fs::create_dir(&temporary).unwrap();
@@ -141,14 +141,14 @@ fn with_temporary(world: &World, hub: &Hub) -> (StartAgent, PathBuf) {
     (agent, temporary)
 }
 
-/// What lies there under the names that copies of variables have.
+/// Returns the files there whose names are those of copies of variables.
 fn copies(temporary: &Path) -> Vec<String> {
     let names = fs::read_dir(temporary).unwrap().map(|entry| entry.unwrap().file_name());
     let names = names.map(|name| name.into_string().unwrap());
     names.filter(|name| name.starts_with(".env-")).collect()
 }
 
-/// What a variable is in another shell that has sourced a file.
+/// Returns the value of a variable in another shell that has sourced a file.
 fn sourced(shell: &str, file: &Path, name: &str) -> String {
     let script = format!(". \"$0\"; printf %s \"${name}\"");
     let mut command = Command::new(shell);
@@ -203,7 +203,7 @@ fn the_file_with_the_variables_does_not_outlive_an_agent_that_is_killed() {
 }
 
 #[test]
-fn a_link_in_the_place_of_that_file_is_not_followed() {
+fn a_link_at_the_path_of_the_file_with_the_variables_is_not_followed() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let (_agent, temporary) = with_temporary(&world, &hub);
@@ -220,7 +220,7 @@ fn a_link_in_the_place_of_that_file_is_not_followed() {
 
 #[test]
 #[cfg_attr(not(has_docker), ignore = "needs a Docker Engine")]
-fn a_job_in_containers_has_no_such_file() {
+fn a_job_in_containers_has_no_file_with_variables() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let (_agent, temporary) = with_temporary(&world, &hub);

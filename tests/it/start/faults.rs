@@ -1,4 +1,4 @@
-//! Logs and results arrive whole, whatever happens to the control plane and on the way to it.
+//! Logs and results arrive completely, whatever happens to the control plane and on the way to it.
 
 use std::fs;
 use std::process::Stdio;
@@ -8,17 +8,17 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use test_support::control_plane::{Asked, Fault};
+use test_support::control_plane::{Fault, ReceivedRequest};
 use test_support::finished::events;
 use test_support::jobs::{go, in_parts, wait_for_part};
 use test_support::start::{Hub, SOON, StartAgent};
 use test_support::{Finished, RUN_FOR_EVER, RUNNING, World, job, wait_for_file};
 
-/// What the agent says of the first failure of each kind.
+/// The agent's log message for the first failure of each kind.
 const NOT_TAKEN: &str = "log not taken, trying again";
 const NOT_REPORTED: &str = "report not taken";
 
-/// Parts of a command that print lines of all lengths, and what each prints.
+/// Parts of a command that print lines of all lengths, and the output of each.
 const PARTS: [&str; 4] =
     ["numbers 1 400", "numbers 401 900", "numbers 901 1500", "numbers 1501 1600"];
 const NUMBERS: &str =
@@ -28,12 +28,12 @@ fn numbers(first: usize, last: usize) -> String {
     (first..=last).map(|i| format!("{i:0width$} €\n", width = i * 37 % 300 + 5)).collect()
 }
 
-/// A job that prints [`PARTS`], each when it is let go on.
+/// Returns a job that prints [`PARTS`] and waits after each.
 fn job_in_parts() -> Value {
     job("1", &[NUMBERS, &in_parts(&PARTS)])
 }
 
-/// It has printed all that, and passed.
+/// Asserts that the job has printed all parts, and passed.
 fn assert_all_arrived(finished: &Finished) {
     assert_eq!(finished.result(), "passed");
     let (printed, exit_code) = &finished.commands()[1];
@@ -41,7 +41,7 @@ fn assert_all_arrived(finished: &Finished) {
     assert_eq!(*exit_code, 0);
 }
 
-/// Begins this job, up to its first part, which has arrived.
+/// Starts this job, and waits until its first part has arrived.
 fn begin(hub: &Hub, world: &World) -> StartAgent {
     let agent = StartAgent::start(world, hub);
     hub.queue(job_in_parts());
@@ -49,21 +49,21 @@ fn begin(hub: &Hub, world: &World) -> StartAgent {
     agent
 }
 
-/// A job of many commands, of which each line of the log is known; and its output.
+/// Returns a job of many commands with a predictable log, and its output.
 fn many_commands(id: &str) -> (Value, String) {
     let commands: Vec<_> = (0..40).map(|number| format!("echo {id}-{number}")).collect();
     let commands: Vec<_> = commands.iter().map(String::as_str).collect();
     (job(id, &commands), (0..40).map(|number| format!("{id}-{number}\n")).collect())
 }
 
-/// Runs jobs while every third request that is `meant` meets one of `faults`, in turn.
-fn assert_survives(faults: &[Fault], meant: impl Fn(&Asked) -> bool + Send + 'static) {
+/// Runs jobs while every third request for which `meant` returns `true` fails with one of `faults`, in turn.
+fn assert_survives(faults: &[Fault], meant: impl Fn(&ReceivedRequest) -> bool + Send + 'static) {
     let hub = Hub::start(SOON);
     let world = World::new();
     let (all, count) = (faults.to_vec(), Arc::new(AtomicUsize::new(0)));
     let counter = Arc::clone(&count);
-    hub.misbehave(Some(Box::new(move |asked, _| {
-        let number = if meant(asked) { counter.fetch_add(1, Ordering::SeqCst) } else { 0 };
+    hub.misbehave(Some(Box::new(move |received, _| {
+        let number = if meant(received) { counter.fetch_add(1, Ordering::SeqCst) } else { 0 };
         (number % 3 == 2).then(|| all[number / 3 % all.len()])
     })));
     let _agent = StartAgent::start(&world, &hub);
@@ -96,18 +96,18 @@ fn every_third_connection_may_be_dropped() {
 }
 
 #[test]
-fn every_third_answer_may_be_cut() {
+fn every_third_response_may_be_cut() {
     assert_survives(&[Fault::Cut], |_| true);
 }
 
 #[test]
-fn every_third_answer_may_be_nonsense() {
-    // For logs the status is all of the answer.
-    assert_survives(&[Fault::Nonsense], |asked| !asked.is_log());
+fn every_third_response_may_be_nonsense() {
+    // Not for logs: a response to a log only has a status.
+    assert_survives(&[Fault::Nonsense], |received| !received.is_log());
 }
 
 #[test]
-fn a_log_arrives_whole_though_the_control_plane_was_away() {
+fn a_log_arrives_completely_although_the_control_plane_was_away() {
     let mut hub = Hub::start(SOON);
     let world = World::new();
     let agent = begin(&hub, &world);
@@ -127,7 +127,7 @@ fn a_log_arrives_whole_though_the_control_plane_was_away() {
 }
 
 #[test]
-fn a_result_is_told_to_a_control_plane_that_was_away_at_the_end() {
+fn a_result_is_reported_to_a_control_plane_that_was_away_at_the_end() {
     let mut hub = Hub::start(SOON);
     let world = World::new();
     let agent = begin(&hub, &world);
@@ -144,7 +144,7 @@ fn a_result_is_told_to_a_control_plane_that_was_away_at_the_end() {
 }
 
 #[test]
-fn a_log_arrives_whole_though_its_tokens_expire_again_and_again() {
+fn a_log_arrives_completely_although_its_tokens_expire_repeatedly() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = begin(&hub, &world);
@@ -156,22 +156,23 @@ fn a_log_arrives_whole_though_its_tokens_expire_again_and_again() {
     hub.expire_log_tokens();
     go(&world, 3);
     assert_all_arrived(&hub.finish("1"));
-    let refreshed = hub
-        .look(|known| known.requests.iter().filter(|asked| asked.is("POST", "/refresh")).count());
+    let refreshed = hub.look(|known| {
+        known.requests.iter().filter(|received| received.is("POST", "/refresh")).count()
+    });
     assert_eq!(refreshed, 4);
 }
 
 #[test]
-fn tokens_that_expire_before_they_are_used_are_no_loss() {
+fn tokens_that_expire_before_they_are_used_do_no_harm() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = begin(&hub, &world);
-    // What is refreshed has expired when it is used, and sometimes there is no new one.
+    // Refreshed tokens have expired when they are used, and sometimes refreshing fails.
     let mut count = 0;
-    hub.misbehave(Some(Box::new(move |asked, _| {
-        let is_refreshed = asked.is("POST", "/refresh");
+    hub.misbehave(Some(Box::new(move |received, _| {
+        let is_refreshed = received.is("POST", "/refresh");
         count += usize::from(is_refreshed);
-        let is_refused = asked.is_log() && count < 3;
+        let is_refused = received.is_log() && count < 3;
         if is_refused {
             Some(Fault::Status(401))
         } else {
@@ -183,7 +184,7 @@ fn tokens_that_expire_before_they_are_used_are_no_loss() {
 }
 
 #[test]
-fn a_log_arrives_in_as_few_lines_at_once_as_the_server_takes() {
+fn a_log_arrives_in_requests_of_the_servers_maximum_size() {
     for most_lines in [7, 1] {
         let hub = Hub::start(SOON);
         hub.set(|settings| settings.most_lines = most_lines);
@@ -192,8 +193,9 @@ fn a_log_arrives_in_as_few_lines_at_once_as_the_server_takes() {
         let (request, expected) = many_commands("a");
         let finished = hub.run(&request);
         assert_eq!((finished.result(), finished.output()), ("passed", expected));
-        let refused = hub
-            .look(|known| known.requests.iter().filter(|asked| asked.status == Some(413)).count());
+        let refused = hub.look(|known| {
+            known.requests.iter().filter(|received| received.status == Some(413)).count()
+        });
         assert!((1..12).contains(&refused), "{refused}");
     }
 }
@@ -207,33 +209,33 @@ fn a_log_that_is_too_large_for_the_server_is_trimmed_and_the_result_stands() {
     let agent = StartAgent::start(&world, &hub);
     hub.queue(job_in_parts());
     hub.wait_until("it is used up", |known| {
-        known.requests.iter().any(|asked| asked.status == Some(422))
+        known.requests.iter().any(|received| received.status == Some(422))
     });
     (0..4).for_each(|part| go(&world, part));
     assert_eq!(hub.result("1"), "passed");
     let (log, logs) = hub.look(|known| {
-        let of_log = known.requests.iter().filter(|asked| asked.is_log());
-        (known.jobs["1"].log_bytes(), of_log.map(|asked| asked.status).collect::<Vec<_>>())
+        let of_log = known.requests.iter().filter(|received| received.is_log());
+        (known.jobs["1"].log_bytes(), of_log.map(|received| received.status).collect::<Vec<_>>())
     });
     assert!(log.len() <= QUOTA && !log.is_empty(), "{}", log.len());
     let printed = Finished { exit_code: None, events: events(&log), stderr: String::new() };
     assert!(numbers(1, 1600).starts_with(&printed.output()));
-    // Nothing follows the refusal.
+    // The agent sends nothing after the refusal.
     assert_eq!(
         logs.iter().position(|status| *status == Some(422)),
         Some(logs.len() - 1),
         "{logs:?}"
     );
     agent.wait_for_own_log("the platform takes no more of the job's log");
-    // The next one has a space of its own.
+    // The next job has its own quota.
     assert_eq!(hub.run(&job("next", &["echo hi"])).output(), "hi\n");
 }
 
 #[test]
-fn a_log_that_nobody_takes_is_kept_and_the_result_is_told() {
+fn a_log_that_can_not_be_delivered_is_kept_and_the_result_is_reported() {
     let hub = Hub::start(SOON);
     let world = World::new();
-    hub.fail(Fault::Status(500), Asked::is_log);
+    hub.fail(Fault::Status(500), ReceivedRequest::is_log);
     let agent = StartAgent::start_with(&world, &hub, |command| {
         command.arg("--log-delivery-timeout=1");
     });
@@ -258,8 +260,8 @@ fn logs_are_compressed_only_for_a_server_that_asks_for_it() {
         (0..4).for_each(|part| go(&world, part));
         assert_all_arrived(&hub.finish("1"));
         let encodings: Vec<_> = hub.look(|known| {
-            let of_log = known.requests.iter().filter(|asked| asked.is_log());
-            of_log.map(|asked| asked.headers.get("content-encoding").cloned()).collect()
+            let of_log = known.requests.iter().filter(|received| received.is_log());
+            of_log.map(|received| received.headers.get("content-encoding").cloned()).collect()
         });
         assert!(encodings.len() > 1 && encodings[0].is_none(), "{encodings:?}");
         let packed = compression.then(|| "gzip".to_owned());
@@ -274,7 +276,7 @@ fn a_job_that_is_handed_out_twice_runs_once() {
     let _agent = begin(&hub, &world);
     let again = || json!({ "action": "run-job", "job_id": "1" });
     let reports = hub.look(|known| known.reports.len());
-    // While it runs, and when its result is known.
+    // Both while the job runs, and when its result is known.
     hub.answer_next([again(), again()]);
     hub.wait_until("two more reports", |known| known.reports.len() > reports + 2);
     (0..4).for_each(|part| go(&world, part));
@@ -315,13 +317,13 @@ fn another_job_than_the_running_one_is_neither_run_nor_stopped() {
 }
 
 #[test]
-fn a_stop_is_obeyed_though_no_log_is_taken() {
+fn a_stop_works_although_the_log_can_not_be_delivered() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let agent = StartAgent::start(&world, &hub);
     let id = hub.queue(job("1", &[RUN_FOR_EVER]));
     hub.wait_for_log(&id, RUNNING);
-    hub.fail(Fault::Status(500), Asked::is_log);
+    hub.fail(Fault::Status(500), ReceivedRequest::is_log);
     hub.stop_job(&id);
     agent.wait_for_own_log(NOT_TAKEN);
     hub.wait_for_state("stopping-job");
@@ -330,14 +332,14 @@ fn a_stop_is_obeyed_though_no_log_is_taken() {
 }
 
 #[test]
-fn a_slow_log_server_holds_up_no_job() {
+fn a_slow_log_server_does_not_delay_a_job() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = StartAgent::start(&world, &hub);
     let id = hub.queue(job("1", &["seq 200000", "touch ~/printed"]));
-    hub.fail(Fault::Delay(Duration::from_secs(2)), Asked::is_log);
+    hub.fail(Fault::Delay(Duration::from_secs(2)), ReceivedRequest::is_log);
     wait_for_file(&world.home().join("printed"));
-    // The job is at its end when not a tenth of its log has arrived.
+    // When the job ends, less than a tenth of its log has arrived.
     let arrived = hub.look(|known| known.jobs[&id].log.len());
     assert!(arrived < 5, "{arrived} lines");
     let expected: String = (1..=200_000).map(|number| format!("{number}\n")).collect();
@@ -346,7 +348,7 @@ fn a_slow_log_server_holds_up_no_job() {
 }
 
 #[test]
-fn a_log_of_50_megabytes_arrives_whole() {
+fn a_log_of_50_megabytes_arrives_completely() {
     const LINES: usize = 500_000;
     let hub = Hub::start(SOON);
     let world = World::new();
@@ -356,13 +358,13 @@ fn a_log_of_50_megabytes_arrives_whole() {
     assert_eq!(output.len(), LINES * 101);
     let numbers = output.lines().map(|line| line.parse::<usize>().unwrap());
     assert!(numbers.eq(1..=LINES));
-    // Few requests: each is as large as it may be.
+    // The number of requests is small: each is as large as allowed.
     let bodies = hub.look(|known| known.log_bodies.clone());
     assert!(bodies.len() < 200 && bodies.iter().all(|size| *size <= 1 << 20), "{bodies:?}");
 }
 
 #[test]
-fn an_agent_that_is_refused_again_and_again_ends_with_1() {
+fn an_agent_that_is_refused_repeatedly_ends_with_1() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let mut agent = StartAgent::start_with(&world, &hub, |command| {
@@ -371,7 +373,11 @@ fn an_agent_that_is_refused_again_and_again_ends_with_1() {
     assert_eq!(agent.exit_code(), Some(1));
     let tries = hub.look(|known| known.requests.clone());
     assert_eq!(tries.len(), 30);
-    assert!(tries.iter().all(|asked| asked.is("POST", "/register") && asked.status == Some(401)));
+    assert!(
+        tries
+            .iter()
+            .all(|received| received.is("POST", "/register") && received.status == Some(401))
+    );
     let own_log = agent.whole_log();
     assert!(own_log.contains("not registered") && !own_log.contains("not-the-right-one"));
 }

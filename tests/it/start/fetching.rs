@@ -1,12 +1,12 @@
-//! How a job gets from a control plane, which gives it out whole only once, to its agent.
+//! Fetching a job from a control plane, which hands out the job's secrets only once.
 
 use serde_json::{Value, json};
 
-use test_support::control_plane::{Asked, Fault, Known, SANITIZED};
+use test_support::control_plane::{Fault, Known, ReceivedRequest, SANITIZED};
 use test_support::start::{Hub, SOON, StartAgent};
 use test_support::{World, base64, job};
 
-/// A job with secrets that must not run without them.
+/// Returns a job with secrets that must not run without them.
 fn job_with_secrets(id: &str) -> Value {
     let mut request = job(id, &["touch ~/never"]);
     request["env_vars"] = json!([{ "name": "KEY", "value": base64(b"secret") }]);
@@ -14,28 +14,29 @@ fn job_with_secrets(id: &str) -> Value {
     request
 }
 
-fn is_fetch(asked: &Asked) -> bool {
-    asked.method == "GET" && asked.path.contains("/jobs/")
+fn is_fetch(received: &ReceivedRequest) -> bool {
+    received.method == "GET" && received.path.contains("/jobs/")
 }
 
-/// The first answer to somebody who fetches a job meets this fault.
+/// Makes the first response to a fetch meet this fault.
 fn spoil_first_fetch(hub: &Hub, fault: Fault) {
     let mut first = true;
-    hub.fail(fault, move |asked| is_fetch(asked) && std::mem::take(&mut first));
+    hub.fail(fault, move |received| is_fetch(received) && std::mem::take(&mut first));
 }
 
-/// The job has failed, its log and the agent's say that it must be rerun, and none of it ran.
+/// Asserts that the job has failed without running, and that its log and the agent's log say that it must be
+/// rerun.
 fn assert_not_run(hub: &Hub, agent: &StartAgent, world: &World, id: &str) {
     let finished = hub.finish(id);
     assert_eq!(finished.result(), "failed");
-    let told = format!("{:?}", finished.events);
-    assert!(told.contains("rerun") && !told.contains("base64"), "{finished:#?}");
+    let log = format!("{:?}", finished.events);
+    assert!(log.contains("rerun") && !log.contains("base64"), "{finished:#?}");
     agent.wait_for_own_log("rerun");
     assert!(!world.home().join("never").exists() && !world.home().join("key").exists());
 }
 
 #[test]
-fn a_job_whose_answer_got_lost_fails_and_its_log_says_that_it_must_be_rerun() {
+fn a_job_whose_response_was_lost_fails_and_must_be_rerun() {
     let hub = Hub::start(SOON);
     hub.set(|settings| settings.once = true);
     let world = World::new();
@@ -80,7 +81,7 @@ fn a_request_in_which_any_secret_is_overwritten_is_not_run() {
 }
 
 #[test]
-fn a_command_may_speak_of_what_stands_for_secrets() {
+fn a_command_may_contain_the_placeholder_for_secrets() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = StartAgent::start(&world, &hub);
@@ -89,7 +90,7 @@ fn a_command_may_speak_of_what_stands_for_secrets() {
 }
 
 #[test]
-fn a_job_whose_answer_was_cut_is_not_run() {
+fn a_job_whose_response_was_cut_is_not_run() {
     let hub = Hub::start(SOON);
     hub.set(|settings| settings.once = true);
     let world = World::new();
@@ -110,22 +111,22 @@ fn a_job_is_fetched_on_a_connection_of_its_own() {
         assert_eq!(hub.run(&job(id, &["true"])).result(), "passed");
     }
     let requests = hub.look(|known| known.requests.clone());
-    for (number, fetch) in requests.iter().enumerate().filter(|(_, asked)| is_fetch(asked)) {
-        let before = requests[..number].iter().find(|asked| asked.peer == fetch.peer);
-        // One that was used before may be closed by now, and the answer lost.
+    for (number, fetch) in requests.iter().enumerate().filter(|(_, received)| is_fetch(received)) {
+        let before = requests[..number].iter().find(|received| received.peer == fetch.peer);
+        // The server may close a reused connection at that moment, and the response would be lost.
         assert!(before.is_none(), "{} came on the connection of {before:?}", fetch.path);
     }
 }
 
 #[test]
-fn a_job_that_is_not_available_any_more_is_no_failed_job() {
+fn a_job_that_is_no_longer_available_is_not_a_failed_job() {
     for status in [404, 422] {
         let hub = Hub::start(SOON);
         let world = World::new();
         let _agent = StartAgent::start(&world, &hub);
         hub.wait_for_state("waiting-for-jobs");
         let refusal = Fault::Refuse(status, "job not available\n");
-        hub.fail(refusal, |asked| asked.is("GET", "/jobs/gone"));
+        hub.fail(refusal, |received| received.is("GET", "/jobs/gone"));
         hub.answer_next([json!({ "action": "run-job", "job_id": "gone" })]);
         hub.wait_until("it is asked for", |known| known.requests.iter().any(is_fetch));
         hub.wait_for_state("waiting-for-jobs");
@@ -133,18 +134,18 @@ fn a_job_that_is_not_available_any_more_is_no_failed_job() {
         let states = hub.states();
         assert!(!states.iter().any(|state| state.starts_with("finished-job gone")), "{states:?}");
         let fetched = |known: &Known| {
-            known.requests.iter().filter(|asked| asked.is("GET", "/jobs/gone")).count()
+            known.requests.iter().filter(|received| received.is("GET", "/jobs/gone")).count()
         };
         assert_eq!(hub.look(fetched), 1);
     }
 }
 
 #[test]
-fn an_agent_for_one_job_ends_when_that_is_not_available_any_more() {
+fn an_agent_for_one_job_ends_when_that_job_is_no_longer_available() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let refusal = Fault::Refuse(404, "job not available\n");
-    hub.fail(refusal, |asked| asked.is("GET", "/jobs/gone"));
+    hub.fail(refusal, |received| received.is("GET", "/jobs/gone"));
     hub.answer_next([json!({ "action": "run-job", "job_id": "gone" })]);
     let mut agent = StartAgent::start_with(&world, &hub, |command| {
         command.args(["--disconnect-after-job", "--job-id", "gone"]);

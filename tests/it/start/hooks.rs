@@ -9,12 +9,12 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use test_support::start::{Hub, SOON, StartAgent, TOKEN};
-use test_support::{Finished, RUN_FOR_EVER, RUNNING, World, job, lives_with};
+use test_support::{Finished, RUN_FOR_EVER, RUNNING, World, job, processes_with};
 
 const PRE_JOB: &str = "Running the pre-job hook configured in the agent";
 const POST_JOB: &str = "Running the post-job hook configured in the agent";
 
-/// A job with a variable of its own, and an epilogue.
+/// Returns a job with a variable and an epilogue.
 fn request(id: &str, commands: &[&str]) -> Value {
     let mut request = job(id, commands);
     request["env_vars"] = json!([{ "name": "JOBS", "value": "b3du" }]);
@@ -22,7 +22,7 @@ fn request(id: &str, commands: &[&str]) -> Value {
     request
 }
 
-/// Output and exit code of one step.
+/// Returns output and exit code of a step.
 fn step(log: &Finished, title: &str) -> Option<(String, i32)> {
     let steps = log.steps();
     steps.into_iter().find_map(|(its, output, code)| (its == title).then_some((output, code)))
@@ -84,7 +84,7 @@ fn a_pre_job_hook_is_run_or_sourced_and_fails_the_job_or_not() {
 }
 
 #[test]
-fn a_hook_that_is_not_there_is_a_step_that_fails_and_the_agent_goes_on() {
+fn a_missing_hook_is_a_failed_step_and_the_agent_continues() {
     let world = World::new();
     let missing = world.home().join("missing");
     let directory = world.home().join("directory");
@@ -123,7 +123,7 @@ fn a_hook_that_is_not_there_is_a_step_that_fails_and_the_agent_goes_on() {
 }
 
 #[test]
-fn a_relative_hook_is_in_the_agents_directory() {
+fn a_relative_hook_path_starts_in_the_agents_working_directory() {
     let world = World::new();
     let working = world.home().with_file_name("working");
     fs::create_dir(&working).unwrap();
@@ -147,7 +147,7 @@ fn a_relative_hook_is_in_the_agents_directory() {
 }
 
 #[test]
-fn a_hook_that_hangs_is_ended_and_does_not_hold_the_agent() {
+fn a_hanging_hook_is_ended_and_does_not_block_the_agent() {
     let world = World::new();
     let marker = format!("HANGING={}", world.home().display());
     let script = format!(
@@ -158,7 +158,7 @@ fn a_hook_that_hangs_is_ended_and_does_not_hold_the_agent() {
     for (kind, sourced, fails_job, result) in [
         ("pre-job", false, false, "passed"),
         ("pre-job", false, true, "failed"),
-        // Its shell goes with it.
+        // The hook's shell is ended with it.
         ("pre-job", true, false, "failed"),
         ("pre-job", true, true, "failed"),
         ("post-job", false, false, "passed"),
@@ -179,7 +179,7 @@ fn a_hook_that_hangs_is_ended_and_does_not_hold_the_agent() {
             let second = step(&log, "echo second");
             assert_eq!(second.is_some(), !fails_job, "{case}");
             assert_eq!(second.is_some_and(|second| second.1 == 0), result == "passed", "{case}");
-            assert_eq!(lives_with(&marker), [""; 0], "{case}");
+            assert_eq!(processes_with(&marker), [""; 0], "{case}");
         }
         let own_log = agent.wait_for_own_log("a hook hangs");
         assert!(own_log.contains(" job=1 ") && own_log.contains("seconds=1"), "{own_log}");
@@ -190,12 +190,12 @@ fn a_hook_that_hangs_is_ended_and_does_not_hold_the_agent() {
     control_plane.shut_down("requested");
     let (code, own_log) = agent.exit_code_and_log();
     assert_eq!(code, Some(0), "{own_log}");
-    assert!(own_log.contains("the shutdown hook took too long, and was killed"), "{own_log}");
-    assert_eq!(lives_with(&marker), [""; 0]);
+    assert!(own_log.contains("the shutdown hook timed out and was killed"), "{own_log}");
+    assert_eq!(processes_with(&marker), [""; 0]);
 }
 
 #[test]
-fn a_hanging_hook_that_needs_no_other_program_is_ended_too() {
+fn a_hanging_hook_of_builtins_is_ended() {
     let world = World::new();
     let hook = world.file("hook.sh", "echo hangs; while :; do :; done\n");
     for (sourced, result) in [(true, "failed"), (false, "passed")] {
@@ -210,7 +210,7 @@ fn a_hanging_hook_that_needs_no_other_program_is_ended_too() {
 }
 
 #[test]
-fn a_hanging_post_job_hook_is_ended_without_what_the_job_may_leave() {
+fn a_hanging_post_job_hook_is_ended_and_the_jobs_daemons_stay() {
     let world = World::new();
     let marker = format!("DAEMON={}", world.home().display());
     let hook = world.file("hook.sh", "sleep 1000\n");
@@ -222,7 +222,7 @@ fn a_hanging_post_job_hook_is_ended_without_what_the_job_may_leave() {
     let daemon = format!("env '{marker}' setsid sleep 60 > /dev/null 2>&1 &");
     let log = control_plane.run(&request("1", &[&daemon]));
     assert_eq!((log.result(), step(&log, POST_JOB).unwrap().1), ("passed", 1));
-    let living = lives_with(&marker);
+    let living = processes_with(&marker);
     assert_eq!(living.len(), 1, "{living:?}");
     let pid = living[0].split_whitespace().next().unwrap().trim_start_matches("/proc/");
     kill(Pid::from_raw(pid.parse().unwrap()), Signal::SIGKILL).unwrap();
@@ -243,7 +243,7 @@ fn after_a_stop_a_hanging_post_job_hook_is_ended() {
     assert!(output.contains("hangs\nThe hook took longer than 1 s") && code == 1, "{output}");
 }
 
-/// A hook that tells what it sees.
+/// Writes a hook that prints its environment.
 fn post_job_hook(world: &World) -> PathBuf {
     let text =
         "echo \"$JOBS ${SEMAPHORE_JOB_RESULT-none} ${SET-unset} ${SEMAPHORE_AGENT_TOKEN-none}\"\n";
@@ -380,7 +380,7 @@ fn a_shutdown_hook_gets_the_reason_and_no_token() {
     );
     assert_eq!(after_job, "JOB_FINISHED");
     assert_eq!(end(|_| {}, &|_, agent| agent.interrupt()), "INTERRUPTED");
-    // An answer without a reason.
+    // A response without a reason.
     let silent = end(|_| {}, &|hub, _| hub.answer_next([json!({ "action": "shutdown" })]));
     assert_eq!(silent, "UNKNOWN");
 }

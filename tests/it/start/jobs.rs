@@ -9,11 +9,11 @@ use test_support::callbacks::CallbackServer;
 use test_support::control_plane::Fault;
 use test_support::jobs::{go, in_parts};
 use test_support::start::{FAR_OFF, Hub, NAME, SOON, StartAgent, TOKEN};
-use test_support::{Finished, RUN_FOR_EVER, RUNNING, World, base64, job, lives_with, marked};
+use test_support::{Finished, RUN_FOR_EVER, RUNNING, World, base64, job, marked, processes_with};
 
 const EXPORTS: &str = "Exporting environment variables";
 
-/// The agent's user agent.
+/// The agent's `User-Agent` header.
 const AGENT: &str = concat!("SemaphoreAgent/", env!("CARGO_PKG_VERSION"));
 
 fn titles(finished: &Finished) -> Vec<String> {
@@ -68,7 +68,7 @@ fn a_job_runs_from_the_registration_to_its_result() {
         "waiting-for-jobs",
     ];
     assert_eq!(hub.states(), states);
-    // Nothing was said twice, but that the agent is to end.
+    // No report was repeated, except for the last one, after which the agent was told to end.
     assert_eq!(hub.look(|known| known.reports.len()), states.len() + 1);
     assert_eq!(hub.look(|known| known.jobs[&id].fetched), 1);
 }
@@ -120,7 +120,7 @@ fn the_log_has_the_events_of_the_protocol_and_no_other_keys() {
 }
 
 #[test]
-fn the_agent_says_who_it_is_and_by_what_right_it_asks() {
+fn the_agent_registers_with_its_properties_and_authenticates_its_requests() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let mut agent = StartAgent::start_with(&world, &hub, |command| {
@@ -154,14 +154,14 @@ fn the_agent_says_who_it_is_and_by_what_right_it_asks() {
         assert_eq!(request.is_log(), request.headers["content-type"] == "text/plain");
         assert!(request.status.is_some_and(|status| status < 300), "{request:?}");
     }
-    let kinds = requests.iter().map(|asked| asked.path.rsplit('/').nth(1).unwrap());
+    let kinds = requests.iter().map(|received| received.path.rsplit('/').nth(1).unwrap());
     assert!(kinds.clone().any(|kind| kind == "jobs") && kinds.clone().any(|kind| kind == "logs"));
     assert!(requests.first().unwrap().is("POST", "/register"));
     assert!(requests.last().unwrap().is("POST", "/disconnect"));
 }
 
 #[test]
-fn variables_of_the_agent_win_over_those_of_the_job() {
+fn variables_of_the_agent_override_those_of_the_job() {
     let hub = Hub::start(FAR_OFF);
     let world = World::new();
     let mut request = job("1", &["echo \"$BOTH,$OWN,$JOBS\""]);
@@ -196,7 +196,7 @@ fn a_job_finds_no_token_of_the_agent() {
 fn queued_jobs_run_one_after_another_without_a_pause() {
     let hub = Hub::start(FAR_OFF);
     let world = World::new();
-    // Each knows that it is alone: the file is gone.
+    // Each job checks that it is alone: the file of the previous job is gone.
     let alone = "set -e; mkdir ~/alone; trap 'rmdir ~/alone' EXIT; echo $$ >>~/shells; exit 0";
     let ids: Vec<_> = (0..10)
         .map(|number| hub.queue(job(&number.to_string(), &[&format!("bash -c {alone:?}")])))
@@ -226,28 +226,28 @@ fn a_failed_job_is_reported_as_failed() {
 }
 
 #[test]
-fn a_stopped_job_is_stopped_and_reported_as_that() {
+fn a_stopped_job_is_reported_as_stopped() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = StartAgent::start(&world, &hub);
     let (request, marker) = marked(with_epilogues(job("stopped", &[RUN_FOR_EVER, "echo next"])));
     let id = hub.queue(request);
     hub.wait_for_log(&id, RUNNING);
-    assert!(!lives_with(&marker).is_empty());
+    assert!(!processes_with(&marker).is_empty());
     hub.stop_job(&id);
     let finished = hub.finish(&id);
     assert_eq!(finished.result(), "stopped");
     assert_eq!(finished.steps()[2..], [(RUN_FOR_EVER.into(), "running\n".into(), 1)]);
-    assert_eq!(lives_with(&marker), [""; 0]);
+    assert_eq!(processes_with(&marker), [""; 0]);
     let states = hub.states().into_iter().filter(|state| state.contains("stopped"));
     let expected = ["starting-job", "running-job", "stopping-job", "finished-job"];
     assert!(states.map(|state| state.split(' ').next().unwrap().to_owned()).eq(expected));
-    // The next one is not stopped.
+    // The next job is not stopped.
     assert_eq!(hub.run(&job("next", &["true"])).result(), "passed");
 }
 
 #[test]
-fn a_job_that_can_not_work_fails_with_the_reason_in_its_log() {
+fn an_invalid_job_fails_with_the_reason_in_its_log() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = StartAgent::start(&world, &hub);
@@ -277,7 +277,7 @@ fn a_job_that_can_not_work_fails_with_the_reason_in_its_log() {
 }
 
 #[test]
-fn a_request_that_is_no_job_is_a_failed_job() {
+fn a_malformed_job_is_a_failed_job() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let agent = StartAgent::start(&world, &hub);
@@ -310,24 +310,25 @@ fn a_job_that_can_not_be_fetched_is_a_failed_job() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = StartAgent::start(&world, &hub);
-    hub.fail(Fault::Status(404), |asked| asked.is("GET", "/jobs/1"));
+    hub.fail(Fault::Status(404), |received| received.is("GET", "/jobs/1"));
     let id = hub.queue(job("1", &["touch ~/never"]));
     assert_eq!(hub.result(&id), "failed");
-    let tries =
-        hub.look(|known| known.requests.iter().filter(|asked| asked.is("GET", "/jobs/1")).count());
+    let tries = hub.look(|known| {
+        known.requests.iter().filter(|received| received.is("GET", "/jobs/1")).count()
+    });
     assert_eq!(tries, 10);
     assert_eq!(hub.run(&job("next", &["true"])).result(), "passed");
     assert!(!world.home().join("never").exists());
 }
 
 #[test]
-fn a_job_is_fetched_again_until_the_answer_is_one() {
+fn a_job_is_fetched_again_until_the_response_is_valid() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = StartAgent::start(&world, &hub);
     let mut faults = vec![Fault::Status(500), Fault::Drop, Fault::Cut, Fault::Nonsense];
-    hub.misbehave(Some(Box::new(move |asked, _| {
-        asked.is("GET", "/jobs/1").then(|| faults.pop()).flatten()
+    hub.misbehave(Some(Box::new(move |received, _| {
+        received.is("GET", "/jobs/1").then(|| faults.pop()).flatten()
     })));
     assert_eq!(hub.run(&job("1", &["true"])).result(), "passed");
 }
@@ -337,7 +338,7 @@ fn a_job_that_is_stopped_while_it_is_fetched_never_runs() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = StartAgent::start(&world, &hub);
-    hub.fail(Fault::Status(500), |asked| asked.is("GET", "/jobs/1"));
+    hub.fail(Fault::Status(500), |received| received.is("GET", "/jobs/1"));
     let id = hub.queue(job("1", &["touch ~/never"]));
     hub.wait_for_state("starting-job");
     hub.stop_job(&id);
@@ -385,7 +386,7 @@ const KEYS: &str = "ssh-ed25519 AAAA own\n";
 const PROFILE: &str = "export FROM_PROFILE=1\n";
 
 #[test]
-fn people_are_let_in_only_where_the_job_brings_keys_and_until_its_result_is_told() {
+fn ssh_access_needs_keys_of_the_job_and_ends_with_its_result() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let (keys, script) = (world.home().join(".ssh/authorized_keys"), world.jump_point());
@@ -411,7 +412,7 @@ fn people_are_let_in_only_where_the_job_brings_keys_and_until_its_result_is_told
 }
 
 #[test]
-fn the_login_profile_stays_as_it_is() {
+fn the_login_profile_is_not_changed() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = StartAgent::start(&world, &hub);
@@ -428,7 +429,7 @@ fn the_login_profile_stays_as_it_is() {
 }
 
 #[test]
-fn nothing_of_a_job_is_left_when_its_result_is_told() {
+fn nothing_of_a_job_is_left_when_its_result_is_reported() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = StartAgent::start(&world, &hub);
@@ -444,12 +445,12 @@ fn nothing_of_a_job_is_left_when_its_result_is_told() {
     let at_the_end = hub.watch("finished-job", move || {
         let entries = fs::read_dir(&state).unwrap();
         let entries = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-        (lives_with(&of_marker), entries.filter(|name| name != "lock").count())
+        (processes_with(&of_marker), entries.filter(|name| name != "lock").count())
     });
     assert_eq!(hub.run(&request).result(), "passed");
     let (processes, directories) = at_the_end.recv().unwrap();
     assert_eq!(processes, [""; 0]);
-    // The last job's directory keeps the log.
+    // The last job's directory still holds the log.
     assert!(directories <= 1, "{directories}");
 }
 

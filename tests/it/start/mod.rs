@@ -1,4 +1,4 @@
-//! `agent start`: jobs that the agent asks a control plane for.
+//! `agent start`: jobs that the agent fetches from a control plane.
 
 mod answers;
 mod closed_connections;

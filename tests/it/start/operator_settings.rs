@@ -1,15 +1,15 @@
-//! Settings that look right to who wrote them: logins of proxies, and files from editors that mark them.
+//! Settings that look right to the operator: passwords in proxy URLs, and files with a byte order mark.
 
 use test_support::World;
 use test_support::serve::{self, ServeAgent};
 use test_support::start::{TOKEN, command, refusal, run};
 
-/// What many editors put before a text.
+/// The byte order mark that many editors put before a text.
 const MARK: &str = "\u{feff}";
 
-/// What is behind such a character would be taken for a path, and what is before it for the host.
+/// Without escaping, such a character ends the login, and the rest would be taken for host or path.
 #[test]
-fn a_raw_character_in_a_proxys_password_is_refused_with_how_to_write_it() {
+fn an_unescaped_character_in_a_proxys_password_is_refused_with_its_escape() {
     let world = World::new();
     for (variable, proxy, written) in [
         ("HTTPS_PROXY", "http://me:canary#1@proxy.example:3128", "%23"),
@@ -27,7 +27,7 @@ fn a_raw_character_in_a_proxys_password_is_refused_with_how_to_write_it() {
 }
 
 #[test]
-fn a_byte_order_mark_before_a_configuration_changes_nothing() {
+fn a_byte_order_mark_before_a_configuration_is_ignored() {
     let world = World::new();
     for text in [
         format!("{MARK}endpoint: hub.example.com\ntoken: {TOKEN}\nname: agent-of-a-test\n"),
@@ -43,16 +43,16 @@ fn a_byte_order_mark_before_a_configuration_changes_nothing() {
         let file = world.file("config.yaml", &text);
         let mut agent = command(&world);
         let output = run(agent.arg("--config-file").arg(file).arg("--print-config"));
-        let [printed, told] =
+        let [printed, warnings] =
             [output.stdout, output.stderr].map(|it| String::from_utf8(it).unwrap());
-        assert_eq!(output.status.code(), Some(0), "{text:?}: {told}");
+        assert_eq!(output.status.code(), Some(0), "{text:?}: {warnings}");
         assert!(printed.contains("name: \"agent-of-a-test\" #"), "{text:?}: {printed}");
-        assert_eq!(told, "", "{text:?}");
+        assert_eq!(warnings, "", "{text:?}");
     }
 }
 
 #[test]
-fn a_file_of_nothing_but_a_byte_order_mark_sets_nothing() {
+fn a_file_with_only_a_byte_order_mark_is_empty() {
     let world = World::new();
     let file = world.file("config.yaml", MARK);
     let agent = ServeAgent::start_with(&world, |command| {
@@ -62,7 +62,7 @@ fn a_file_of_nothing_but_a_byte_order_mark_sets_nothing() {
 }
 
 #[test]
-fn what_is_wrong_behind_a_byte_order_mark_is_named_with_its_line() {
+fn errors_after_a_byte_order_mark_are_named_with_their_line() {
     let world = World::new();
     let file = world.file("config.yaml", format!("{MARK}max-body-sice: 3000\n"));
     let message = serve::refusal(&world, |command| {

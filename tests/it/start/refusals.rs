@@ -1,4 +1,4 @@
-//! What a control plane refuses and why, and agents that it does not know any more.
+//! Refusals of the control plane and their reasons, and agents that it no longer knows.
 
 use std::fs;
 use std::process::Stdio;
@@ -10,18 +10,19 @@ use test_support::control_plane::{Fault, Known};
 use test_support::start::{FAR_OFF, Hub, SOON, StartAgent};
 use test_support::{RUN_FOR_EVER, RUNNING, World, job};
 
-/// What it says of a name that an agent has which it believes alive.
+/// The control plane's message if an agent with this name seems to be alive.
 const TAKEN: &str = "agent can't be registered\n";
 
 fn registrations(known: &Known) -> usize {
-    known.requests.iter().filter(|asked| asked.is("POST", "/register")).count()
+    known.requests.iter().filter(|received| received.is("POST", "/register")).count()
 }
 
-/// An agent whose registration is refused; its exit code, what it said of that, and how often it tried.
+/// Runs an agent whose registration is refused. Returns its exit code, its message, and the number of
+/// attempts.
 fn refused(fault: Fault, name: Option<&str>) -> (Option<i32>, String, usize) {
     let hub = Hub::start(SOON);
     let world = World::new();
-    hub.fail(fault, |asked| asked.is("POST", "/register"));
+    hub.fail(fault, |received| received.is("POST", "/register"));
     let mut agent = StartAgent::start_with(&world, &hub, |command| {
         command.stderr(Stdio::null());
         if let Some(name) = name {
@@ -33,7 +34,7 @@ fn refused(fault: Fault, name: Option<&str>) -> (Option<i32>, String, usize) {
 
 #[test]
 fn a_final_refusal_ends_the_agent_at_once_and_its_own_log_says_why() {
-    for (status, text, told) in [
+    for (status, text, logged) in [
         (
             422,
             "agent quota of 5 has been reached\nforged line\n",
@@ -43,22 +44,22 @@ fn a_final_refusal_ends_the_agent_at_once_and_its_own_log_says_why() {
         (422, "AWS account 123456 is not allowed\n", "AWS account 123456 is not allowed"),
     ] {
         let (code, own_log, tries) = refused(Fault::Refuse(status, text), None);
-        assert!(own_log.contains(told), "{own_log}");
+        assert!(own_log.contains(logged), "{own_log}");
         assert!(!own_log.lines().any(|line| line.starts_with("forged")), "{own_log}");
         assert_eq!((code, tries), (Some(1), 1), "{own_log}");
     }
 }
 
 #[test]
-fn no_more_of_a_refusal_is_told_than_its_first_200_characters() {
+fn only_the_first_200_characters_of_a_refusal_are_logged() {
     let text = format!("{}{}", "é".repeat(200), "canary");
     let (_, own_log, _) = refused(Fault::Refuse(422, text.leak()), None);
-    let told = "é".repeat(200);
-    assert!(own_log.contains(&told) && !own_log.contains("canary"), "{own_log}");
+    let logged = "é".repeat(200);
+    assert!(own_log.contains(&logged) && !own_log.contains("canary"), "{own_log}");
 }
 
 #[test]
-fn a_refusal_that_may_echo_a_signed_url_is_not_told() {
+fn a_refusal_that_may_echo_a_signed_url_is_not_logged() {
     let name = "https://sts.example.com/?Action=GetCallerIdentity&Signature=canary";
     let text = "https://sts.example.com/?Signature=canary is not accepted";
     let (code, own_log, tries) = refused(Fault::Refuse(422, text), Some(name));
@@ -67,7 +68,7 @@ fn a_refusal_that_may_echo_a_signed_url_is_not_told() {
 }
 
 #[test]
-fn a_wrong_token_and_a_wrong_host_are_told_as_that() {
+fn a_wrong_token_and_a_wrong_host_are_named() {
     for (status, word) in [(401, "token"), (404, "organization")] {
         let (code, own_log, _) = refused(Fault::Refuse(status, ""), None);
         assert_eq!(code, Some(1));
@@ -76,46 +77,46 @@ fn a_wrong_token_and_a_wrong_host_are_told_as_that() {
 }
 
 #[test]
-fn a_refusal_of_a_report_is_told_in_its_words() {
+fn the_reason_of_a_refused_report_is_logged() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let why = "the organization is suspended";
-    hub.fail(Fault::Refuse(403, why), |asked| asked.is("POST", "/sync"));
+    hub.fail(Fault::Refuse(403, why), |received| received.is("POST", "/sync"));
     StartAgent::start(&world, &hub).wait_for_own_log(why);
 }
 
 #[test]
-fn a_refusal_of_a_job_is_told_in_its_words() {
+fn the_reason_of_a_refused_job_is_logged() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let why = "there is no such job";
-    hub.fail(Fault::Refuse(403, why), |asked| asked.is("GET", "/jobs/1"));
+    hub.fail(Fault::Refuse(403, why), |received| received.is("GET", "/jobs/1"));
     hub.queue(job("1", &["true"]));
     StartAgent::start(&world, &hub).wait_for_own_log(why);
 }
 
 #[test]
-fn a_refusal_of_a_new_token_for_logs_is_told_in_its_words() {
+fn the_reason_of_a_refused_log_token_is_logged() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let agent = StartAgent::start(&world, &hub);
     let id = hub.queue(job("1", &[RUN_FOR_EVER]));
     hub.wait_for_log(&id, RUNNING);
     let why = "the token can not be renewed";
-    hub.fail(Fault::Refuse(403, why), |asked| asked.is("POST", "/refresh"));
+    hub.fail(Fault::Refuse(403, why), |received| received.is("POST", "/refresh"));
     hub.expire_log_tokens();
     hub.stop_job(&id);
     agent.wait_for_own_log(why);
 }
 
 #[test]
-fn a_name_that_is_still_taken_is_asked_for_until_it_is_free() {
+fn registration_is_retried_until_the_name_is_free() {
     const TAKEN_FOR: Duration = Duration::from_secs(32);
     let hub = Hub::start(SOON);
     let world = World::new();
     let mut first = None;
-    hub.fail(Fault::Refuse(422, TAKEN), move |asked| {
-        let is_register = asked.is("POST", "/register");
+    hub.fail(Fault::Refuse(422, TAKEN), move |received| {
+        let is_register = received.is("POST", "/register");
         is_register && first.get_or_insert_with(SystemTime::now).elapsed().unwrap() < TAKEN_FOR
     });
     let agent = StartAgent::start_with(&world, &hub, |command| {
@@ -126,25 +127,26 @@ fn a_name_that_is_still_taken_is_asked_for_until_it_is_free() {
         (!known.registrations.is_empty()).then(|| registrations(known))
     });
     let tries = known.unwrap_or_else(|| panic!("never registered: {}", agent.own_log()));
-    // A crashed agent's name is taken for minutes: there is no use in asking every second.
+    // A crashed agent's name stays taken for minutes, so the agent must not retry every second.
     assert!((3..20).contains(&tries), "{tries}");
     assert_eq!(hub.run(&job("1", &["true"])).result(), "passed");
 }
 
-/// The control plane has deleted the agent that is registered now, and all that it was for.
+/// Makes the control plane forget the registered agent and its job.
 fn delete_agent(hub: &Hub) {
     let mut known = true;
-    hub.misbehave(Some(Box::new(move |asked, _| {
-        if asked.is("POST", "/register") {
+    hub.misbehave(Some(Box::new(move |received, _| {
+        if received.is("POST", "/register") {
             known = false;
         }
-        let of_deleted = known && (asked.is_log() || asked.path.contains("self_hosted_agents"));
+        let of_deleted =
+            known && (received.is_log() || received.path.contains("self_hosted_agents"));
         of_deleted.then_some(Fault::Refuse(404, "not found\n"))
     })));
 }
 
 #[test]
-fn an_idle_agent_that_is_not_known_any_more_registers_again() {
+fn an_idle_agent_that_is_no_longer_known_registers_again() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = StartAgent::start(&world, &hub);
@@ -155,8 +157,8 @@ fn an_idle_agent_that_is_not_known_any_more_registers_again() {
     let after = deleted.elapsed().unwrap();
     assert!(after > Duration::from_millis(4900), "{after:?}");
     let refused = |known: &Known| {
-        let reports = known.requests.iter().filter(|asked| asked.is("POST", "/sync"));
-        reports.filter(|asked| asked.status == Some(404)).count()
+        let reports = known.requests.iter().filter(|received| received.is("POST", "/sync"));
+        reports.filter(|received| received.status == Some(404)).count()
     };
     assert!(hub.look(refused) >= 3);
     assert_eq!(hub.run(&job("next", &["true"])).result(), "passed");
@@ -169,7 +171,7 @@ fn name(registration: &Value) -> String {
 }
 
 #[test]
-fn a_busy_agent_that_is_not_known_any_more_stops_its_job_keeps_the_log_and_registers_again() {
+fn a_busy_agent_that_is_no_longer_known_stops_its_job_keeps_the_log_and_registers_again() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = StartAgent::start_with(&world, &hub, |command| {
@@ -180,21 +182,21 @@ fn a_busy_agent_that_is_not_known_any_more_stops_its_job_keeps_the_log_and_regis
     delete_agent(&hub);
     hub.wait_until("another registration", |known| known.registrations.len() > 1);
     let kept = fs::read_dir(world.state().join("undelivered")).unwrap();
-    assert!(kept.count() > 0, "the log is kept");
+    assert!(kept.count() > 0, "the log was not kept");
     assert_eq!(hub.run(&job("next", &["echo hi"])).output(), "hi\n");
     let states = hub.states();
     assert!(!states.iter().any(|state| state.starts_with("finished-job 1")), "{states:?}");
 }
 
 #[test]
-fn an_agent_that_was_not_found_twice_is_the_same_agent() {
+fn two_not_found_responses_do_not_make_an_agent_register_again() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let _agent = StartAgent::start(&world, &hub);
     hub.wait_for_state("waiting-for-jobs");
     let mut left = 2;
-    hub.fail(Fault::Refuse(404, "not found\n"), move |asked| {
-        let is_refused = left > 0 && asked.is("POST", "/sync");
+    hub.fail(Fault::Refuse(404, "not found\n"), move |received| {
+        let is_refused = left > 0 && received.is("POST", "/sync");
         left -= u32::from(is_refused);
         is_refused
     });
@@ -203,7 +205,7 @@ fn an_agent_that_was_not_found_twice_is_the_same_agent() {
 }
 
 #[test]
-fn the_version_on_the_wire_is_one_for_the_control_plane() {
+fn the_reported_version_has_the_control_planes_format() {
     let hub = Hub::start(FAR_OFF);
     let world = World::new();
     let _agent = StartAgent::start(&world, &hub);

@@ -1,5 +1,5 @@
-//! Secrets that are handed over as an open file: no name leads to them, and no job gets hold of them. One that
-//! comes as a variable is not found there any more once the agent runs.
+//! Secrets that are passed as an open descriptor: no path leads to them, and jobs can't read them. A secret
+//! that is passed in a variable is wiped from the agent's environment.
 
 use std::fs;
 use std::path::Path;
@@ -14,18 +14,18 @@ use test_support::surroundings::in_shell;
 const SECRET_VARIABLE: &str = "SEMAPHORE_AGENT_AUTH_TOKEN_SECRET";
 const TOKEN_VARIABLE: &str = "SEMAPHORE_AGENT_TOKEN";
 
-/// Shows what a job has open, what its first process has, and what can be read from there.
+/// Prints the open descriptors of a job and of its job-init, and what can be read from them.
 const DESCRIPTORS: &str = "ls -l /proc/self/fd /proc/$$/fd; ls -l /proc/$PPID/fd 2>/dev/null
     for ((fd = 3; fd < 20; fd++)); do timeout 1 cat <&$fd; done 2>/dev/null
     true";
 
-/// Ways to hand over the content of a file as descriptor 3, before the agent starts.
+/// Ways to pass the content of a file as descriptor 3, before the agent starts.
 fn handed_over(file: &Path) -> [String; 2] {
     let file = file.display();
     [format!("exec 3< '{file}'"), format!("exec 3< <(cat '{file}')")]
 }
 
-/// Nothing that the job saw leads to the file, or is from it.
+/// Asserts that the job's output contains neither the path nor the content of the file.
 fn assert_not_passed_on(seen: &str, secret: &str) {
     assert!(seen.contains("/proc/self/fd:"), "{seen}");
     assert!(!seen.contains(secret) && !seen.contains("the-secret"), "{seen}");
@@ -80,7 +80,7 @@ fn an_agent_of_a_control_plane_takes_its_token_from_a_descriptor() {
     }
 }
 
-/// Ways to name a descriptor that is no good: what the shell does before, and the number.
+/// Ways to pass an unusable descriptor: the shell code before the agent, and the number.
 const BAD: [(&str, &str); 4] =
     [("exec 9<&-", "9"), ("exec 9> /dev/null", "9"), ("exec 9< /", "9"), ("exec 900<&-", "900")];
 
@@ -103,7 +103,7 @@ fn a_descriptor_that_can_not_be_read_is_fatal_and_named() {
             assert!(message.contains(word), "{before}: {message}");
         }
     }
-    // Nothing is in it: anybody could sign with that.
+    // The secret is empty: anybody could sign tokens with it.
     let message = serve::refusal(&world, |command| {
         command.env_remove(SECRET_VARIABLE).args(["--auth-token-secret-fd", "3"]);
         in_shell(command, "exec 3< /dev/null");
@@ -112,7 +112,7 @@ fn a_descriptor_that_can_not_be_read_is_fatal_and_named() {
 }
 
 #[test]
-fn a_descriptor_and_another_source_are_one_too_many() {
+fn a_descriptor_and_another_source_are_refused() {
     let world = World::new();
     let file = world.file("the-secret", format!("{SECRET}\n"));
     let name = file.to_str().unwrap();
@@ -136,7 +136,7 @@ fn a_descriptor_and_another_source_are_one_too_many() {
     }
 }
 
-/// What a job and the tests see of the agent's environment must not have this in it.
+/// A canary that must not be in the agent's environment, as seen by a job and by the test.
 fn assert_wiped(agent: Pid, seen_by_job: &str, secret: &str) {
     let look = fs::read(format!("/proc/{agent}/environ"));
     let Ok(environment) = look else {
@@ -144,16 +144,16 @@ fn assert_wiped(agent: Pid, seen_by_job: &str, secret: &str) {
         return;
     };
     let environment = String::from_utf8_lossy(&environment);
-    assert!(!environment.contains(secret), "it is in the agent's environment");
-    assert!(!seen_by_job.contains(secret), "it is in the agent's environment, for a job");
+    assert!(!environment.contains(secret), "the secret is in the agent's environment");
+    assert!(!seen_by_job.contains(secret), "a job found the secret in the agent's environment");
 }
 
-/// Shows the agent's environment in a job.
+/// A command that prints the agent's environment in a job.
 const ENVIRONMENT: &str = "agent=$(awk '/^PPid:/ {print $2}' /proc/$PPID/status)
     tr '\\0' '\\n' < /proc/$agent/environ; env; tr '\\0' '\\n' < /proc/$PPID/environ; true";
 
 #[test]
-fn a_secret_that_came_as_a_variable_is_not_there_any_more() {
+fn a_secret_from_a_variable_is_wiped() {
     if !geteuid().is_root() {
         eprintln!("skipped: only root can look at the environment of such a process");
         return;

@@ -1,4 +1,4 @@
-//! Signals to an agent that works for a control plane, in each of its states.
+//! Signals to an agent of a control plane, in each of its states.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -6,21 +6,21 @@ use std::process::{Command, Stdio};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use test_support::control_plane::{Asked, Fault};
+use test_support::control_plane::{Fault, ReceivedRequest};
 use test_support::start::{FAR_OFF, Hub, SOON, StartAgent};
-use test_support::{RUN_UNTIL_GO, RUNNING, World, job, lives_with, marked, unique, wait_until};
+use test_support::{RUN_UNTIL_GO, RUNNING, World, job, marked, processes_with, unique, wait_until};
 
-/// Longer than any test.
+/// A grace period that is longer than any test.
 const LONG_GRACE: u64 = 10_000;
 
-/// Processes that do not go when they are asked to, in and out of the shell's session.
+/// Processes that ignore SIGTERM, inside and outside of the shell's process session.
 const STUBBORN: [&str; 3] = [
     "setsid -f bash -c \"trap '' TERM HUP INT; touch ~/up; while :; do sleep 1000; done\"",
     "until [[ -e ~/up ]]; do sleep 0.01; done; rm ~/up",
     "trap '' TERM HUP INT; echo running; while :; do sleep 1000; done",
 ];
 
-/// An agent whose shutdown hook notes why it ended.
+/// Starts an agent whose shutdown hook records the shutdown reason.
 fn start(world: &World, hub: &Hub, grace: u64) -> StartAgent {
     let hook = world.file("hook", "echo $SEMAPHORE_AGENT_SHUTDOWN_REASON >>~/reason\n");
     StartAgent::start_with(world, hub, |command| {
@@ -29,7 +29,7 @@ fn start(world: &World, hub: &Hub, grace: u64) -> StartAgent {
     })
 }
 
-/// A job whose processes have a marker.
+/// Queues a job whose processes have a marker.
 fn queue(hub: &Hub, commands: &[&str]) -> (String, String) {
     let mut all = vec!["(sleep 1000 &)"];
     all.extend(commands);
@@ -39,10 +39,10 @@ fn queue(hub: &Hub, commands: &[&str]) -> (String, String) {
 
 fn wait_until_it_runs(hub: &Hub, (id, marker): &(String, String)) {
     hub.wait_for_log(id, RUNNING);
-    assert!(!lives_with(marker).is_empty());
+    assert!(!processes_with(marker).is_empty());
 }
 
-/// An agent that runs such a job.
+/// Starts an agent that runs such a job.
 fn run(world: &World, hub: &Hub, grace: u64, commands: &[&str]) -> (StartAgent, String, String) {
     let job = queue(hub, commands);
     let agent = start(world, hub, grace);
@@ -50,7 +50,7 @@ fn run(world: &World, hub: &Hub, grace: u64, commands: &[&str]) -> (StartAgent, 
     (agent, job.0, job.1)
 }
 
-/// It ended in order: nothing was left to be said but that it went, once, and why.
+/// Asserts that the agent ended gracefully: it disconnected once, and its hook has the reason.
 fn assert_left(hub: &Hub, world: &World, agent: &mut StartAgent) {
     assert_eq!(agent.exit_code(), Some(0));
     assert_eq!(hub.look(|known| known.disconnected), 1);
@@ -58,7 +58,7 @@ fn assert_left(hub: &Hub, world: &World, agent: &mut StartAgent) {
     assert_eq!(fs::read_to_string(world.home().join("reason")).unwrap(), "INTERRUPTED\n");
 }
 
-/// The report that tells of the interruption.
+/// Waits for the report with the time of the interruption.
 fn interrupted(hub: &Hub) -> Value {
     hub.find("interrupted_at", |known| {
         known.reports.iter().find(|report| report["interrupted_at"] != 0).cloned()
@@ -85,7 +85,7 @@ fn an_agent_that_is_not_registered_yet_ends_at_once() {
 }
 
 #[test]
-fn an_agent_without_a_job_says_so_at_once_and_ends() {
+fn an_agent_without_a_job_reports_the_interruption_at_once_and_ends() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let hub = Hub::start(FAR_OFF);
         let world = World::new();
@@ -102,7 +102,7 @@ fn an_agent_without_a_job_says_so_at_once_and_ends() {
 }
 
 #[test]
-fn an_agent_tells_of_its_interruption_as_soon_as_somebody_hears_it() {
+fn an_interruption_is_reported_as_soon_as_the_control_plane_responds() {
     let mut hub = Hub::start(SOON);
     let world = World::new();
     let mut agent = start(&world, &hub, LONG_GRACE);
@@ -126,7 +126,7 @@ fn a_running_job_without_a_grace_period_is_stopped() {
     assert_eq!(finished.result(), "stopped");
     assert_eq!(finished.commands().last().unwrap(), &("running\n".into(), 1));
     assert_left(&hub, &world, &mut agent);
-    assert_eq!(lives_with(&marker), [""; 0]);
+    assert_eq!(processes_with(&marker), [""; 0]);
 }
 
 #[test]
@@ -136,9 +136,9 @@ fn a_running_job_may_go_on_for_the_grace_period() {
     let (mut agent, id, marker) = run(&world, &hub, LONG_GRACE, &[RUN_UNTIL_GO, "echo next"]);
     let never = hub.queue(job("never", &["touch ~/never"]));
     agent.signal(Signal::SIGTERM);
-    // At once: the next report is far off.
+    // The first report after the signal comes at once, although the next regular one is far off.
     assert_eq!(interrupted(&hub)["state"], "running-job");
-    assert!(!lives_with(&marker).is_empty());
+    assert!(!processes_with(&marker).is_empty());
     go(&world);
     let finished = hub.finish(&id);
     assert_eq!((finished.result(), finished.output().as_str()), ("passed", "running\nnext\n"));
@@ -147,29 +147,31 @@ fn a_running_job_may_go_on_for_the_grace_period() {
 }
 
 #[test]
-fn a_job_that_is_still_fetched_is_not_run_any_more() {
+fn a_job_that_is_being_fetched_is_not_run_after_a_signal() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let mut agent = start(&world, &hub, 0);
-    hub.fail(Fault::Status(500), |asked| asked.is("GET", "/jobs/1"));
+    hub.fail(Fault::Status(500), |received| received.is("GET", "/jobs/1"));
     let id = hub.queue(job("1", &["touch ~/never"]));
-    hub.wait_until("a try", |known| known.requests.iter().any(|asked| asked.is("GET", "/jobs/1")));
+    hub.wait_until("a try", |known| {
+        known.requests.iter().any(|received| received.is("GET", "/jobs/1"))
+    });
     agent.signal(Signal::SIGTERM);
     assert_eq!(hub.result(&id), "stopped");
     assert_left(&hub, &world, &mut agent);
     assert!(!world.home().join("never").exists());
 }
 
-/// What came when: each part of the log, the result, the end.
+/// Returns the order of events: each part of the log, the result, the disconnection.
 fn order_of_end(hub: &Hub) -> Vec<&'static str> {
     let mut order: Vec<_> = hub.look(|known| {
-        let taken = known.requests.iter().filter(|asked| asked.status == Some(200));
-        let kind = |asked: &Asked| {
-            let is_result = asked.body["state"] == "finished-job";
+        let taken = known.requests.iter().filter(|received| received.status == Some(200));
+        let kind = |received: &ReceivedRequest| {
+            let is_result = received.body["state"] == "finished-job";
             let kinds = [
-                (asked.is_log(), "log"),
+                (received.is_log(), "log"),
                 (is_result, "result"),
-                (asked.is("POST", "/disconnect"), "end"),
+                (received.is("POST", "/disconnect"), "end"),
             ];
             kinds.into_iter().find(|(is, _)| *is).map(|(_, kind)| kind)
         };
@@ -185,9 +187,9 @@ fn a_log_is_delivered_before_the_agent_leaves() {
         let hub = Hub::start(SOON);
         let world = World::new();
         let (mut agent, id, marker) = run(&world, &hub, grace, &[RUN_UNTIL_GO, "echo next"]);
-        hub.fail(Fault::Status(503), Asked::is_log);
+        hub.fail(Fault::Status(503), ReceivedRequest::is_log);
         go(&world);
-        wait_until(|| lives_with(&marker).is_empty(), || "it does not end".into());
+        wait_until(|| processes_with(&marker).is_empty(), || "it does not end".into());
         agent.wait_for_own_log("log not taken, trying again");
         agent.signal(Signal::SIGTERM);
         assert_eq!(interrupted(&hub)["state"], "running-job");
@@ -202,7 +204,7 @@ fn a_log_is_delivered_before_the_agent_leaves() {
 }
 
 #[test]
-fn a_second_signal_stops_the_job_and_leaves_in_order() {
+fn a_second_signal_stops_the_job_and_ends_the_agent_gracefully() {
     for second in [Signal::SIGTERM, Signal::SIGINT] {
         let hub = Hub::start(FAR_OFF);
         let world = World::new();
@@ -213,7 +215,7 @@ fn a_second_signal_stops_the_job_and_leaves_in_order() {
         let finished = hub.finish(&id);
         assert_eq!(finished.result(), "stopped");
         assert_left(&hub, &world, &mut agent);
-        assert_eq!(lives_with(&marker), [""; 0]);
+        assert_eq!(processes_with(&marker), [""; 0]);
         assert_eq!(order_of_end(&hub), ["log", "result", "end"]);
     }
 }
@@ -224,7 +226,7 @@ fn a_second_signal_to_an_agent_without_a_job_ends_it() {
     let world = World::new();
     let mut agent = start(&world, &hub, LONG_GRACE);
     hub.wait_for_state("waiting-for-jobs");
-    // This control plane never wants anybody to end.
+    // This control plane never tells an agent to end.
     hub.answer_next((0..100).map(|_| serde_json::json!({ "action": "continue" })));
     agent.signal(Signal::SIGTERM);
     interrupted(&hub);
@@ -241,36 +243,36 @@ fn a_third_signal_kills_at_once() {
         if is_away {
             hub.pause();
         } else {
-            // The job's end is not waited for.
-            hub.fail(Fault::Status(503), Asked::is_log);
+            // The agent does not wait for the end of the job.
+            hub.fail(Fault::Status(503), ReceivedRequest::is_log);
         }
-        for said in ["asked to end", "asked again", "asked once more"] {
+        for text in ["asked to end", "second signal", "third signal"] {
             agent.signal(Signal::SIGTERM);
-            agent.wait_for_own_log(said);
+            agent.wait_for_own_log(text);
         }
         assert_eq!(agent.exit_code(), Some(1));
-        assert_eq!(lives_with(&marker), [""; 0]);
+        assert_eq!(processes_with(&marker), [""; 0]);
         assert!(hub.look(|known| known.jobs[&id].result.is_none() && known.disconnected == 0));
         assert!(!world.home().join("reason").exists());
     }
 }
 
 #[test]
-fn nothing_of_a_job_survives_the_agents_violent_death() {
+fn nothing_of_a_job_survives_when_the_agent_is_killed() {
     let hub = Hub::start(SOON);
     let world = World::new();
     let (agent, _, marker) = run(&world, &hub, 0, &STUBBORN);
     nix::sys::signal::kill(agent.pid(), Signal::SIGKILL).unwrap();
-    // Nobody is left to tell when the clean-up is done, so it is watched.
-    wait_until(|| lives_with(&marker).is_empty(), || format!("{:?}", lives_with(&marker)));
+    // The agent can't report the end of the clean-up, so the test watches the processes.
+    wait_until(|| processes_with(&marker).is_empty(), || format!("{:?}", processes_with(&marker)));
     drop(agent);
-    // And nothing is in the next one's way.
+    // The next agent is not affected.
     let _agent = start(&world, &hub, 0);
     assert_eq!(hub.run(&job("next", &["echo hi"])).output(), "hi\n");
 }
 
 #[test]
-fn a_hangup_is_a_signal_like_the_others_unless_it_is_ignored() {
+fn sighup_works_like_the_other_signals_unless_it_is_ignored() {
     for is_ignored in [false, true] {
         let hub = Hub::start(SOON);
         let world = World::new();

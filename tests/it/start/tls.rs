@@ -1,4 +1,4 @@
-//! `agent start` and control planes over HTTPS: which authorities it trusts, and which proxy it uses.
+//! `agent start` and control planes over HTTPS: trusted authorities, and proxies.
 
 use std::io::{self, BufReader, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -20,10 +20,10 @@ use test_support::http::{Answer, Request, encode_request};
 use test_support::start::{Hub, SOON, StartAgent, TOKEN, command, refusal};
 use test_support::{World, job};
 
-/// A name that nobody but a proxy here knows.
+/// A host name that only the proxy of this test can resolve.
 const UNKNOWN_HOST: &str = "hub.invalid";
 
-/// Who signs certificates.
+/// A certificate authority.
 struct Authority {
     cert: X509,
     key: PKey<Private>,
@@ -40,7 +40,7 @@ impl Authority {
     }
 }
 
-/// A certificate for these names and addresses, or an authority's own.
+/// Makes a certificate for these names and addresses, or that of an authority.
 fn certificate(by: Option<&Authority>, names: &[&str]) -> (X509, PKey<Private>) {
     let group = EcGroup::from_curve_name(Nid::X9_62_PRIME256V1).unwrap();
     let key = PKey::from_ec_key(EcKey::generate(&group).unwrap()).unwrap();
@@ -75,7 +75,7 @@ fn certificate(by: Option<&Authority>, names: &[&str]) -> (X509, PKey<Private>) 
     (cert.build(), key)
 }
 
-/// Serves each connection to a free port on a thread of its own.
+/// Listens on a free port and serves each connection on a thread of its own.
 fn serve(answer: impl Fn(TcpStream) -> io::Result<()> + Send + Sync + 'static) -> SocketAddr {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = listener.local_addr().unwrap();
@@ -83,14 +83,14 @@ fn serve(answer: impl Fn(TcpStream) -> io::Result<()> + Send + Sync + 'static) -
     std::thread::spawn(move || {
         for stream in listener.incoming() {
             let answer = Arc::clone(&answer);
-            // Who goes away, or does not trust us, is the test's business.
+            // An agent may close the connection or refuse the certificate, which the test checks elsewhere.
             std::thread::spawn(move || answer(stream.unwrap()));
         }
     });
     address
 }
 
-/// A control plane that is reached over HTTPS only.
+/// A control plane that is only reachable over HTTPS.
 struct SecureHub {
     plain: Hub,
     address: SocketAddr,
@@ -127,12 +127,12 @@ impl SecureHub {
         Self { plain, address }
     }
 
-    /// Host and port, under this name.
+    /// Returns host and port, with this host name.
     fn endpoint(&self, host: &str) -> String {
         format!("{host}:{}", self.address.port())
     }
 
-    /// An agent that knows it by this name.
+    /// Starts an agent that uses this host name.
     fn agent(&self, world: &World, host: &str, adapt: impl FnOnce(&mut Command)) -> StartAgent {
         let mut command = command(world);
         command.args(["--endpoint", &self.endpoint(host)]).env("SEMAPHORE_AGENT_TOKEN", TOKEN);
@@ -140,7 +140,7 @@ impl SecureHub {
         StartAgent::spawn(world, command)
     }
 
-    /// Nothing came through, and the agent says why.
+    /// Asserts that no request came through, and that the agent logs this reason.
     fn assert_refused(&self, mut agent: StartAgent, why: &str) {
         let own_log = agent.wait_for_own_log("not done, trying again");
         let line = own_log.lines().find(|line| line.contains("trying again")).unwrap();
@@ -150,7 +150,7 @@ impl SecureHub {
         assert_eq!(self.plain.look(|known| known.requests.len()), 0);
     }
 
-    /// A job passes, and all of its log comes by HTTPS too.
+    /// Asserts that a job passes, and that its log is also delivered by HTTPS.
     fn assert_usable(&self, host: &str) {
         let mut request = job("1", &["echo hi"]);
         let url = format!("https://{}/api/v1/logs/1", self.endpoint(host));
@@ -175,7 +175,7 @@ fn a_private_authority_is_trusted_where_it_is_named() {
 }
 
 #[test]
-fn an_authority_of_the_machine_is_trusted_and_stays_so_besides_another() {
+fn an_authority_of_the_machine_is_trusted_with_and_without_another() {
     let world = World::new();
     let authority = Authority::new();
     let machine = authority.file(&world, "machine.pem");
@@ -193,7 +193,7 @@ fn an_authority_of_the_machine_is_trusted_and_stays_so_besides_another() {
 }
 
 #[test]
-fn who_is_not_known_is_refused_and_the_log_says_why() {
+fn an_untrusted_control_plane_is_refused_and_the_log_says_why() {
     let world = World::new();
     let authority = Authority::new();
     let hub = SecureHub::start(&authority, &["127.0.0.1"]);
@@ -234,19 +234,19 @@ fn a_file_without_authorities_is_fatal() {
     }
 }
 
-/// What a proxy is asked, and the login with it.
-type Asked = (String, Option<String>);
+/// The requests to a proxy, with the login in their headers.
+type ProxyRequest = (String, Option<String>);
 
-/// A proxy that lets those through who log in, all of them to the same place.
+/// A proxy that requires a login, and forwards all connections to the same address.
 struct ConnectProxy {
     address: SocketAddr,
-    asked: Arc<Mutex<Vec<Asked>>>,
+    received: Arc<Mutex<Vec<ProxyRequest>>>,
 }
 
 impl ConnectProxy {
     fn to(target: SocketAddr, login: &'static str) -> Self {
-        let asked = Arc::new(Mutex::new(Vec::new()));
-        let log = Arc::clone(&asked);
+        let received = Arc::new(Mutex::new(Vec::new()));
+        let log = Arc::clone(&received);
         let address = serve(move |stream| {
             let mut stream = BufReader::new(stream);
             let Request { method, path, headers, .. } = Request::read_from(&mut stream)?;
@@ -267,21 +267,21 @@ impl ConnectProxy {
             io::copy(&mut target, &mut stream)?;
             stream.shutdown(std::net::Shutdown::Write)
         });
-        Self { address, asked }
+        Self { address, received }
     }
 
-    fn asked(&self) -> Vec<Asked> {
-        self.asked.lock().unwrap().clone()
+    fn received(&self) -> Vec<ProxyRequest> {
+        self.received.lock().unwrap().clone()
     }
 }
 
 #[test]
-fn a_proxy_is_logged_in_to_and_reaches_hosts_that_only_it_knows() {
+fn the_agent_logs_in_to_a_proxy_and_reaches_hosts_that_only_the_proxy_knows() {
     let world = World::new();
     let authority = Authority::new();
     let hub = SecureHub::start(&authority, &[UNKNOWN_HOST]);
     let file = authority.file(&world, "ca.pem");
-    // "me:canary@:%", as a URL has it.
+    // "me:canary@:%", escaped for a URL.
     let login = "Basic bWU6Y2FuYXJ5QDol";
     let proxy = ConnectProxy::to(hub.address, login);
     let mut agent = hub.agent(&world, UNKNOWN_HOST, |command| {
@@ -291,10 +291,10 @@ fn a_proxy_is_logged_in_to_and_reaches_hosts_that_only_it_knows() {
     hub.assert_usable(UNKNOWN_HOST);
     agent.interrupt();
     assert_eq!(agent.exit_code_and_log().0, Some(0));
-    let asked = proxy.asked();
-    assert!(asked.len() >= 4, "{asked:?}");
+    let received = proxy.received();
+    assert!(received.len() >= 4, "{received:?}");
     let expected = (format!("CONNECT {}", hub.endpoint(UNKNOWN_HOST)), Some(login.to_owned()));
-    assert!(asked.iter().all(|asked| *asked == expected), "{asked:?}");
+    assert!(received.iter().all(|received| *received == expected), "{received:?}");
 }
 
 #[test]
@@ -325,7 +325,7 @@ fn hosts_that_need_no_proxy_and_plain_http_are_reached_directly() {
             command.env("HTTPS_PROXY", format!("http://{}", proxy.address));
         });
         hub.assert_usable("127.0.0.1");
-        assert_eq!(proxy.asked(), [], "{spared}");
+        assert_eq!(proxy.received(), [], "{spared}");
     }
     let control_plane = Hub::start(SOON);
     let proxy = ConnectProxy::to(([127, 0, 0, 1], 1).into(), "");
@@ -334,5 +334,5 @@ fn hosts_that_need_no_proxy_and_plain_http_are_reached_directly() {
     });
     control_plane.queue(job("1", &["true"]));
     assert_eq!(control_plane.finish("1").result(), "passed");
-    assert_eq!(proxy.asked(), []);
+    assert_eq!(proxy.received(), []);
 }
