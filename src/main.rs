@@ -15,7 +15,7 @@ use semaphore_agent::service::environment::Environment;
 use semaphore_agent::service::signals;
 
 fn main() -> ExitCode {
-    let environment = Environment::of_process();
+    let environment = Environment::from_process();
     let cli = Cli::parse();
     // Both are best effort: the agent works without them.
     let _ = signals::survive_file_size_limits();

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use actix::prelude::*;
 use bytes::Bytes;
 
-use crate::ports::JumpPointFiles;
+use crate::ports::SshAccessFiles;
 
 /// Opens SSH access for the owners of the keys.
 #[derive(Clone, Message)]
@@ -26,12 +26,12 @@ pub struct CloseAccess;
 
 /// Opens and closes SSH access to one job. See the [module](self).
 pub struct JumpPoint {
-    files: Rc<dyn JumpPointFiles>,
+    files: Rc<dyn SshAccessFiles>,
 }
 
 impl JumpPoint {
     /// Creates the actor; access is not open yet.
-    pub fn new(files: Rc<dyn JumpPointFiles>) -> Self {
+    pub fn new(files: Rc<dyn SshAccessFiles>) -> Self {
         Self { files }
     }
 }

@@ -84,14 +84,16 @@ impl Place {
         let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
         let docker = DockerConfig {
             files: vec![FileMount { host: self.lines.clone(), container: "/lines".into() }],
-            ..DockerConfig::of(&self.shell)
+            ..DockerConfig::from_shell(&self.shell)
         };
         let executors = Executors {
             shell: ShellExecutor { config: self.shell.clone(), copies_environment: false },
             docker: DockerExecutor { config: docker, metrics: metrics.clone() },
         };
-        let (state, home) =
-            (open_state(&self.world.state(), &Environment::of_process())?, self.shell.home.clone());
+        let (state, home) = (
+            open_state(&self.world.state(), &Environment::from_process())?,
+            self.shell.home.clone(),
+        );
         let jobs = Jobs { state, executors, home, login: None };
         let supervisor = JobSupervisor::new(Box::new(jobs), metrics, Config::default()).start();
         let (finished, end) = FinishedOnce::ask();

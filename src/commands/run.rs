@@ -85,7 +85,7 @@ fn start(
     environment: &Environment,
     job: Job,
 ) -> io::Result<Outcome> {
-    let shell = ShellConfig::of_agent(environment)?;
+    let shell = ShellConfig::from_environment(environment)?;
     let state = open_state(&config.state_dir, environment).map_err(io::Error::other)?;
     let style = style(args.output, environment);
     system()?.block_on(supervise(job, state, shell, config, style))
@@ -111,7 +111,7 @@ async fn supervise(
     let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
     let stops = Signals::unless_ignored(&kinds)?;
     let metrics = Metrics::new(Box::new(DiscardMetrics)).start();
-    let docker = DockerConfig { socket: config.docker_socket, ..DockerConfig::of(&shell) };
+    let docker = DockerConfig { socket: config.docker_socket, ..DockerConfig::from_shell(&shell) };
     let config = Config { grace: config.grace, ..Config::default() };
     let home = shell.home.clone();
     let executors = Executors {

@@ -141,7 +141,7 @@ fn prepare(
     environment: &Environment,
     compression_size: u64,
 ) -> io::Result<Surroundings> {
-    let shell = ShellConfig::of_agent(environment)?;
+    let shell = ShellConfig::from_environment(environment)?;
     let claimed = claim_script(&shell, &config.jump_point);
     Ok(Surroundings { state, shell, compression_size, claimed })
 }
@@ -210,7 +210,7 @@ impl Agent {
             files: config.files.clone(),
             expose_kvm: config.expose_kvm,
             socket: config.docker_socket,
-            ..DockerConfig::of(&shell)
+            ..DockerConfig::from_shell(&shell)
         };
         let home = shell.home.clone();
         let executors = Executors {

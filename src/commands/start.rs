@@ -84,7 +84,7 @@ pub fn start(flags: &Flags<Start>, environment: &Environment, hidden: nix::Resul
     for warning in &needs.config.warnings {
         log::warn!("{warning}");
     }
-    let exit = match ShellConfig::of_agent(environment)
+    let exit = match ShellConfig::from_environment(environment)
         .and_then(|shell| system()?.block_on(Agent { needs, state, shell }.run()))
     {
         Ok(exit) => exit,
@@ -198,7 +198,7 @@ impl Agent {
             files: config.files.clone(),
             fail_on_missing_files: config.fail_on_missing_files,
             socket: config.docker_socket,
-            ..DockerConfig::of(&shell)
+            ..DockerConfig::from_shell(&shell)
         };
         let home = shell.home.clone();
         let executors = Executors {

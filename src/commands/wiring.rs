@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use actors::job::Job;
-use actors::ports::{JobParts, JobPartsFactory, JumpPointFiles, Place};
+use actors::ports::{JobParts, JobPartsFactory, Place, SshAccessFiles};
 
 use crate::executors::{Executors, dead_jobs};
 use crate::service::environment::Environment;
@@ -16,7 +16,7 @@ use crate::state::{JobDir, StateDir, StateDirError};
 /// Opens the state directory, and cleans up after the jobs of dead agents.
 pub fn open_state(path: &Path, environment: &Environment) -> Result<StateDir, StateDirError> {
     let (state, dead) = StateDir::open(path)?;
-    dead_jobs::end(dead, environment).map_err(|error| state.unusable(&error))?;
+    dead_jobs::end(dead, environment).map_err(|error| state.unusable(error))?;
     Ok(state)
 }
 
@@ -50,18 +50,18 @@ impl Jobs {
             script,
             job_directory: directory.path().to_owned(),
             without_keys: for_every_job,
-            leads_to: self.executors.of(job).login_target(job, directory, for_every_job),
+            leads_to: self.executors.for_job(job).login_target(job, directory, for_every_job),
         })
     }
 }
 
 impl JobPartsFactory for Jobs {
     fn make(&self, job: &Job) -> io::Result<JobParts> {
-        let executor = self.executors.of(job);
+        let executor = self.executors.for_job(job);
         let directory = Rc::new(self.state.make_job_dir(executor.environment_copy(job))?);
         let spool = Box::new(FileSpool::create(directory.log())?);
         let access = self.access(job, &directory);
-        let jump_point = access.clone().map(|access| Rc::new(access) as Rc<dyn JumpPointFiles>);
+        let jump_point = access.clone().map(|access| Rc::new(access) as Rc<dyn SshAccessFiles>);
         let Place { backend, containment } = executor.place(job, directory, access);
         Ok(JobParts { backend, containment, spool, jump_point })
     }
@@ -73,6 +73,6 @@ impl JobPartsFactory for Jobs {
 
     fn make_spare_place(&self, job: &Job) -> io::Result<Place> {
         let directory = Rc::new(self.state.make_job_dir(None)?);
-        Ok(self.executors.of(job).spare_place(job, directory))
+        Ok(self.executors.for_job(job).spare_place(job, directory))
     }
 }

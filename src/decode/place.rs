@@ -23,7 +23,7 @@ impl Segment {
         Self::Key(name.to_owned())
     }
 
-    pub(crate) fn of(path: &serde_ignored::Path<'_>) -> Vec<Self> {
+    pub(crate) fn path_from(path: &serde_ignored::Path<'_>) -> Vec<Self> {
         use serde_ignored::Path;
         let (parent, own) = match path {
             Path::Root => return Vec::new(),
@@ -33,7 +33,7 @@ impl Segment {
             | Path::NewtypeStruct { parent }
             | Path::NewtypeVariant { parent } => (parent, None),
         };
-        let mut segments = Self::of(parent);
+        let mut segments = Self::path_from(parent);
         segments.extend(own);
         segments
     }

@@ -17,7 +17,7 @@ pub fn end(mut dead: DeadJobs, environment: &Environment) -> io::Result<()> {
             log::warn!(place = files.name(); "processes of a dead job can't be killed");
         }
         files.delete_secrets();
-        if files.may_be_elsewhere() {
+        if files.may_own_containers() {
             watch::end_dead(files, &environment)?;
         } else {
             files.delete();

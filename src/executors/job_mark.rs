@@ -15,7 +15,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::os::cgroup::{JobCgroup, PREFIX};
-use crate::os::processes::{descendants, kill_those_with, other_processes, signal_all};
+use crate::os::processes::{descendants, kill_processes_with, other_processes, signal_all};
 
 /// The environment variable whose value is the mark.
 pub const VARIABLE: &str = "SEMAPHORE_JOB_MARK";
@@ -42,7 +42,7 @@ pub fn kill_all(mark: &str) -> bool {
         if let Some(group) = &group {
             group.kill();
         }
-        let found = kill_those_with(&marker).unwrap_or_default();
+        let found = kill_processes_with(&marker).unwrap_or_default();
         if found == 0 && group.as_ref().is_none_or(JobCgroup::is_empty) {
             if let Some(group) = &group {
                 group.remove();

@@ -51,7 +51,7 @@ pub struct Executors {
 impl Executors {
     /// Returns the executor for `job`. A job with an unknown executor gets the shell's; it fails in its first
     /// step.
-    pub fn of<'a>(&'a self, job: &'a Job) -> Box<dyn Executor + 'a> {
+    pub fn for_job<'a>(&'a self, job: &'a Job) -> Box<dyn Executor + 'a> {
         match &job.executor {
             Ok(ExecutorKind::DockerCompose(compose)) => Box::new(self.docker.with(compose)),
             Ok(ExecutorKind::Shell) | Err(_) => Box::new(&self.shell),

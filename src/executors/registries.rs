@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
 use crate::executors::docker::engine::Engine;
-use crate::os::programs::answer_of;
+use crate::os::programs::stdout_of;
 
 /// The registry of images whose name contains no registry.
 const DOCKER_HUB: &str = "docker.io";
@@ -173,7 +173,7 @@ impl Aws<'_> {
 /// Runs `aws` or a credential helper, and returns its output. An error shows the program's own message.
 async fn run(name: &str, command: Command, input: &[u8]) -> Result<String, StepError> {
     let failed = |cause: Cause| StepError::of(format!("`{name}`"), cause);
-    let output = timeout(PROGRAM_PATIENCE, answer_of(command, input)).await;
+    let output = timeout(PROGRAM_PATIENCE, stdout_of(command, input)).await;
     let output = output.map_err(|_| failed("did not end in time".into()))?;
     let output = output.map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => {

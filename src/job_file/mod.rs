@@ -122,7 +122,7 @@ pub fn read(from: &Source, unknown_fields: UnknownFields) -> Result<JobFile, Job
     if text.trim().is_empty() {
         return Err(JobFileError::Empty { from: from.clone() });
     }
-    let format = Format::of(&text);
+    let format = Format::detect(&text);
     let mut unknown = Vec::new();
     let mut request = format
         .request(&text, &mut unknown)
@@ -250,7 +250,7 @@ enum Format {
 
 impl Format {
     /// Guesses the format. Text in braces or brackets is JSON, unless it parses only as YAML.
-    fn of(text: &str) -> Self {
+    fn detect(text: &str) -> Self {
         let braces = text.trim_start().starts_with(['{', '[']);
         let is_json = |text| match serde_json::from_str::<IgnoredAny>(text) {
             Ok(_) => true,
@@ -339,7 +339,7 @@ fn collecting_unknown<'de, D>(
 where
     D: Deserializer<'de>,
 {
-    let request = serde_ignored::deserialize(input, |path| unknown.push(Segment::of(&path)));
+    let request = serde_ignored::deserialize(input, |path| unknown.push(Segment::path_from(&path)));
     request.map(|OnlyMap(request)| request)
 }
 

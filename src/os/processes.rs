@@ -35,14 +35,14 @@ pub fn all_processes() -> io::Result<Vec<Pid>> {
     Ok(found)
 }
 
-/// Kills the processes that [`those_with`] finds. Returns how many it killed.
-pub fn kill_those_with(marker: &[u8]) -> io::Result<usize> {
-    let found = those_with(marker)?;
+/// Kills the processes that [`processes_with`] finds. Returns how many it killed.
+pub fn kill_processes_with(marker: &[u8]) -> io::Result<usize> {
+    let found = processes_with(marker)?;
     Ok(found.into_iter().filter(|pid| kill(*pid, Signal::SIGKILL).is_ok()).count())
 }
 
 /// Returns the processes that started with `marker` (NAME=VALUE and a zero byte) in their environment.
-pub fn those_with(marker: &[u8]) -> io::Result<Vec<Pid>> {
+pub fn processes_with(marker: &[u8]) -> io::Result<Vec<Pid>> {
     let in_between = [b"\0", marker].concat();
     let has_marker = |pid: &Pid| {
         // Processes of other users, and those that have just ended, can't be read.

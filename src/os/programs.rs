@@ -29,7 +29,7 @@ pub async fn run_for(
     sys::start_clean(&mut command);
     command.process_group(0);
     let mut program = Command::from(command).spawn()?;
-    let _killed_on_drop = ProcessGroup::of(&program);
+    let _killed_on_drop = ProcessGroup::led_by(&program);
     timeout(patience, program.wait()).await.ok().transpose()
 }
 
@@ -47,7 +47,7 @@ pub async fn output_of(
     command.process_group(0);
     let mut command = Command::from(command);
     let mut program = command.spawn()?;
-    let group = ProcessGroup::of(&program);
+    let group = ProcessGroup::led_by(&program);
     started(group.0);
     // `command` holds the pipe's other end.
     drop(command);
@@ -82,12 +82,12 @@ pub struct Printed {
 
 /// Runs a program with `input` on its standard input. Kills the rest of its process group when the program
 /// has ended or the future is dropped.
-pub async fn answer_of(mut command: StdCommand, input: &[u8]) -> io::Result<Printed> {
+pub async fn stdout_of(mut command: StdCommand, input: &[u8]) -> io::Result<Printed> {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     sys::start_clean(&mut command);
     command.process_group(0);
     let mut program = Command::from(command).spawn()?;
-    let group = ProcessGroup::of(&program);
+    let group = ProcessGroup::led_by(&program);
     let (stdin, stdout, stderr) =
         (program.stdin.take(), program.stdout.take(), program.stderr.take());
     let ended = async {
@@ -118,7 +118,7 @@ async fn last_of(stream: Option<impl AsyncRead + Unpin>) -> Vec<u8> {
 struct ProcessGroup(Option<Pid>);
 
 impl ProcessGroup {
-    fn of(leader: &Child) -> Self {
+    fn led_by(leader: &Child) -> Self {
         Self(leader.id().and_then(|pid| pid.try_into().ok()).map(Pid::from_raw))
     }
 }

@@ -51,7 +51,7 @@ impl CallbackSender for HttpCallbacks {
             let transient = |error: HttpError| CallbackError::Transient(error.into());
             let mut response = request.await.map_err(|error| transient(error.into()))?;
             if !response.status().is_success() {
-                return Err(transient(HttpError::of_status(response.status())));
+                return Err(transient(HttpError::from_status(response.status())));
             }
             // The body is ignored, but must be read before the connection can be used again.
             let _ = timeout(BODY_PATIENCE, response.body().limit(64 * 1024)).await;

@@ -133,7 +133,7 @@ pub enum HttpError {
 
 impl HttpError {
     /// Creates the error of a response with an unexpected status.
-    pub fn of_status(status: StatusCode) -> Self {
+    pub fn from_status(status: StatusCode) -> Self {
         Self::Status { status, text: String::new() }
     }
 }

@@ -50,7 +50,7 @@ pub enum UploadCondition {
 
 impl UploadCondition {
     /// Reads the condition from the job's environment variables.
-    fn of(job: &Job) -> Result<Self, Cause> {
+    fn for_job(job: &Job) -> Result<Self, Cause> {
         match job.variable("SEMAPHORE_AGENT_UPLOAD_JOB_LOGS") {
             None | Some("" | "never") => Ok(Self::Never),
             Some("always") => Ok(Self::Always),
@@ -135,7 +135,7 @@ impl LogUploads for ArtifactUploads {
         trimmed: bool,
     ) -> LocalBoxFuture<'a, Result<(), Cause>> {
         async move {
-            let wanted = match self.condition.map_or_else(|| UploadCondition::of(job), Ok)? {
+            let wanted = match self.condition.map_or_else(|| UploadCondition::for_job(job), Ok)? {
                 UploadCondition::Never => false,
                 UploadCondition::Always => true,
                 UploadCondition::WhenTrimmed => trimmed,

@@ -109,13 +109,13 @@ impl LogServer for HttpLogServer {
                     }
                 }
                 status if status.is_server_error() => {
-                    Err(unavailable(HttpError::of_status(status)))
+                    Err(unavailable(HttpError::from_status(status)))
                 }
                 status => {
                     if status == StatusCode::UNSUPPORTED_MEDIA_TYPE {
                         compress.set(false);
                     }
-                    Err(failed(HttpError::of_status(status)))
+                    Err(failed(HttpError::from_status(status)))
                 }
             }
         }

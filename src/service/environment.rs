@@ -12,7 +12,7 @@ pub struct Environment(Vec<(OsString, OsString)>);
 
 impl Environment {
     /// Reads the environment of this process.
-    pub fn of_process() -> Self {
+    pub fn from_process() -> Self {
         Self(std::env::vars_os().collect())
     }
 

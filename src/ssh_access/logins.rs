@@ -8,7 +8,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::{SESSION_VARIABLE, SshAccess};
-use crate::os::processes::{descendants, kill_those_with, signal_all, start_of, those_with};
+use crate::os::processes::{
+    descendants, kill_processes_with, processes_with, signal_all, start_of,
+};
 
 /// The logins to a job, as recorded by the login shells.
 pub(super) struct Logins {
@@ -53,7 +55,7 @@ impl Logins {
             return Ok(true);
         }
         for marker in &self.markers {
-            if !those_with(marker)?.is_empty() {
+            if !processes_with(marker)?.is_empty() {
                 return Ok(true);
             }
         }
@@ -69,7 +71,7 @@ impl Logins {
             killed += below.len() + usize::from(kill(shell, Signal::SIGKILL).is_ok());
         }
         for marker in &self.markers {
-            killed += kill_those_with(marker)?;
+            killed += kill_processes_with(marker)?;
         }
         Ok(killed)
     }

@@ -14,7 +14,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use actors::ports::JumpPointFiles;
+use actors::ports::SshAccessFiles;
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
@@ -156,7 +156,7 @@ impl SshAccess {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
         }
-        let keys = UserFile::of_keys(&self.home)?;
+        let keys = UserFile::for_keys(&self.home)?;
         keys.directory.set_permissions(Permissions::from_mode(0o700))?;
         keys.add(&lines, " ", &self.job_directory, 0o600)
     }
@@ -263,7 +263,7 @@ impl SshAccess {
         first_error(added)
     }
 
-    /// Does the same as [`JumpPointFiles::close`] for a guard whose agent is dead, and removes the script.
+    /// Does the same as [`SshAccessFiles::close`] for a guard whose agent is dead, and removes the script.
     pub fn close_for_good(&self) -> io::Result<()> {
         let claimed = ClaimedScript(self.script.clone());
         let closed = self.close_now();
@@ -278,7 +278,7 @@ impl SshAccess {
     }
 }
 
-impl JumpPointFiles for SshAccess {
+impl SshAccessFiles for SshAccess {
     fn open(&self, keys: Vec<Bytes>) -> LocalBoxFuture<'static, io::Result<()>> {
         let access = self.clone();
         on_a_thread(move || access.open_now(&keys))
@@ -338,7 +338,7 @@ fn pause() {
 /// them.
 fn remove_marked(home: &Path, script: &Path, gone: &dyn Fn(&Path) -> bool) -> io::Result<()> {
     let _home_lock = lock(home)?;
-    let keys = match UserFile::of_keys(home) {
+    let keys = match UserFile::for_keys(home) {
         Err(error) if is_not_ours(&error) => Ok(()),
         keys => keys.and_then(|keys| keys.remove(gone)),
     };

@@ -54,7 +54,7 @@ impl UserFile {
     }
 
     /// Opens `~/.ssh/authorized_keys`. Fails if `~/.ssh` is a symbolic link: a job may have made it.
-    pub(super) fn of_keys(home: &Path) -> io::Result<Self> {
+    pub(super) fn for_keys(home: &Path) -> io::Result<Self> {
         let mut options = File::options();
         let ssh = options.read(true).custom_flags(O_DIRECTORY | O_NOFOLLOW);
         Ok(Self::below(ssh.open(home.join(".ssh"))?, "authorized_keys"))

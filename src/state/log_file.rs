@@ -163,7 +163,7 @@ impl LogSource for OpenFile {
         self.0.read_at(buffer, offset)
     }
 
-    fn keep_as(&self, path: &Path) -> io::Result<()> {
+    fn link_or_copy_to(&self, path: &Path) -> io::Result<()> {
         // Link the open descriptor: the name may belong to another file by now.
         let open = format!("/proc/self/fd/{}", self.0.as_raw_fd());
         match linkat(AT_FDCWD, open.as_str(), AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW) {
@@ -209,11 +209,14 @@ mod tests {
         let at = |name: &str| directory.path().join(name);
         let mut spool = FileSpool::create(at("log")).unwrap();
         spool.append(b"one\n").unwrap();
-        spool.source().keep_as(&at("linked")).unwrap();
+        spool.source().link_or_copy_to(&at("linked")).unwrap();
         std::fs::remove_file(at("log")).unwrap();
         std::fs::remove_file(at("linked")).unwrap();
-        spool.source().keep_as(&at("copied")).unwrap();
+        spool.source().link_or_copy_to(&at("copied")).unwrap();
         assert_eq!(std::fs::read(at("copied")).unwrap(), b"one\n");
-        assert!(spool.source().keep_as(&at("copied")).is_err(), "an existing file was replaced");
+        assert!(
+            spool.source().link_or_copy_to(&at("copied")).is_err(),
+            "an existing file was replaced"
+        );
     }
 }

@@ -91,7 +91,7 @@ impl LogFiles for StateLogFiles {
         let name: String = job.as_str().chars().filter(is_plain).take(100).collect();
         for number in 1.. {
             let path = self.undelivered.join(format!("{name}.{number}.jsonl"));
-            match log.source.keep_as(&path) {
+            match log.source.link_or_copy_to(&path) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 linked => {
                     linked?;

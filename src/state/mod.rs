@@ -10,6 +10,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
+use actors::errors::Cause;
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 
@@ -20,7 +21,7 @@ use crate::service::environment::Environment;
 const DEAD: &str = "dead-";
 
 /// Marker file in the directory of a job that may own containers on an engine, perhaps a remote one.
-const ELSEWHERE: &str = "on-engine";
+const ENGINE_IN_USE: &str = "on-engine";
 
 /// File name prefix of the copy of a job's variables that people on the machine may read
 /// (docs/protocol.md: "The self-hosted API").
@@ -37,10 +38,10 @@ pub struct StateDir {
 
 /// Why the state directory can't be used.
 #[derive(Debug, thiserror::Error)]
-#[error("the state directory {path} can't be used: {why}")]
+#[error("the state directory {path} can't be used")]
 pub struct StateDirError {
     path: PathBuf,
-    why: String,
+    source: Cause,
 }
 
 impl StateDir {
@@ -49,11 +50,11 @@ impl StateDir {
     /// Also returns the jobs whose agent and guard both died, as in a power cut: the caller must end and
     /// delete them.
     pub fn open(path: &Path) -> Result<(Self, DeadJobs), StateDirError> {
-        let refuse = |why: String| StateDirError { path: path.to_owned(), why };
+        let refuse = |source: Cause| StateDirError { path: path.to_owned(), source };
         let mut builder = DirBuilder::new();
         builder.recursive(true).mode(0o700);
-        builder.create(path).map_err(|error| refuse(error.to_string()))?;
-        let found = fs::symlink_metadata(path).map_err(|error| refuse(error.to_string()))?;
+        builder.create(path).map_err(|error| refuse(error.into()))?;
+        let found = fs::symlink_metadata(path).map_err(|error| refuse(error.into()))?;
         if !found.is_dir() {
             return Err(refuse("it is not a directory".into()));
         }
@@ -67,7 +68,7 @@ impl StateDir {
             ));
         }
         let state = Self { path: path.to_owned() };
-        let dead = state.dead_jobs().map_err(|error| refuse(error.to_string()))?;
+        let dead = state.dead_jobs().map_err(|error| refuse(error.into()))?;
         Ok((state, dead))
     }
 
@@ -86,9 +87,9 @@ impl StateDir {
         Ok(DeadJobs { jobs, state, _lock: lock })
     }
 
-    /// Makes a [`StateDirError`] for this directory from `why`.
-    pub fn unusable(&self, why: &io::Error) -> StateDirError {
-        StateDirError { path: self.path.clone(), why: why.to_string() }
+    /// Makes a [`StateDirError`] for this directory.
+    pub fn unusable(&self, source: io::Error) -> StateDirError {
+        StateDirError { path: self.path.clone(), source: source.into() }
     }
 
     /// Keeps other agents from creating or removing job directories as long as the returned file is open.
@@ -191,13 +192,13 @@ impl JobFiles {
     }
 
     /// Records that the job may own containers.
-    pub fn note_elsewhere(&self) -> io::Result<()> {
-        File::create(self.directory.join(ELSEWHERE)).map(drop)
+    pub fn note_engine_in_use(&self) -> io::Result<()> {
+        File::create(self.directory.join(ENGINE_IN_USE)).map(drop)
     }
 
     /// Returns whether the job may own containers.
-    pub fn may_be_elsewhere(&self) -> bool {
-        self.directory.join(ELSEWHERE).exists()
+    pub fn may_own_containers(&self) -> bool {
+        self.directory.join(ENGINE_IN_USE).exists()
     }
 
     /// Renames the directory of a dead job: processes and containers with its name belong to no living job.
@@ -231,7 +232,7 @@ impl JobFiles {
 #[derive(Debug)]
 pub struct JobDir {
     files: JobFiles,
-    /// On drop, keep the directory with the [`ELSEWHERE`] marker.
+    /// On drop, keep the directory with the [`ENGINE_IN_USE`] marker.
     stays: Cell<bool>,
     /// Locked as long as the job's agent lives: an unlocked directory belongs to a dead job.
     _lock: File,
@@ -280,7 +281,7 @@ impl JobDir {
     }
 
     /// Keeps the directory on drop: the guard needs it to remove the job's containers.
-    pub fn let_stay(&self) {
+    pub fn keep(&self) {
         self.stays.set(true);
     }
 

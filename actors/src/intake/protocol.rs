@@ -124,7 +124,7 @@ impl ShutdownReason {
     }
 
     /// Parses a control plane's word, such as `job-finished`, `job_finished` or `JOB_FINISHED`.
-    fn of(word: &str) -> Self {
+    fn parse(word: &str) -> Self {
         let word = word.to_ascii_uppercase().replace('-', "_");
         let known =
             [Self::Idle, Self::JobFinished, Self::UnableToSync, Self::Requested, Self::Interrupted];
@@ -222,7 +222,9 @@ impl SyncProtocol {
             "run-job" => self.asked_to_run(sent, &answer.job_id),
             "stop-job" => self.asked_to_stop(&answer.job_id),
             "wait-for-jobs" if result_is_known => self.forget_job(),
-            "shutdown" => self.leave(ShutdownReason::of(&answer.shutdown_reason), result_is_known),
+            "shutdown" => {
+                self.leave(ShutdownReason::parse(&answer.shutdown_reason), result_is_known)
+            }
             _ => Decision::NOTHING,
         }
     }

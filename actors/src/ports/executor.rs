@@ -21,7 +21,7 @@ pub struct JobParts {
     /// The job's log file, empty.
     pub spool: Box<dyn LogSpool>,
     /// SSH access to the running job; `None` where it is not offered.
-    pub jump_point: Option<Rc<dyn JumpPointFiles>>,
+    pub jump_point: Option<Rc<dyn SshAccessFiles>>,
 }
 
 /// A place where commands of a job run, and what ends everything in it.
@@ -261,7 +261,7 @@ pub trait Containment {
 /// [`Self::open`] is called at most once, before the preparation; [`Self::close`] at the end of
 /// every job, whether `open` was called or not, succeeded or not. Dropping a future neither undoes
 /// its work nor need stop it. Access that is not available never fails a job.
-pub trait JumpPointFiles {
+pub trait SshAccessFiles {
     /// Admits the owners of `keys`, each one line of `authorized_keys`.
     ///
     /// After an error a part may be set up, and is offered nevertheless.

@@ -15,7 +15,7 @@ pub trait LogSource: Send + Sync + fmt::Debug {
 
     /// Gives the file the additional name `path`, or copies it there where no link is possible.
     /// Fails with [`io::ErrorKind::AlreadyExists`] if there is something.
-    fn keep_as(&self, path: &Path) -> io::Result<()>;
+    fn link_or_copy_to(&self, path: &Path) -> io::Result<()>;
 }
 
 /// A range of whole lines in a log's file.

@@ -17,7 +17,7 @@ use crate::job::hooks::JobHooks;
 use crate::job::{Job, Outcome};
 use crate::log::writer::{Crash, LogWriter};
 use crate::metrics::{Metrics, Time};
-use crate::ports::{Containment, End, JobPartsFactory, JumpPointFiles, LeftBehind, Place};
+use crate::ports::{Containment, End, JobPartsFactory, LeftBehind, Place, SshAccessFiles};
 use crate::ssh_access::{CloseAccess, JumpPoint};
 
 /// The pause between two checks whether somebody is still logged in to a job that is over.
@@ -27,13 +27,13 @@ const LOOK_FOR_LOGINS: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 pub(super) struct Access {
     pub(super) jump_point: Addr<JumpPoint>,
-    pub(super) files: Rc<dyn JumpPointFiles>,
+    pub(super) files: Rc<dyn SshAccessFiles>,
     /// Closed for good before the job's end, because nobody was logged in.
     pub(super) is_closed: Rc<Cell<bool>>,
 }
 
 impl Access {
-    pub(super) fn new(files: Rc<dyn JumpPointFiles>) -> Self {
+    pub(super) fn new(files: Rc<dyn SshAccessFiles>) -> Self {
         let jump_point = JumpPoint::new(Rc::clone(&files)).start();
         Self { jump_point, files, is_closed: Rc::default() }
     }

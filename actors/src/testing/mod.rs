@@ -17,8 +17,8 @@ use crate::job::{EnvVar, InjectedFile, Job};
 use crate::ports::LogRange;
 use crate::ports::{
     Callback, CallbackError, CallbackSender, Containment, End, ExecutorBackend, JobParts,
-    JobPartsFactory, JumpPointFiles, LeftBehind, LogUploads, MetricsSink, Place, PreparationError,
-    PreparationStep, Prepared, Script, ScriptEnd, SessionEvent, ShellSession, StepError, StepLog,
+    JobPartsFactory, LeftBehind, LogUploads, MetricsSink, Place, PreparationError, PreparationStep,
+    Prepared, Script, ScriptEnd, SessionEvent, ShellSession, SshAccessFiles, StepError, StepLog,
 };
 
 mod crashes;
@@ -205,7 +205,7 @@ impl JobPartsFactory for ScriptedJob {
     }
 }
 
-impl JumpPointFiles for ScriptedJob {
+impl SshAccessFiles for ScriptedJob {
     fn open(&self, keys: Vec<Bytes>) -> LocalBoxFuture<'static, io::Result<()>> {
         self.call(format!("open access for {} keys", keys.len()));
         if self.0.panic_in_access.get() {

@@ -125,7 +125,7 @@ impl LogSource for Mutex<MemorySpoolState> {
         Ok(length)
     }
 
-    fn keep_as(&self, _: &Path) -> io::Result<()> {
+    fn link_or_copy_to(&self, _: &Path) -> io::Result<()> {
         Ok(())
     }
 }

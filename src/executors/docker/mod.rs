@@ -110,7 +110,7 @@ pub struct DockerConfig {
 
 impl DockerConfig {
     /// Returns the defaults, with the environment and the home of `shell`.
-    pub fn of(shell: &ShellConfig) -> Self {
+    pub fn from_shell(shell: &ShellConfig) -> Self {
         let (environment, home) = (shell.environment.clone(), shell.home.clone());
         Self { environment, home, ..Self::default() }
     }

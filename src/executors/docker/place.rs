@@ -208,7 +208,7 @@ impl Shared {
             let removed = remove_all(&engine, self.directory.name()).await;
             if removed.is_err() {
                 // The guard goes on trying, and needs the job directory for that.
-                self.directory.let_stay();
+                self.directory.keep();
                 drop(self.guard.take());
                 return removed;
             }

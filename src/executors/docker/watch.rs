@@ -86,7 +86,7 @@ impl Guard {
 
     /// Tells the guard that the job may have something on the engine from now on.
     pub fn note_engine_in_use(&mut self) -> io::Result<()> {
-        self.files.note_elsewhere()?;
+        self.files.note_engine_in_use()?;
         self.send("engine")
     }
 
@@ -160,7 +160,7 @@ pub fn run() -> io::Result<()> {
 }
 
 async fn remove_with_retries(place: &str, scratch: &Path) -> io::Result<()> {
-    let environment = Environment::of_process().without_secrets();
+    let environment = Environment::from_process().without_secrets();
     let give_up = Instant::now() + PATIENCE;
     let mut pause = Duration::from_secs(1);
     loop {

@@ -64,7 +64,7 @@ pub(crate) fn wipe_secrets() {
 
 impl ShellConfig {
     /// Returns the settings that `environment` implies. The agent's secrets are left out.
-    pub fn of_agent(environment: &Environment) -> io::Result<Self> {
+    pub fn from_environment(environment: &Environment) -> io::Result<Self> {
         let home = environment.home().ok_or_else(|| {
             io::Error::new(io::ErrorKind::NotFound, "HOME is not the path of a directory")
         })?;

@@ -12,6 +12,7 @@ mod full_disk;
 mod inherited_descriptors;
 mod job_bytes;
 mod job_file_strictness;
+mod job_file_warnings;
 mod job_tampering;
 mod job_variables;
 mod large_environments;

@@ -168,7 +168,7 @@ fn shutdown_reasons_are_parsed_in_every_spelling() {
         ("because", "UNKNOWN"),
         ("", "UNKNOWN"),
     ] {
-        assert_eq!(ShutdownReason::of(word).as_str(), reason, "{word}");
+        assert_eq!(ShutdownReason::parse(word).as_str(), reason, "{word}");
     }
 }
 
