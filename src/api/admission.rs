@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 /// Minimum time between two warnings about a limit in the agent's log.
 const WARNING_INTERVAL: Duration = Duration::from_mins(1);
 
-/// The value of [`Place::idle_since`] for a busy connection.
+/// The value of [`Slot::idle_since`] for a busy connection.
 const BUSY: u64 = u64::MAX;
 
 /// A logical clock. Its values are distinct, unlike times of connections that come in quick succession.
@@ -37,12 +37,12 @@ pub(super) struct Admission {
 
 #[derive(Default)]
 struct State {
-    places: Vec<Arc<Place>>,
+    slots: Vec<Arc<Slot>>,
     last_warning: Option<Instant>,
 }
 
 /// What a connection shares with [`Admission`].
-pub(super) struct Place {
+pub(super) struct Slot {
     client: Option<IpAddr>,
     /// When the connection became idle, by the logical clock; [`BUSY`] while it is not.
     idle_since: AtomicU64,
@@ -54,10 +54,10 @@ pub(super) struct Place {
 /// Counts as one connection until it is dropped.
 pub(super) struct Admitted {
     admission: Arc<Admission>,
-    place: Arc<Place>,
+    slot: Arc<Slot>,
 }
 
-impl Place {
+impl Slot {
     /// Protects the connection from eviction, from a request until its response is sent.
     pub(super) fn set_busy(&self) {
         self.idle_since.store(BUSY, Ordering::Relaxed);
@@ -80,14 +80,14 @@ impl Place {
 }
 
 impl Admitted {
-    pub(super) fn place(&self) -> &Arc<Place> {
-        &self.place
+    pub(super) fn slot(&self) -> &Arc<Slot> {
+        &self.slot
     }
 }
 
 impl Drop for Admitted {
     fn drop(&mut self) {
-        self.admission.state().places.retain(|place| !Arc::ptr_eq(place, &self.place));
+        self.admission.state().slots.retain(|slot| !Arc::ptr_eq(slot, &self.slot));
     }
 }
 
@@ -117,36 +117,36 @@ impl Admission {
     /// or if the client has reached its limit.
     pub(super) fn admit(self: &Arc<Self>, client: Option<IpAddr>) -> Option<Admitted> {
         let mut state = self.state();
-        let of_client = state.places.iter().filter(|place| place.client == client).count();
+        let of_client = state.slots.iter().filter(|slot| slot.client == client).count();
         if of_client >= self.most_per_client {
             state.warn("one address has reached its limit of connections; refusing more");
             return None;
         }
-        if state.places.len() >= self.most {
+        if state.slots.len() >= self.most {
             state.warn("the limit of connections is reached; closing idle ones");
-            if !evict_idlest(&mut state.places) {
+            if !evict_idlest(&mut state.slots) {
                 return None;
             }
         }
-        let place = Arc::new(Place {
+        let slot = Arc::new(Slot {
             client,
             idle_since: AtomicU64::new(self.clock.next()),
             clock: Arc::clone(&self.clock),
             evicted: CancellationToken::new(),
         });
-        state.places.push(Arc::clone(&place));
+        state.slots.push(Arc::clone(&slot));
         drop(state);
-        Some(Admitted { admission: Arc::clone(self), place })
+        Some(Admitted { admission: Arc::clone(self), slot })
     }
 }
 
 /// Evicts the connection that has been idle for longest. Returns `false` if all are busy.
-fn evict_idlest(places: &mut Vec<Arc<Place>>) -> bool {
-    let since = |place: &Arc<Place>| place.idle_since.load(Ordering::Relaxed);
-    let idle = places.iter().enumerate().map(|(index, place)| (since(place), index));
+fn evict_idlest(slots: &mut Vec<Arc<Slot>>) -> bool {
+    let since = |slot: &Arc<Slot>| slot.idle_since.load(Ordering::Relaxed);
+    let idle = slots.iter().enumerate().map(|(index, slot)| (since(slot), index));
     match idle.filter(|(since, _)| *since != BUSY).min() {
         Some((_, index)) => {
-            places.swap_remove(index).evicted.cancel();
+            slots.swap_remove(index).evicted.cancel();
             true
         }
         None => false,
@@ -164,35 +164,35 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_longest_idle_connection_is_evicted_and_busy_ones_stay() {
         let admission = Admission::new(3, 2);
-        let mut places = Vec::new();
+        let mut slots = Vec::new();
         for number in [1, 2, 1] {
-            places.push(admission.admit(Some(client(number))).unwrap());
+            slots.push(admission.admit(Some(client(number))).unwrap());
             tokio::time::advance(Duration::from_secs(1)).await;
         }
-        let evicted = |places: &[Admitted]| -> Vec<bool> {
-            places.iter().map(|admitted| admitted.place.evicted.is_cancelled()).collect()
+        let evicted = |slots: &[Admitted]| -> Vec<bool> {
+            slots.iter().map(|admitted| admitted.slot.evicted.is_cancelled()).collect()
         };
-        places[0].place.set_busy();
+        slots[0].slot.set_busy();
         // The limit is reached, and the second connection has been idle for longest.
-        places.push(admission.admit(Some(client(3))).unwrap());
-        assert_eq!(evicted(&places), [false, true, false, false]);
+        slots.push(admission.admit(Some(client(3))).unwrap());
+        assert_eq!(evicted(&slots), [false, true, false, false]);
         // The address has reached its limit: nothing is evicted.
         assert!(admission.admit(Some(client(1))).is_none());
-        assert_eq!(evicted(&places), [false, true, false, false]);
-        for admitted in &places {
-            admitted.place.set_busy();
+        assert_eq!(evicted(&slots), [false, true, false, false]);
+        for admitted in &slots {
+            admitted.slot.set_busy();
         }
         assert!(admission.admit(Some(client(4))).is_none());
-        places.remove(3);
+        slots.remove(3);
         assert!(admission.admit(Some(client(4))).is_some());
     }
 
     #[tokio::test(start_paused = true)]
     async fn connections_of_the_same_moment_are_evicted_in_their_order() {
         let admission = Admission::new(3, 100);
-        let places: Vec<_> = (0..20).map(|_| admission.admit(Some(client(1))).unwrap()).collect();
-        let evicted = places.iter().filter(|admitted| admitted.place.evicted.is_cancelled());
+        let slots: Vec<_> = (0..20).map(|_| admission.admit(Some(client(1))).unwrap()).collect();
+        let evicted = slots.iter().filter(|admitted| admitted.slot.evicted.is_cancelled());
         assert_eq!(evicted.count(), 17);
-        assert!(places[..17].iter().all(|admitted| admitted.place.evicted.is_cancelled()));
+        assert!(slots[..17].iter().all(|admitted| admitted.slot.evicted.is_cancelled()));
     }
 }

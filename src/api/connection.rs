@@ -70,7 +70,7 @@ impl Handover {
     pub(super) fn request_started(&self) {
         self.phase.set(Phase::Handling);
         self.requests.update(|requests| requests + 1);
-        self.admitted.place().set_busy();
+        self.admitted.slot().set_busy();
     }
 
     /// Closes the connection after the response, even if the client goes on sending.
@@ -87,7 +87,7 @@ impl Handover {
 impl Connection {
     /// Takes a stream whose handshake is done.
     pub(super) fn new(tls: SslStream<TcpStream>, admitted: Admitted) -> Self {
-        let evicted = Box::pin(admitted.place().eviction().cancelled_owned());
+        let evicted = Box::pin(admitted.slot().eviction().cancelled_owned());
         let handover = Handover {
             report: RefCell::default(),
             phase: Cell::new(Phase::Waiting),
@@ -170,7 +170,7 @@ impl AsyncWrite for Connection {
                 report.complete();
             }
             self.handover.phase.set(Phase::Waiting);
-            self.handover.admitted.place().set_idle();
+            self.handover.admitted.slot().set_idle();
             // Also registers the wakers for the deadline and the eviction.
             if self.is_over(cx, false) {
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));

@@ -117,10 +117,10 @@ pub fn serve(listener: TcpListener, tls: Arc<Tls>, api: Api) -> io::Result<(Serv
                 let Some(admitted) = admission.admit(peer.map(|peer| peer.ip())) else {
                     return Err(());
                 };
-                let place = Arc::clone(admitted.place());
+                let slot = Arc::clone(admitted.slot());
                 let handshake = tokio::select! {
                     result = timeout(HANDSHAKE_PATIENCE, shake_hands(tcp, &tls, admitted)) => result,
-                    () = place.evicted() => Ok(Err(io::ErrorKind::ConnectionAborted.into())),
+                    () = slot.evicted() => Ok(Err(io::ErrorKind::ConnectionAborted.into())),
                     () = ending.notified() => Ok(Err(io::ErrorKind::ConnectionAborted.into())),
                 };
                 match handshake.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {

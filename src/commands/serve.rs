@@ -26,7 +26,7 @@ use crate::api::tls::{PairSource, Tls};
 use crate::api::{Api, Refusals, serve as serve_api};
 use crate::commands::exit::Exit;
 use crate::commands::run::{refuse, tell};
-use crate::commands::wiring::{Jobs, Login, open_state};
+use crate::commands::wiring::{Jobs, SshAccessConfig, open_state};
 use crate::commands::{check_clock, print_config, system};
 use crate::config::Flags;
 use crate::config::serve::{Serve, ServeConfig};
@@ -205,7 +205,8 @@ impl Agent {
             delivery: Delivery::Pull(Rc::new(delivery)),
         };
         let metrics = Metrics::new(sink).start();
-        let login = Some(Login { script: config.jump_point.clone(), for_every_job: true });
+        let login =
+            Some(SshAccessConfig { script: config.jump_point.clone(), for_every_job: true });
         let docker = DockerConfig {
             files: config.files.clone(),
             expose_kvm: config.expose_kvm,

@@ -24,7 +24,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use crate::commands::exit::Exit;
 use crate::commands::run::refuse;
 use crate::commands::serve::{claim_script, fail, leave_at_once};
-use crate::commands::wiring::{Jobs, Login, open_state};
+use crate::commands::wiring::{Jobs, SshAccessConfig, open_state};
 use crate::commands::{check_clock, print_config, system};
 use crate::config::Flags;
 use crate::config::start::{Start, StartConfig, is_url};
@@ -40,7 +40,7 @@ use crate::service::environment::Environment;
 use crate::service::own_log::AgentLogConfig;
 use crate::service::signals::Signals;
 use crate::state::StateDir;
-use crate::state::log_files::StateLogFiles;
+use crate::state::log_delivery::StateLogFiles;
 
 /// Directory for logs that could not be delivered, in the state directory.
 const UNDELIVERED: &str = "undelivered";
@@ -186,7 +186,8 @@ impl Agent {
             hooks: config.hooks.clone(),
             delivery: Delivery::Push(Rc::new(delivery)),
         };
-        let login = Some(Login { script: config.jump_point.clone(), for_every_job: false });
+        let login =
+            Some(SshAccessConfig { script: config.jump_point.clone(), for_every_job: false });
         let mut shell = shell;
         if is_url(&config.name) {
             // A name that is a URL may be pre-signed, that is, a secret: hide it from jobs.

@@ -29,12 +29,12 @@ pub struct Jobs {
     /// The home directory of the agent's user.
     pub home: PathBuf,
     /// How people log in; `None` disables SSH access.
-    pub login: Option<Login>,
+    pub login: Option<SshAccessConfig>,
 }
 
 /// How people log in to jobs.
 #[derive(Clone, Debug)]
-pub struct Login {
+pub struct SshAccessConfig {
     /// Path of the SSH access script.
     pub script: PathBuf,
     /// Install the script for jobs without keys, too, and load the job's environment in its login shells.
@@ -44,7 +44,7 @@ pub struct Login {
 impl Jobs {
     /// Returns the SSH access to `job`, or `None` if it is disabled.
     fn access(&self, job: &Job, directory: &JobDir) -> Option<SshAccess> {
-        let Login { script, for_every_job } = self.login.clone()?;
+        let SshAccessConfig { script, for_every_job } = self.login.clone()?;
         Some(SshAccess {
             home: self.home.clone(),
             script,

@@ -20,7 +20,7 @@ pub fn end(mut dead: DeadJobs, environment: &Environment) -> io::Result<()> {
         if files.may_own_containers() {
             watch::end_dead(files, &environment)?;
         } else {
-            files.delete();
+            files.delete_all();
         }
     }
     job_mark::kill_strays(dead.state(), |name| dead.is_known(name));

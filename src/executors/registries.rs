@@ -37,14 +37,14 @@ const SHOWN: usize = 2000;
 
 /// The username and the password for one registry.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Login {
+pub struct RegistryLogin {
     registry: String,
     username: String,
     password: String,
 }
 
 /// Leaves out the password.
-impl fmt::Debug for Login {
+impl fmt::Debug for RegistryLogin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} at {}", self.username, self.registry)
     }
@@ -74,7 +74,7 @@ fn normalized(registry: &str) -> String {
     if DOCKER_HUB_ALIASES.contains(&host.as_str()) { DOCKER_HUB.to_owned() } else { host }
 }
 
-impl Login {
+impl RegistryLogin {
     fn new(registry: &str, username: &str, password: &str) -> Self {
         // Values that were read from files or programs end with a line end, which is not part of them.
         let trimmed = |text: &str| text.trim_end_matches(['\r', '\n']).to_owned();
@@ -230,7 +230,7 @@ struct HelperResponse {
 /// The credentials for pulling a job's images.
 #[derive(Clone, Debug)]
 pub struct Registries {
-    logins: Vec<Login>,
+    logins: Vec<RegistryLogin>,
     config: DockerConfig,
     environment: Vec<(OsString, OsString)>,
 }
@@ -259,7 +259,7 @@ impl Registries {
     }
 
     /// Adds a login of the job, which replaces others for the same registry.
-    pub fn add(&mut self, login: Login) {
+    pub fn add(&mut self, login: RegistryLogin) {
         self.logins.push(login);
     }
 
@@ -293,7 +293,7 @@ impl Registries {
         match run(&name, command, key.as_bytes()).await {
             Ok(printed) => {
                 let HelperResponse { username, secret } = serde_json::from_str(&printed).ok()?;
-                Some(Login::new(&registry, &username, &secret).for_engine())
+                Some(RegistryLogin::new(&registry, &username, &secret).for_engine())
             }
             Err(error) => {
                 // Only a debug message: helpers fail if they have no credentials for the registry.
@@ -324,14 +324,14 @@ impl Registries {
 }
 
 impl ConfigAuth {
-    fn login(&self, registry: &str) -> Option<Login> {
+    fn login(&self, registry: &str) -> Option<RegistryLogin> {
         if !self.identitytoken.is_empty() {
-            return Some(Login::new(registry, IDENTITY_TOKEN, &self.identitytoken));
+            return Some(RegistryLogin::new(registry, IDENTITY_TOKEN, &self.identitytoken));
         }
         let decoded = BASE64_STANDARD.decode(self.auth.trim()).ok()?;
         let decoded = String::from_utf8(decoded).ok()?;
         let (username, password) = decoded.split_once(':')?;
-        Some(Login::new(registry, username, password.trim_end_matches('\0')))
+        Some(RegistryLogin::new(registry, username, password.trim_end_matches('\0')))
     }
 }
 
@@ -378,7 +378,7 @@ mod tests {
             (Some("me"), Some("p:ss?"))
         );
         assert!(registries.credentials_for("ruby").await.is_none());
-        registries.add(Login::new("r.example", "job", "its"));
+        registries.add(RegistryLogin::new("r.example", "job", "its"));
         let found = registries.credentials_for("r.example/x").await.unwrap();
         assert_eq!(found.username.as_deref(), Some("job"));
         assert!(!format!("{registries:?}").contains("its"));
@@ -423,13 +423,15 @@ mod tests {
         for (account, registry) in
             [(None, "1234.dkr.ecr.eu.amazonaws.com"), (Some("7"), "7.dkr.ecr.eu.amazonaws.com")]
         {
-            let login = Login::from_credentials(&ecr(account, "key"), &environment).await.unwrap();
-            assert_eq!(login, Login::new(registry, "AWS", "secret"));
+            let login =
+                RegistryLogin::from_credentials(&ecr(account, "key"), &environment).await.unwrap();
+            assert_eq!(login, RegistryLogin::new(registry, "AWS", "secret"));
         }
-        let refused = Login::from_credentials(&ecr(None, "other"), &environment).await.unwrap_err();
+        let refused =
+            RegistryLogin::from_credentials(&ecr(None, "other"), &environment).await.unwrap_err();
         assert_eq!(refused.to_string(), "`aws`");
         let none = [("PATH".into(), "/missing".into())];
-        let missing = Login::from_credentials(&ecr(None, "key"), &none).await.unwrap_err();
+        let missing = RegistryLogin::from_credentials(&ecr(None, "key"), &none).await.unwrap_err();
         let missing = WithCauses(&missing).to_string();
         assert!(missing.starts_with("`aws`: this program is needed"), "{missing}");
     }
@@ -438,13 +440,13 @@ mod tests {
     async fn other_kinds_of_credentials_need_no_program() {
         let hub = RegistryCredentials::DockerHub { username: "me".into(), password: "p".into() };
         assert_eq!(
-            Login::from_credentials(&hub, &[]).await.unwrap(),
-            Login::new(DOCKER_HUB, "me", "p")
+            RegistryLogin::from_credentials(&hub, &[]).await.unwrap(),
+            RegistryLogin::new(DOCKER_HUB, "me", "p")
         );
         let key_file = bytes::Bytes::from_static(b"{\"a\": 1}");
         let gcr = RegistryCredentials::Gcr { hostname: "eu.gcr.io".into(), key_file };
-        let login = Login::from_credentials(&gcr, &[]).await.unwrap();
-        assert_eq!(login, Login::new("eu.gcr.io", "_json_key", "{\"a\": 1}"));
+        let login = RegistryLogin::from_credentials(&gcr, &[]).await.unwrap();
+        assert_eq!(login, RegistryLogin::new("eu.gcr.io", "_json_key", "{\"a\": 1}"));
     }
 
     #[tokio::test]

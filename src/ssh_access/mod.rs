@@ -213,7 +213,7 @@ impl SshAccess {
                     .collect();
                 let name = quoted(name);
                 // The scratch directory is deleted with the job's containers, the job directory only later.
-                let job = quoted(state::scratch_of(&self.job_directory));
+                let job = quoted(state::job_dir::scratch_of(&self.job_directory));
                 format!("{engine}container={name}\njob={job}{INTO_CONTAINER}")
             }
         };

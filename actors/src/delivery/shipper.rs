@@ -208,13 +208,12 @@ impl LogShipper {
             log::log!(level, error:% = WithCauses(&error), line; "log not taken, trying again");
             match error {
                 PushError::QuotaUsedUp => return Shipped::Trimmed,
-                PushError::Unauthorized if !fresh_token => match hub.refresh_log_token().await {
-                    Ok(token) => {
-                        (target.token, fresh_token) = (token, true);
+                PushError::Unauthorized if !fresh_token => {
+                    fresh_token = refresh_token(&*hub, &mut target).await;
+                    if fresh_token {
                         continue;
                     }
-                    Err(error) => log::warn!(error:% = WithCauses(&error); "no new token for logs"),
-                },
+                }
                 PushError::TooLarge if lines > 1 => {
                     limits = limits.halved(lines);
                     continue;
@@ -234,6 +233,20 @@ impl LogShipper {
             }
             let longest = back_off.longest_next();
             sleep(random(longest / 2..longest)).await;
+        }
+    }
+}
+
+/// Gets a new token for the log server. Returns whether that succeeded.
+async fn refresh_token(hub: &dyn HubApi, target: &mut PushTarget) -> bool {
+    match hub.refresh_log_token().await {
+        Ok(token) => {
+            target.token = token;
+            true
+        }
+        Err(error) => {
+            log::warn!(error:% = WithCauses(&error); "no new token for logs");
+            false
         }
     }
 }

@@ -21,10 +21,10 @@ use tokio::time::timeout;
 
 use crate::executors::docker::DockerConfig;
 use crate::executors::docker::bodies::{Common, SOCKET};
+use crate::executors::docker::containers::JobContainers;
 use crate::executors::docker::engine::Engine;
 use crate::executors::docker::errors::{ContainerError, MainContainerError};
 use crate::executors::docker::hijack::ContainerTerminal;
-use crate::executors::docker::place::Place;
 use crate::executors::docker::shell::{
     AgentCommands, DockerSession, SharedSession, export_lines, no_shell, show_to_logins,
 };
@@ -51,7 +51,7 @@ const COLUMNS: i32 = 80;
 pub struct DockerBackend {
     pub(super) config: DockerConfig,
     pub(super) compose: Compose,
-    pub(super) place: Place,
+    pub(super) place: JobContainers,
     pub(super) common: Common,
     pub(super) metrics: Addr<Metrics>,
     /// The path in the container of the file that each script is typed into; also the prefix of others.
@@ -91,7 +91,7 @@ impl DockerBackend {
         config: DockerConfig,
         job: &JobId,
         compose: Compose,
-        place: Place,
+        place: JobContainers,
         metrics: Addr<Metrics>,
     ) -> Self {
         let id = place.id();

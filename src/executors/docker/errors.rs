@@ -54,7 +54,7 @@ fn message_of(error: &Error) -> String {
 pub enum ContainerError {
     /// The job is over.
     #[error(transparent)]
-    Closed(#[from] super::place::Closed),
+    Closed(#[from] super::containers::Closed),
     /// The engine refused it.
     #[error(transparent)]
     Request(#[from] RequestError),

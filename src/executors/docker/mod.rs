@@ -5,11 +5,11 @@
 
 pub mod backend;
 pub(crate) mod bodies;
+pub mod containers;
 pub mod engine;
 pub mod errors;
 pub mod hijack;
 pub(crate) mod mode;
-pub mod place;
 mod preparation;
 pub mod pull;
 mod removal;
@@ -30,7 +30,7 @@ use actors::metrics::Metrics;
 
 use self::backend::DockerBackend;
 use self::bodies::main_container_name;
-use self::place::Place as ContainerPlace;
+use self::containers::JobContainers;
 use crate::config::{DockerSocket, FileMount};
 use crate::executors::shell::ShellConfig;
 use crate::executors::{Executor, Place, job_mark};
@@ -60,7 +60,7 @@ struct InContainers<'a> {
 }
 
 impl InContainers<'_> {
-    fn backend(&self, job: &Job, place: &ContainerPlace) -> DockerBackend {
+    fn backend(&self, job: &Job, place: &JobContainers) -> DockerBackend {
         let DockerExecutor { mut config, metrics } = self.executor.clone();
         config.environment.push(job_mark::variable(&place.mark()));
         DockerBackend::new(config, &job.id, self.compose.clone(), place.clone(), metrics)
@@ -76,12 +76,12 @@ impl Executor for InContainers<'_> {
     }
 
     fn place(&self, job: &Job, directory: Rc<JobDir>, access: Option<SshAccess>) -> Place {
-        let place = ContainerPlace::new(directory, access);
+        let place = JobContainers::new(directory, access);
         Place { backend: Box::new(self.backend(job, &place)), containment: Box::new(place) }
     }
 
     fn spare_place(&self, job: &Job, directory: Rc<JobDir>) -> Place {
-        let place = ContainerPlace::new(directory, None);
+        let place = JobContainers::new(directory, None);
         Place { backend: Box::new(self.backend(job, &place).spare()), containment: Box::new(place) }
     }
 

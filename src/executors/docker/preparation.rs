@@ -14,9 +14,9 @@ use super::backend::{DockerBackend, Host, SHOWN, listed};
 use super::bodies::{KVM, SOCKET};
 use super::engine::Engine;
 use super::errors::RequestError;
-use super::pull::ensure_image;
+use super::pull::pull_unless_present;
 use crate::config::DockerSocket;
-use crate::executors::registries::{Login, Registries};
+use crate::executors::registries::{Registries, RegistryLogin};
 use crate::os::programs::output_of;
 
 /// How many of the last lines of a host setup command's output go to the agent's own log.
@@ -99,7 +99,7 @@ impl DockerBackend {
         let credentials = self.compose.credentials.as_ref().map_err(|problems| listed(problems))?;
         for each in credentials {
             log.print(&format!("Setting up credentials for {}\n", each.kind())).await?;
-            let login = Login::from_credentials(each, &self.config.environment).await?;
+            let login = RegistryLogin::from_credentials(each, &self.config.environment).await?;
             login.check(&host.engine).await?;
             host.registries.add(login);
         }
@@ -124,7 +124,7 @@ impl DockerBackend {
             let metrics = &self.metrics;
             async move {
                 let begun = Instant::now();
-                let pulled = ensure_image(engine, registries, image, &sender).await;
+                let pulled = pull_unless_present(engine, registries, image, &sender).await;
                 let tag = || format!("image:{image}");
                 let duration = begun.elapsed();
                 metrics.do_send(Time {

@@ -21,7 +21,7 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 const PULLS: Retry = Retry::doubling(Duration::from_secs(1), Duration::from_secs(8), 5);
 
 /// Pulls `image` unless the engine has it. Progress lines for the job's log go to `lines`.
-pub async fn ensure_image(
+pub async fn pull_unless_present(
     engine: &Engine,
     registries: &Registries,
     image: &str,
@@ -37,10 +37,19 @@ pub async fn ensure_image(
         Err(error) if error.is_not_found() => {}
         Err(error) => return Err(error),
     }
+    pull_with_retries(engine, registries, image, &report).await
+}
+
+async fn pull_with_retries(
+    engine: &Engine,
+    registries: &Registries,
+    image: &str,
+    report: &impl Fn(String),
+) -> Result<(), RequestError> {
     let begun = Instant::now();
     let attempt = async || {
         report("pulling".into());
-        pull(engine, registries, image, &report).await
+        pull(engine, registries, image, report).await
     };
     let failed = |error: &RequestError, _| report(format!("{error}; trying again"));
     let layers = PULLS.run(RequestError::is_transient, attempt, failed).await?;

@@ -153,7 +153,7 @@ pub fn run() -> io::Result<()> {
         Ok(())
     };
     if removed.is_ok() {
-        files.delete();
+        files.delete_all();
     }
     // If the removal failed, the job's files are still there, and the next agent tries again.
     removed.and(closed)

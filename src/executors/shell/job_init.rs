@@ -482,7 +482,7 @@ impl JobInit {
             return Ok(());
         }
         let closed = self.estate.close_access();
-        self.estate.files.delete();
+        self.estate.files.delete_all();
         closed
     }
 }

@@ -37,7 +37,7 @@ const REPLACEMENT_PAUSE: Duration = Duration::from_millis(50);
 
 /// All that a job has on an engine. Clones share the place.
 #[derive(Clone)]
-pub struct Place {
+pub struct JobContainers {
     shared: Rc<Shared>,
 }
 
@@ -63,7 +63,7 @@ struct Shared {
 #[error("the job is over")]
 pub struct Closed;
 
-impl Place {
+impl JobContainers {
     /// Returns an empty place, without a guard.
     pub fn new(directory: Rc<JobDir>, access: Option<SshAccess>) -> Self {
         let shared = Shared {
@@ -221,7 +221,7 @@ impl Shared {
     }
 }
 
-impl Containment for Place {
+impl Containment for JobContainers {
     fn kill_shell(&self) {
         let shared = Rc::clone(&self.shared);
         let (Some(engine), Some(main)) =
