@@ -3,6 +3,7 @@
 pub mod dead_jobs;
 pub mod docker;
 pub mod estate;
+mod home_path;
 pub mod job_mark;
 pub mod registries;
 pub mod session;

@@ -1,6 +1,6 @@
 //! Writes a job's files into side containers that do not run yet, as archives through the engine.
 
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use actors::errors::Cause;
 use actors::job::InjectedFile;
@@ -15,6 +15,7 @@ use futures_util::StreamExt as _;
 use super::engine::Engine;
 use super::errors::RequestError;
 use super::mode::after_chmod;
+use crate::executors::home_path;
 
 /// The largest `/etc/passwd` and `/etc/group` of an image that are read, in bytes.
 const LARGEST_PASSWD: usize = 4 << 20;
@@ -68,20 +69,6 @@ impl ContainerUser {
         Self { uid: number(uid), gid, home: home.into() }
     }
 
-    /// Resolves `path` against the home directory, and removes `.` and `..` from it.
-    pub fn absolute(&self, path: &str) -> PathBuf {
-        let full = self.home.join(path.strip_prefix("~/").unwrap_or(path));
-        let mut normal = PathBuf::from("/");
-        for part in full.components() {
-            match part {
-                Component::ParentDir => drop(normal.pop()),
-                Component::Normal(part) => normal.push(part),
-                _ => {}
-            }
-        }
-        normal
-    }
-
     /// Writes `file` into `container`, and creates missing parent directories.
     pub async fn upload(
         &self,
@@ -89,7 +76,7 @@ impl ContainerUser {
         container: &str,
         file: &InjectedFile,
     ) -> Result<(), StepError> {
-        let path = self.absolute(&file.path);
+        let path = home_path::resolve(&self.home, &file.path);
         let failed = |cause: Cause| StepError::of(path.display().to_string(), cause);
         let mode = after_chmod(&file.mode, FIRST_MODE).ok_or_else(|| {
             let (mode, path) = (&file.mode, path.display());
@@ -200,22 +187,9 @@ mod tests {
     }
 
     #[test]
-    fn relative_paths_are_below_the_home() {
-        let user = ContainerUser::find("dev", PASSWD, GROUPS);
-        for (path, absolute) in [
-            ("a/b", "/home/dev/a/b"),
-            ("~/.ssh/id", "/home/dev/.ssh/id"),
-            ("/etc/x", "/etc/x"),
-            ("../../../x/./y", "/x/y"),
-        ] {
-            assert_eq!(user.absolute(path), Path::new(absolute), "{path}");
-        }
-    }
-
-    #[test]
     fn an_archive_has_owner_mode_and_content() {
         let user = ContainerUser::find("dev", PASSWD, GROUPS);
-        let path = user.absolute("new/key");
+        let path = PathBuf::from("/home/dev/new/key");
         let archive = user.archive(&["/home/dev/new".into()], &path, b"secret", 0o640).unwrap();
         let mut archive = tar::Archive::new(&archive[..]);
         let mut seen = Vec::new();

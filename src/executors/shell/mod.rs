@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ use crate::executors::session::{Mark, Session};
 use crate::executors::shell::containment::ShellContainment;
 use crate::executors::shell::injection::inject;
 use crate::executors::shell::job_init::Spec;
-use crate::executors::{Executor, Place, job_mark};
+use crate::executors::{Executor, Place, home_path, job_mark};
 use crate::os::open_files;
 use crate::os::pty::{self, Pty};
 use crate::os::shell_words::{push_quoted, quoted};
@@ -190,23 +190,6 @@ impl ShellBackend {
         let script = self.directory.scratch().join("command");
         Ok(LocalSession { session, script, kills_before: out_of_memory_kills(), end: None })
     }
-
-    /// Resolves `path` against the home directory, and removes `.` and `..` from it.
-    fn absolute(&self, path: &str) -> PathBuf {
-        let full = match path.strip_prefix("~/") {
-            Some(below) => self.config.home.join(below),
-            None => self.config.home.join(path),
-        };
-        let mut normal = PathBuf::new();
-        for part in full.components() {
-            match part {
-                Component::CurDir => {}
-                Component::ParentDir => drop(normal.pop()),
-                part => normal.push(part),
-            }
-        }
-        normal
-    }
 }
 
 /// Kills everything when dropped before the shell is ready.
@@ -322,14 +305,14 @@ impl ExecutorBackend for ShellBackend {
     }
 
     fn shown_path(&self, file: &InjectedFile) -> String {
-        self.absolute(&file.path).display().to_string()
+        home_path::resolve(&self.config.home, &file.path).display().to_string()
     }
 
     fn inject<'a>(
         &'a mut self,
         file: &'a InjectedFile,
     ) -> LocalBoxFuture<'a, Result<(), StepError>> {
-        let path = self.absolute(&file.path);
+        let path = home_path::resolve(&self.config.home, &file.path);
         let injected = match parse_octal_mode(&file.mode) {
             Some(mode) => inject(&path, &file.content, mode)
                 .map_err(|error| StepError::of(path.display().to_string(), error)),
