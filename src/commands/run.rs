@@ -60,7 +60,7 @@ pub fn run(args: &RunArgs, environment: &Environment) -> Exit {
     match start(args, &config, environment, file.job) {
         Ok(outcome) => outcome.into(),
         Err(error) => {
-            tell(&format!("error: {error}"));
+            tell(&format!("error: {}", WithCauses(&error)));
             Exit::Failure
         }
     }

@@ -113,7 +113,7 @@ pub fn serve(flags: &Flags<Serve>, environment: &Environment, hidden: nix::Resul
     let exit = match served {
         Ok(exit) => exit,
         Err(error) => {
-            log::error!(error:%; "the agent can't continue");
+            log::error!(error:% = WithCauses(&error); "the agent can't continue");
             fail(&error)
         }
     };
@@ -122,7 +122,7 @@ pub fn serve(flags: &Flags<Serve>, environment: &Environment, hidden: nix::Resul
 }
 
 pub(crate) fn fail(error: &io::Error) -> Exit {
-    tell(&format!("error: {error}"));
+    tell(&format!("error: {}", WithCauses(error)));
     Exit::Failure
 }
 

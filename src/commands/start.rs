@@ -89,7 +89,7 @@ pub fn start(flags: &Flags<Start>, environment: &Environment, hidden: nix::Resul
     {
         Ok(exit) => exit,
         Err(error) => {
-            log::error!(error:%; "the agent can't continue");
+            log::error!(error:% = WithCauses(&error); "the agent can't continue");
             fail(&error)
         }
     };

@@ -25,6 +25,7 @@ pub mod ssh;
 pub mod start;
 pub mod surroundings;
 
+mod ports;
 mod processes;
 mod waiting;
 mod world;
@@ -33,6 +34,7 @@ use std::collections::BTreeSet;
 
 pub use finished::{Finished, Step};
 pub use jobs::{RUN_FOR_EVER, RUN_UNTIL_GO, RUNNING, base64, job, job_of, marked, unique};
+pub use ports::free_port;
 pub use processes::{KilledOnFailure, feed, processes_with};
 pub use waiting::{pause, wait_for_end, wait_for_file, wait_until};
 pub use world::{Running, World, agent_program};

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
-use std::net::TcpListener;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -32,9 +31,7 @@ impl SshServer {
         let environment: String =
             environment.iter().map(|(name, value)| format!(" {name}={value}")).collect();
         for _ in 0..PORTS {
-            // The listener is dropped at once, so the port is free again.
-            let free = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr());
-            let port = free.unwrap().port();
+            let port = crate::free_port();
             // `StrictModes no`: strict modes refuse keys below a world-writable directory, such as `/tmp`.
             let config = format!(
                 "ListenAddress 127.0.0.1:{port}\nHostKey {}\nAuthorizedKeysFile {}\n\

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -15,7 +14,7 @@ use serde_json::{Value, json};
 
 use test_support::http::Answer;
 use test_support::serve::{SECRET, ServeAgent, good_authorization, token};
-use test_support::{RUN_FOR_EVER, World, config_keys, job, wait_for_end};
+use test_support::{RUN_FOR_EVER, World, config_keys, free_port, job, wait_for_end};
 
 /// Documented responses that these tests do not provoke: a broken or slow body, a body that is incomplete
 /// when the agent ends, and bugs. Other tests cover them.
@@ -234,7 +233,7 @@ fn the_example_configuration_has_every_option_with_its_default() {
 fn the_commands_in_the_readme_work() {
     let readme = read("README.md");
     let block = readme.split_once("```sh\n# try it\n").unwrap().1.split_once("```").unwrap().0;
-    let port = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr()).unwrap().port();
+    let port = free_port();
     let block = block.replace(":8000", &format!(":{port}"));
     let world = World::new();
     let agent = test_support::agent_program().parent().unwrap();

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufReader, Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 
 use test_support::http::{Answer, encode_request};
 use test_support::serve::{ServeAgent, command, good_authorization, refusal};
-use test_support::{World, job, wait_for_end, wait_until};
+use test_support::{World, free_port, job, wait_for_end, wait_until};
 
 const CANARY: &str = "canary";
 
@@ -29,7 +29,7 @@ fn logging_to(path: &Path) -> impl FnOnce(&mut Command) {
 
 /// Starts an agent on a known port, for log levels that hide the address.
 fn start_on_known_port(mut agent: Command) -> (Child, SocketAddr) {
-    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let free = SocketAddr::from(([127, 0, 0, 1], free_port()));
     agent.env("SEMAPHORE_AGENT_PORT", free.port().to_string());
     (agent.stdout(Stdio::piped()).spawn().unwrap(), free)
 }

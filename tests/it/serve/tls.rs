@@ -252,11 +252,17 @@ fn sighup_replaces_the_pair_for_new_connections() {
     // Whatever is wrong with the new pair, the last good one stays in use, and the agent logs the reason.
     fs::write(&key, third.key_pem()).unwrap();
     agent.signal(Signal::SIGHUP);
-    agent.wait_for_own_log(&format!("old one stays error=\"{}: is not the key", key.display()));
+    agent.wait_for_own_log(&format!(
+        "previous one stays in use error=\"{}: is not the key",
+        key.display()
+    ));
     assert_eq!(shown(&agent), fingerprint(&second.cert));
     fs::remove_file(&cert).unwrap();
     agent.signal(Signal::SIGHUP);
-    agent.wait_for_own_log(&format!("old one stays error=\"{}: No such file", cert.display()));
+    agent.wait_for_own_log(&format!(
+        "previous one stays in use error=\"{}: No such file",
+        cert.display()
+    ));
     assert_eq!(shown(&agent), fingerprint(&second.cert));
 
     third.write(&cert, &key);

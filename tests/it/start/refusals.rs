@@ -68,12 +68,17 @@ fn a_refusal_that_may_echo_a_signed_url_is_not_logged() {
 }
 
 #[test]
-fn a_wrong_token_and_a_wrong_host_are_named() {
-    for (status, word) in [(401, "token"), (404, "organization")] {
-        let (code, own_log, _) = refused(Fault::Refuse(status, ""), None);
-        assert_eq!(code, Some(1));
-        assert!(own_log.contains(word), "{own_log}");
-    }
+fn a_wrong_token_is_named() {
+    let (code, own_log, _) = refused(Fault::Refuse(401, ""), None);
+    assert_eq!(code, Some(1));
+    assert!(own_log.contains("token"), "{own_log}");
+}
+
+#[test]
+fn a_wrong_host_is_named() {
+    let (code, own_log, _) = refused(Fault::Refuse(404, ""), None);
+    assert_eq!(code, Some(1));
+    assert!(own_log.contains("organization"), "{own_log}");
 }
 
 #[test]
@@ -111,7 +116,7 @@ fn the_reason_of_a_refused_log_token_is_logged() {
 
 #[test]
 fn registration_is_retried_until_the_name_is_free() {
-    const TAKEN_FOR: Duration = Duration::from_secs(32);
+    const TAKEN_FOR: Duration = Duration::from_secs(10);
     let hub = Hub::start(SOON);
     let world = World::new();
     let mut first = None;
@@ -128,7 +133,7 @@ fn registration_is_retried_until_the_name_is_free() {
     });
     let tries = known.unwrap_or_else(|| panic!("never registered: {}", agent.own_log()));
     // A crashed agent's name stays taken for minutes, so the agent must not retry every second.
-    assert!((3..20).contains(&tries), "{tries}");
+    assert!((3..=6).contains(&tries), "{tries}");
     assert_eq!(hub.run(&job("1", &["true"])).result(), "passed");
 }
 
