@@ -18,22 +18,22 @@ const COMMANDS: &str = "\
   job FILE          hand out a job
   stop ID           stop a job
   shutdown          end the agents
-  expire            the tokens for logs are not good any more
-  quota BYTES       take so much of each job's log
-  lines NUMBER      take so many lines at once
+  expire            make all log tokens expire
+  quota BYTES       accept at most BYTES of each job's log
+  lines NUMBER      accept at most NUMBER lines per batch
   gzip on|off       ask for compressed logs
-  sync MILLISECONDS how often agents are to report
-  status CODE [N]   answer the next N requests (1) with this status
-  delay SECONDS [N] answer them so much later
-  drop [N]          close their connections
-  cut [N]           answer half
-  nonsense [N]      answer what is no JSON
-  page [N]          answer a page of somebody else
-  lost [N]          do it, and close their connections
-  once on|off       give out each job whole only once
+  sync MILLISECONDS set the interval between reports
+  status CODE [N]   refuse the next N requests (default 1) with this status
+  delay SECONDS [N] delay the next N responses
+  drop [N]          ignore the next N requests and close their connections
+  cut [N]           send only half of the next N responses
+  nonsense [N]      send malformed JSON in the next N responses
+  page [N]          send an HTML page in the next N responses, like a captive portal
+  lost [N]          handle the next N requests, but close the connection without a response
+  once on|off       overwrite a job's secrets after the first download
   lose              forget all logs
-  memory BYTES      take so much of each job's log, as its store estimates it
-  away SECONDS      be away for so long
+  memory BYTES      limit each job's log to BYTES as the log store estimates them
+  away SECONDS      stop listening for SECONDS
   quit";
 
 fn main() -> io::Result<()> {
@@ -52,11 +52,11 @@ fn main() -> io::Result<()> {
         if words == ["quit"] {
             return Ok(());
         }
-        if let Err(why) = obey(&mut hub, &words) {
+        if let Err(why) = execute(&mut hub, &words) {
             println!("{why}");
         }
     }
-    // Without anybody who types, as in the background.
+    // Standard input is closed, as in the background: keep serving.
     loop {
         std::thread::park();
     }
@@ -65,15 +65,15 @@ fn main() -> io::Result<()> {
 fn hand_out(hub: &ControlPlane, path: &str) {
     let job = std::fs::read_to_string(path).map_err(|error| error.to_string());
     match job.and_then(|text| read_job(&text)) {
-        Ok(job) => println!("── {} waits", hub.queue(job)),
+        Ok(job) => println!("── job {} is queued", hub.queue(job)),
         Err(why) => println!("{path}: {why}"),
     }
 }
 
-fn obey(hub: &mut ControlPlane, words: &[&str]) -> Result<(), String> {
+fn execute(hub: &mut ControlPlane, words: &[&str]) -> Result<(), String> {
     let number = |index: usize| match words.get(index) {
-        Some(word) => word.parse::<u64>().map_err(|_| format!("`{word}` is no number")),
-        None => Err("a number is missing".to_owned()),
+        Some(word) => word.parse::<u64>().map_err(|_| format!("`{word}` is not a number")),
+        None => Err("missing number".to_owned()),
     };
     let size = |index| number(index).map(|size| usize::try_from(size).unwrap_or(usize::MAX));
     let times = |index: usize| if words.len() > index { size(index) } else { Ok(1) };
@@ -118,7 +118,7 @@ fn obey(hub: &mut ControlPlane, words: &[&str]) -> Result<(), String> {
             std::thread::park_timeout(away);
             hub.resume().map_err(|error| error.to_string())?;
         }
-        _ => return Err(format!("what is known:\n{COMMANDS}")),
+        _ => return Err(format!("unknown command; commands:\n{COMMANDS}")),
     }
     Ok(())
 }

@@ -18,6 +18,8 @@
 //!                     Count · Time (lossy) ──▶ Metrics ◀───────────┘
 //! ```
 //!
+//! These are the main messages; docs/architecture.md lists all of them.
+//!
 //! This crate does no I/O: the binary implements its [`ports`]. Decisions ([`job::lifecycle`],
 //! [`intake::protocol`], [`log::index`], [`log::text`]) are plain synchronous types with property
 //! tests; the actors perform the effects.

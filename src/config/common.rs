@@ -36,7 +36,7 @@ pub(super) const INTERRUPTION_GRACE_PERIOD: Opt<Seconds> = Opt::new(
 pub(super) const GRACE_PERIOD: Opt<Seconds> = Opt::new(
     "grace-period",
     "SECONDS",
-    "How long the processes of a finished or stopped job have to end, in seconds; 0 kills them at once",
+    "How long the processes of a finished or stopped shell job may take to end after SIGTERM, in seconds; 0 kills them at once (containers are always killed at once)",
 )
 .default("2");
 

@@ -228,7 +228,7 @@ impl PullJob {
         if let Err(error) = accepted {
             let error = error.map(|error| WithCauses(&error).to_string());
             let why = error.or(last_failure.take()).unwrap_or("there was no answer in time".into());
-            log::error!(job:% = self.job.id, callback = what, why:%; "callback given up");
+            log::error!(job:% = self.job.id, callback = what, why:%; "gave up the callback");
         }
     }
 
@@ -246,7 +246,7 @@ impl PullJob {
             // Warn on the first failure only.
             let level = if tries == 1 { log::Level::Warn } else { log::Level::Debug };
             let error = WithCauses(error);
-            log::log!(level, job:%, callback = what, error:%; "callback not taken, trying again");
+            log::log!(level, job:%, callback = what, error:%; "the callback failed; retrying");
             last_failure.replace(Some(error.to_string()));
         };
         let send = async || self.delivery.callbacks.send(callback).await;

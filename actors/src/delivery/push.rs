@@ -141,7 +141,7 @@ impl PushDelivery {
             };
             trimmed = shipped == Some(Shipped::Trimmed);
             if trimmed {
-                log::warn!(job:% = job.id; "the platform takes no more of the job's log");
+                log::warn!(job:% = job.id; "the log server's space for the job's log is used up; the rest is not delivered");
             } else if shipped.is_none() {
                 let acknowledged = *shipping.acknowledged.borrow();
                 if let Some(kept) = self.keep_undelivered(job, log, acknowledged).await {

@@ -203,11 +203,13 @@ impl LogShipper {
                 }
                 Err(failed) => failed,
             };
+            if matches!(error, PushError::QuotaUsedUp) {
+                return Shipped::Trimmed;
+            }
             // Warn on the first failure only.
             let level = if back_off.failures == 0 { log::Level::Warn } else { log::Level::Debug };
-            log::log!(level, error:% = WithCauses(&error), line; "log not taken, trying again");
+            log::log!(level, error:% = WithCauses(&error), line; "the log server did not accept a batch; retrying");
             match error {
-                PushError::QuotaUsedUp => return Shipped::Trimmed,
                 PushError::Unauthorized if !fresh_token => {
                     fresh_token = refresh_token(&*hub, &mut target).await;
                     if fresh_token {
@@ -229,7 +231,7 @@ impl LogShipper {
                     outage.since.get_or_insert_with(Instant::now);
                 }
                 PushError::Unauthorized => fresh_token = false,
-                PushError::TooLarge => {}
+                PushError::TooLarge | PushError::QuotaUsedUp => {}
             }
             let longest = back_off.longest_next();
             sleep(random(longest / 2..longest)).await;
@@ -245,7 +247,7 @@ async fn refresh_token(hub: &dyn HubApi, target: &mut PushTarget) -> bool {
             true
         }
         Err(error) => {
-            log::warn!(error:% = WithCauses(&error); "no new token for logs");
+            log::warn!(error:% = WithCauses(&error); "can't refresh the log token");
             false
         }
     }

@@ -24,9 +24,10 @@ const NAME_TAKEN: Duration = Duration::from_mins(20);
 /// pauses double.
 const LONGEST_NAME_PAUSE: Duration = Duration::from_secs(30);
 
-/// How many 404s in a row mean that the control plane has deleted the agent...
+/// The agent counts as deleted after this many 404s in a row, spread over at least
+/// [`NOT_FOUND_FOR`].
 const NOT_FOUND: u32 = 3;
-/// ...if they are spread over at least this time.
+/// The shortest time between the first and the last of [`NOT_FOUND`] 404s.
 const NOT_FOUND_FOR: Duration = Duration::from_secs(5);
 
 /// The 404s that reports have got in a row.
@@ -67,7 +68,7 @@ pub(super) async fn retried<T>(
     ask: impl AsyncFnMut() -> Result<T, HubError>,
 ) -> Result<T, HubError> {
     let failed = |error: &HubError, tries| {
-        log::warn!(what, error:% = WithCauses(error), tries; "not done, trying again");
+        log::warn!(what, error:% = WithCauses(error), tries; "the request failed; retrying");
     };
     retry.run(HubError::is_transient, ask, failed).await
 }
@@ -77,7 +78,7 @@ pub(super) async fn register(hub: &dyn HubApi) -> Result<(), HubError> {
     let (mut taken_since, mut pause) = (None::<Instant>, REGISTER.pause);
     loop {
         let once = async || match hub.register().await {
-            // Not an attempt that `REGISTER` counts.
+            // `Ok`, so that `retried` returns it: a taken name has its own, longer retry below.
             Err(error @ HubError::NameTaken(_)) => Ok(Err(error)),
             registered => registered.map(Ok),
         };

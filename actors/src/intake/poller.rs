@@ -1,8 +1,8 @@
 //! Owns the conversation with the control plane, from the registration until the agent leaves.
 //!
 //! Receives [`Interrupt`] and [`LeaveSoon`] from the signal handling, and [`JobFinished`] from the
-//! supervisor; sends the supervisor [`StartJob`] and [`StopJob`]. The reply to [`AwaitLeave`] comes
-//! at the end.
+//! supervisor; sends the supervisor [`CheckReadiness`], [`StartJob`] and [`StopJob`]. The reply to
+//! [`AwaitLeave`] comes at the end.
 //!
 //! [`SyncProtocol`] decides what to report and to do; this actor adds clocks, retries and time
 //! limits. At most one report is under way: a change meanwhile is reported right after its answer.
@@ -259,7 +259,7 @@ impl SyncPoller {
                 (self.protocol.answered(sent, &answer), pause)
             }
             Err(NotTaken::Failed(error)) => {
-                log::warn!(error:% = WithCauses(&error), state:? = sent.state; "report not taken");
+                log::warn!(error:% = WithCauses(&error), state:? = sent.state; "the report to the control plane failed");
                 if self.not_found.note(&error) && self.protocol.leaving().is_none() {
                     return self.forgotten(ctx);
                 }

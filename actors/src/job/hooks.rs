@@ -23,9 +23,9 @@ pub struct PreJobHook {
 pub enum HookFailure {
     /// The job fails, without an announcement (`agent serve`).
     FailsJob,
-    /// The job fails, and the hook's first output announces that.
+    /// The job fails; a line before the hook's own output announces that.
     FailsJobAsAnnounced,
-    /// The job goes on, and the hook's first output announces that.
+    /// The job goes on; a line before the hook's own output announces that.
     IsIgnoredAsAnnounced,
 }
 

@@ -1,7 +1,8 @@
 //! Owns a job's log: the only writer of its spool, and the only index of its lines.
 //!
-//! Receives [`Append`] and [`AppendLastWords`] (awaited, which is the back-pressure on the job's
-//! output), [`Check`], [`ReadFrom`] and [`Follow`] from readers, and [`Seal`] at the end. A reply
+//! Receives [`Append`], [`AppendLastWords`] and [`Check`] from the job's writer (awaited, which is
+//! the back-pressure on the job's output), [`ReadFrom`] and [`Follow`] from readers, and [`Seal`] at
+//! the end. A reply
 //! to a reader is an open file and a range, never bytes, so that a slow reader costs the job
 //! nothing.
 //!

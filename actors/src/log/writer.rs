@@ -1,9 +1,8 @@
-//! The only pen of a job's log, shared by the job's steps and its executor.
-//!
-//! Everything goes through it: the titles and lines of the agent, and the output of the job's session, whose bytes
+//! Writes a job's log: everything in it goes through the [`LogWriter`], which the job's steps and
+//! its executor share: the titles and lines of the agent, and the output of the job's session, whose bytes
 //! become UTF-8 text with `\n` line ends ([`TerminalText`]), cut into events that fit their lines.
 //!
-//! What the steps write comes behind the output that the executor has collected so far.
+//! Text from the steps is placed after the output collected so far.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -250,7 +249,7 @@ impl LogWriter {
     pub(crate) async fn note_problem(&self, why: &LogError) {
         let why = WithCauses(why).to_string();
         if self.problem.borrow().is_none() {
-            log::error!(why:%; "a job's log is not whole");
+            log::error!(why:%; "a job's log is incomplete");
             self.problem.replace(Some(why.clone()));
         }
         if self.is_problem_written.get() {

@@ -15,8 +15,8 @@ use crate::job::{EnvVar, InjectedFile, Job};
 pub struct JobParts {
     /// Prepares the place where the job's commands run. Owned by the executor.
     pub backend: Box<dyn ExecutorBackend>,
-    /// Ends everything that the job started. Owned by the supervisor, as it must work after a crash
-    /// of the executor.
+    /// Ends everything that the job started. Shared by the supervisor and the job's task, as it must
+    /// work after a crash of either, or of the executor.
     pub containment: Box<dyn Containment>,
     /// The job's log file, empty.
     pub spool: Box<dyn LogSpool>,
@@ -246,7 +246,8 @@ pub trait Containment {
     /// the session reports [`SessionEvent::ShellEnded`]. The terminal is to be read until then (see
     /// [`ShellSession::next_event`]).
     ///
-    /// The grace begins anew for the shell's EXIT trap. A second call while one is at work can only
+    /// The grace begins anew for the shell's EXIT trap. An implementation that can't signal processes
+    /// may ignore it. A second call while one is at work can only
     /// shorten the grace, and both resolve at the end; a later call is harmless. If the
     /// future is dropped, another call must be made to complete the work.
     ///
@@ -267,8 +268,8 @@ pub trait SshAccessFiles {
     /// After an error a part may be set up, and is offered nevertheless.
     fn open(&self, keys: Vec<Bytes>) -> LocalBoxFuture<'static, io::Result<()>>;
 
-    /// Removes exactly what `open` added, and kills what people who logged in with the job's keys
-    /// still run. Idempotent, and no error without `open`.
+    /// Removes exactly what `open` added, and kills the login shells and script sessions that people
+    /// opened with the job's keys. Idempotent, and no error without `open`.
     fn close(&self) -> LocalBoxFuture<'static, io::Result<()>>;
 
     /// Closes if nobody is logged in. Returns whether it did. Polled every few seconds between the

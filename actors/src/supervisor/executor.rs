@@ -1,7 +1,8 @@
 //! Owns the place where one job's commands run, and its one shell session.
 //!
-//! Receives [`GetNextStep`] and [`Prepare`], then [`Export`], [`Inject`] and [`RunCommand`] one
-//! at a time, and [`Abort`] at any moment. Writes the session's output to the job's log, awaited.
+//! Receives [`GetNextStep`] and [`Prepare`], then [`Export`], [`ShownPath`], [`Inject`] and
+//! [`RunCommand`] one at a time, [`Abort`] and [`GoOnWithoutLog`] at any moment, and [`Discard`] at
+//! the end. Writes the session's output to the job's log, awaited.
 //!
 //! The reply to a message is the only end of that work, and comes after all of its output was
 //! appended. After the shell's end, every message that needs it fails at once.
@@ -35,12 +36,12 @@ pub struct GetNextStep;
 #[rtype(result = "Result<Preparation, ExecutorError>")]
 pub struct Prepare;
 
-/// What is left of the preparation.
+/// Whether the preparation is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Preparation {
-    /// Another step.
+    /// Another step follows.
     Next,
-    /// Nothing: scripts can be run.
+    /// The place is ready to run scripts.
     Done,
 }
 

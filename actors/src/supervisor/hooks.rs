@@ -58,8 +58,8 @@ impl JobSteps {
                 return ended;
             }
             let seconds = patience.as_secs();
-            log::error!(job:% = self.job.id, hook = command.title(), seconds; "a hook hangs");
-            let line = format!("The hook took longer than {seconds} s, and is ended.\n");
+            log::error!(job:% = self.job.id, hook = command.title(), seconds; "a hook exceeded its time limit; ending it");
+            let line = format!("The hook took longer than {seconds} s and was ended.\n");
             self.log.print(&line).await?;
             if place == HookPlace::Process
                 && self.containment.kill_foreground()

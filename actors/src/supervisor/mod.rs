@@ -1,14 +1,15 @@
 //! Owns the one job this agent may run, from its admission until nothing of it is left.
 //!
-//! Receives [`StartJob`] and [`StopJob`] from an intake, [`GetActiveJob`], [`GetWaitsFor`], [`GetLog`] and
-//! [`CheckReadiness`] from any actor, [`ReportTransfer`] from the HTTP routes. Spawns a log buffer,
-//! an executor and, where SSH access is offered, a jump point for each job. Sends [`JobFinished`]
-//! to the recipient named in [`StartJob`].
+//! Receives [`StartJob`], [`StopJob`] and [`ReportTransfer`] from an intake, [`GetActiveJob`],
+//! [`GetWaitsFor`], [`GetLog`], [`CheckReadiness`] and [`AwaitDeath`] from any actor. Spawns a log
+//! buffer, an executor and, where SSH access is offered, a jump point for each job. Sends
+//! [`JobFinished`] to the recipient named in [`StartJob`].
 //!
 //! Invariants:
-//! - The reply to a child's running message is the only end of that work. A crashed child closes
-//!   its mailbox, so a crash arrives as a failed reply, not by a second path.
-//! - The supervisor owns the containment, which works after a crash of the executor.
+//! - Work that a message starts in a child is over when the reply comes, and not before. A child
+//!   that panics closes its mailbox, so its crash arrives as a failed reply.
+//! - The job's task and the supervisor share the containment, so it works after a crash of the
+//!   executor or of the supervisor.
 //! - A job is over only when its outcome is logged, its log sealed and delivered, and everything it
 //!   started gone.
 //!

@@ -210,7 +210,7 @@ impl JobSteps {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
                 let error = WithCauses(&error);
-                log::warn!(error:%; "not everything for SSH access to this job is there");
+                log::warn!(error:%; "SSH access to this job is incomplete");
                 if is_expected {
                     let line = format!("SSH access to this job is not available: {error}\n");
                     self.access_problem.replace(Some(line));

@@ -181,7 +181,7 @@ impl JobEnd {
 
     pub(super) fn report_left(&self, cleaned: Result<(), LeftBehind>) {
         if let Err(left) = cleaned {
-            log::error!(job:% = self.job.id, left:%; "a job left something behind");
+            log::error!(job:% = self.job.id, left:%; "parts of a job could not be removed");
         }
     }
 

@@ -8,8 +8,8 @@
 //! ```text
 //!              end GRACE                     only the            no child left
 //! Running ───────────────▶ All but the shell ───────────▶ Shell ───────────────▶ done
-//!    │                      SIGTERM, after    shell left   SIGHUP, with a grace   ▲
-//!    │                      grace SIGKILL                  of its own             │
+//!    │                      SIGTERM, after    shell left   SIGHUP (after a stop   ▲
+//!    │                      grace SIGKILL                  SIGVTALRM), own grace  │
 //!    │ agent dead, or no grace                             │ grace over           │
 //!    └───────────────────────────────▶ All killed ◀────────┘                      │
 //!                                          └──────────────────────────────────────┘

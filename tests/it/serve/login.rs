@@ -16,7 +16,7 @@ use test_support::{
     wait_until,
 };
 
-const WARNING: &str = "not everything for SSH access to this job is there";
+const WARNING: &str = "SSH access to this job is incomplete";
 
 /// The exit code of ssh when it can't log in.
 const REFUSED: Option<i32> = Some(255);

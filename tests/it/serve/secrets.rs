@@ -146,7 +146,7 @@ fn the_agents_own_log_contains_no_secrets() {
 
         let file = fs::read_to_string(world.home().with_file_name("agent_log")).unwrap();
         let errors = fs::read_to_string(&errors).unwrap();
-        assert!(file.contains(" DEBUG ") && file.contains("callback given up"), "{file}");
+        assert!(file.contains(" DEBUG ") && file.contains("gave up the callback"), "{file}");
         let good = good_authorization().trim_start_matches("Bearer ");
         let encoded = encoded.trim_end_matches('=');
         for (place, text) in [("output", &agent.own_log()), ("file", &file), ("errors", &errors)] {

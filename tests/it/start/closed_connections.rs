@@ -20,8 +20,8 @@ fn a_connection_closed_by_the_log_server_is_logged_as_closed() {
     hub.wait_for_log(&id, RUNNING);
     hub.fail(Fault::Drop, ReceivedRequest::is_log);
     fs::write(world.home().join("go"), "").unwrap();
-    let own_log = agent.wait_for_own_log("log not taken, trying again");
-    assert_logged_as_closed(&own_log, "log not taken");
+    let own_log = agent.wait_for_own_log("the log server did not accept a batch; retrying");
+    assert_logged_as_closed(&own_log, "the log server did not accept a batch");
 }
 
 #[test]
@@ -31,8 +31,8 @@ fn a_connection_closed_by_the_control_plane_is_logged_as_closed() {
     let agent = StartAgent::start(&world, &hub);
     hub.wait_for_state("waiting-for-jobs");
     hub.fail(Fault::Drop, |received| received.is("POST", "/sync"));
-    let own_log = agent.wait_for_own_log("report not taken");
-    assert_logged_as_closed(&own_log, "report not taken");
+    let own_log = agent.wait_for_own_log("the report to the control plane failed");
+    assert_logged_as_closed(&own_log, "the report to the control plane failed");
 }
 
 fn assert_logged_as_closed(own_log: &str, what: &str) {
@@ -55,6 +55,6 @@ fn a_connection_closed_by_a_callback_receiver_is_logged_as_closed() {
     let mut request = job("1", &["true"]);
     request["callbacks"] = json!({ "finished": url });
     agent.post_job(&request).of_status(200);
-    let own_log = agent.wait_for_own_log("callback not taken");
-    assert_logged_as_closed(&own_log, "callback not taken");
+    let own_log = agent.wait_for_own_log("the callback failed");
+    assert_logged_as_closed(&own_log, "the callback failed");
 }

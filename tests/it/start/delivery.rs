@@ -122,7 +122,7 @@ fn a_log_arrives_completely_although_the_log_server_lost_its_beginning() {
     hub.pause();
     go(&world, 0);
     wait_for_part(&world, 1);
-    agent.wait_for_own_log("log not taken, trying again");
+    agent.wait_for_own_log("the log server did not accept a batch; retrying");
     outlast_hiccups(&hub);
     hub.lose_logs();
     hub.resume().unwrap();
@@ -142,7 +142,7 @@ fn a_log_server_that_returns_errors_for_a_while_may_have_lost_a_log() {
     hub.fail(Fault::Status(503), ReceivedRequest::is_log);
     go(&world, 0);
     wait_for_part(&world, 1);
-    agent.wait_for_own_log("log not taken, trying again");
+    agent.wait_for_own_log("the log server did not accept a batch; retrying");
     outlast_hiccups(&hub);
     hub.lose_logs();
     hub.misbehave(None);

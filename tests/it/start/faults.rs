@@ -15,8 +15,8 @@ use test_support::start::{Hub, SOON, StartAgent};
 use test_support::{Finished, RUN_FOR_EVER, RUNNING, World, job, wait_for_file};
 
 /// The agent's log message for the first failure of each kind.
-const NOT_TAKEN: &str = "log not taken, trying again";
-const NOT_REPORTED: &str = "report not taken";
+const NOT_TAKEN: &str = "the log server did not accept a batch; retrying";
+const NOT_REPORTED: &str = "the report to the control plane failed";
 
 /// Parts of a command that print lines of all lengths, and the output of each.
 const PARTS: [&str; 4] =
@@ -226,7 +226,7 @@ fn a_log_that_is_too_large_for_the_server_is_trimmed_and_the_result_stands() {
         Some(logs.len() - 1),
         "{logs:?}"
     );
-    agent.wait_for_own_log("the platform takes no more of the job's log");
+    agent.wait_for_own_log("the log server's space for the job's log is used up");
     // The next job has its own quota.
     assert_eq!(hub.run(&job("next", &["echo hi"])).output(), "hi\n");
 }

@@ -154,7 +154,7 @@ fn a_hanging_hook_is_ended_and_does_not_block_the_agent() {
         "export '{marker}'; trap '' TERM INT HUP; echo hangs; sleep 1000; sleep 1000; true\n"
     );
     let hook = world.file("hook.sh", script);
-    let line = "hangs\nThe hook took longer than 1 s, and is ended.\n";
+    let line = "hangs\nThe hook took longer than 1 s and was ended.\n";
     for (kind, sourced, fails_job, result) in [
         ("pre-job", false, false, "passed"),
         ("pre-job", false, true, "failed"),
@@ -181,7 +181,7 @@ fn a_hanging_hook_is_ended_and_does_not_block_the_agent() {
             assert_eq!(second.is_some_and(|second| second.1 == 0), result == "passed", "{case}");
             assert_eq!(processes_with(&marker), [""; 0], "{case}");
         }
-        let own_log = agent.wait_for_own_log("a hook hangs");
+        let own_log = agent.wait_for_own_log("a hook exceeded its time limit");
         assert!(own_log.contains(" job=1 ") && own_log.contains("seconds=1"), "{own_log}");
     }
 

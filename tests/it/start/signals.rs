@@ -76,7 +76,7 @@ fn an_agent_that_is_not_registered_yet_ends_at_once() {
         hub.pause();
         let world = World::new();
         let mut agent = start(&world, &hub, LONG_GRACE);
-        agent.wait_for_own_log("not done, trying again");
+        agent.wait_for_own_log("the request failed; retrying");
         agent.signal(signal);
         assert_eq!(agent.exit_code(), Some(0));
         assert_eq!(hub.look(|known| known.requests.len()), 0);
@@ -108,7 +108,7 @@ fn an_interruption_is_reported_as_soon_as_the_control_plane_responds() {
     let mut agent = start(&world, &hub, LONG_GRACE);
     hub.wait_for_state("waiting-for-jobs");
     hub.pause();
-    agent.wait_for_own_log("report not taken");
+    agent.wait_for_own_log("the report to the control plane failed");
     agent.signal(Signal::SIGTERM);
     agent.wait_for_own_log("asked to end");
     hub.resume().unwrap();
@@ -190,7 +190,7 @@ fn a_log_is_delivered_before_the_agent_leaves() {
         hub.fail(Fault::Status(503), ReceivedRequest::is_log);
         go(&world);
         wait_until(|| processes_with(&marker).is_empty(), || "it does not end".into());
-        agent.wait_for_own_log("log not taken, trying again");
+        agent.wait_for_own_log("the log server did not accept a batch; retrying");
         agent.signal(Signal::SIGTERM);
         assert_eq!(interrupted(&hub)["state"], "running-job");
         hub.wait_for_state(state);

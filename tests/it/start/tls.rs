@@ -142,7 +142,7 @@ impl SecureHub {
 
     /// Asserts that no request came through, and that the agent logs this reason.
     fn assert_refused(&self, mut agent: StartAgent, why: &str) {
-        let own_log = agent.wait_for_own_log("not done, trying again");
+        let own_log = agent.wait_for_own_log("the request failed; retrying");
         let line = own_log.lines().find(|line| line.contains("trying again")).unwrap();
         assert!(line.contains("what=registration") && line.contains(why), "{why}: {own_log}");
         agent.interrupt();
