@@ -55,11 +55,18 @@ impl Jobs {
     }
 }
 
+/// Creates a job's log. Fails if the disk is full, or has no room for the job's scripts beside the log.
+fn make_log(directory: &JobDir) -> io::Result<FileSpool> {
+    let spool = FileSpool::create(directory.log())?;
+    directory.check_room_for_scratch()?;
+    Ok(spool)
+}
+
 impl JobPartsFactory for Jobs {
     fn make(&self, job: &Job) -> io::Result<JobParts> {
         let executor = self.executors.for_job(job);
         let directory = Rc::new(self.state.make_job_dir(executor.environment_copy(job))?);
-        let spool = Box::new(FileSpool::create(directory.log())?);
+        let spool = Box::new(make_log(&directory)?);
         let access = self.access(job, &directory);
         let jump_point = access.clone().map(|access| Rc::new(access) as Rc<dyn SshAccessFiles>);
         let Place { backend, containment } = executor.place(job, directory, access);
@@ -68,7 +75,7 @@ impl JobPartsFactory for Jobs {
 
     fn check(&self) -> io::Result<()> {
         let directory = self.state.make_job_dir(None)?;
-        FileSpool::create(directory.log()).map(drop)
+        make_log(&directory).map(drop)
     }
 
     fn make_spare_place(&self, job: &Job) -> io::Result<Place> {

@@ -6,6 +6,8 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 use serde::{Deserialize, Serialize};
 
 /// Marker file in the directory of a job that may own containers on an engine, perhaps a remote one.
@@ -13,6 +15,9 @@ const ENGINE_IN_USE: &str = "on-engine";
 
 /// Prefix of directories whose job is dead but may still own containers.
 pub(super) const DEAD: &str = "dead-";
+
+/// The room that the scripts and variables of a job of usual size need, in bytes.
+const ROOM_FOR_SCRATCH: i64 = 256 << 10;
 
 /// The paths of a job's files, and the only code that deletes them.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -137,6 +142,19 @@ impl JobDir {
     /// job's processes have ended.
     pub fn environment_copy(&self) -> Option<&Path> {
         self.files.environment_copy.as_deref()
+    }
+
+    /// Fails if the disk has no room for the job's scripts and variables. A job of unusual size may need more.
+    pub fn check_room_for_scratch(&self) -> io::Result<()> {
+        let path = self.scratch().join("room");
+        let file = File::create_new(&path)?;
+        let allocated = fallocate(&file, FallocateFlags::empty(), 0, ROOM_FOR_SCRATCH);
+        fs::remove_file(path)?;
+        match allocated {
+            // The file system can't tell, or files are limited to a smaller size.
+            Ok(()) | Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EFBIG) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Keeps the directory on drop: the guard needs it to remove the job's containers.

@@ -12,9 +12,15 @@ __agent_receive() {
     case $? in
       0) ;;
       # A trapped signal may interrupt `read`. Read again without asking again: the agent responds once.
-      129 | 1[3-9]? | 2??) builtin set -- "$1" '' && builtin continue ;;
-      *) builtin return 1 ;;
+      129 | 1[3-9]? | 2??) builtin set -- "$1" '' "${3-}" "${4-}" && builtin continue ;;
+      # The job's modes (`stty -icanon min 0`) may still be set, if the response to the last mark arrived at once. What
+      # was read so far is the beginning of the line.
+      *)
+        [[ ${4-} != xxx ]] && builtin command -p stty sane -echo </dev/tty || builtin return 1
+        builtin set -- "$1" '' "${3-}$__agent_line" "${4-}x" && builtin continue
+        ;;
     esac
+    __agent_line=${3-}$__agent_line
     # The dots around the part protect its white space from the job's IFS.
     __agent_line=${__agent_line#.}
     __agent_line=${__agent_line%..}

@@ -100,8 +100,12 @@ pub(super) fn parts_of(bytes: &[u8]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::io::{Read as _, Write as _};
     use std::process::Command;
 
+    use nix::pty::openpty;
+    use nix::sys::termios::{LocalFlags, tcgetattr};
     use proptest::prelude::*;
 
     use super::*;
@@ -121,6 +125,39 @@ mod tests {
         assert_eq!(lengths_of_parts(&long, None).1, [LONGEST_PART, LONGEST_PART, 0]);
         assert_eq!(lengths_of_parts(b"x", Some(b"\x00")), (Some("x".to_owned()), vec![5, 0]));
         assert_eq!(lengths_of_parts(&long, Some(b"")).1, [LONGEST_PART, LONGEST_PART, 0, 0]);
+    }
+
+    /// In these modes `read` finds the end of a file when nothing was typed yet.
+    #[test]
+    fn a_part_arrives_although_the_job_has_left_modes_that_do_not_wait() {
+        let receive = include_str!("typed.bash").replace("@TAKE@", "TAKE");
+        let functions = receive.split_once("# Throws the shell back").unwrap().0;
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
+        let script = format!(
+            "{functions}\nstty -echo -icanon min 0 time 0\n__agent_receive '{}'; exit $?",
+            file.display()
+        );
+        let terminal = openpty(None, None).unwrap();
+        let mut shell = Command::new("setsid");
+        shell.args(["--wait", "--ctty", "bash", "-c", &script]).stdin(terminal.slave);
+        let mut shell = shell.spawn().unwrap();
+        let mut keyboard = File::from(terminal.master);
+        let mut type_part = |part: &str| {
+            let mut asked = [0; 6];
+            keyboard.read_exact(&mut asked).unwrap();
+            assert_eq!(&asked, b"\x01TAKE\x01");
+            // The shell has found nothing, and has reset the modes.
+            while !tcgetattr(&keyboard).unwrap().local_flags.contains(LocalFlags::ICANON) {
+                assert!(shell.try_wait().unwrap().is_none(), "the shell has given up");
+                std::thread::yield_now();
+            }
+            keyboard.write_all(format!(".{part}..\n").as_bytes()).unwrap();
+        };
+        type_part(" a \\0047");
+        type_part("");
+        assert!(shell.wait().unwrap().success());
+        assert_eq!(std::fs::read(file).unwrap(), b" a '");
     }
 
     proptest! {

@@ -15,7 +15,8 @@ use test_support::{World, job, job_of, marked, processes_with, start, wait_for_e
 const VARIABLE: &str = "SEMAPHORE_AGENT_GRACE_PERIOD";
 
 /// A program that ignores all requests to end.
-const STUBBORN: &str = "(trap '' TERM HUP; exec sleep 1000) & echo begun";
+const STUBBORN: &str = "(trap '' TERM HUP; : >~/stubborn; exec sleep 1000) & \
+                        until [ -e ~/stubborn ]; do sleep 0.01; done; echo begun";
 
 /// Returns a program that takes this many seconds to end after SIGTERM.
 fn ends_after(seconds: u32) -> String {
