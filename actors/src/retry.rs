@@ -27,7 +27,7 @@ impl Retry {
     }
 
     /// Attempts until success, an error that is not transient, or the last attempt, and returns the last result.
-    /// `failed` hears of each error that another attempt follows, and how many attempts there were.
+    /// Calls `failed` with the error and the number of attempts so far before each further attempt.
     ///
     /// Dropping the future drops the attempt that is under way.
     pub async fn run<T, E>(

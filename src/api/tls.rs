@@ -89,7 +89,7 @@ impl PairSource {
     }
 }
 
-/// Why there is no pair. Its object is the file of the certificate or of the key, or their directory.
+/// Why no certificate and key could be loaded; names the file or directory concerned.
 pub type TlsError = ErrorOf;
 
 fn error_of(path: &Path, cause: impl Into<Cause>) -> TlsError {

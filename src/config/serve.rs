@@ -94,7 +94,7 @@ const ARCHIVE_TIMEOUT: Opt<Seconds> = Opt::new(
 const MAX_CONNECTIONS_PER_CLIENT: Opt<AtLeastOne> = Opt::new(
     "max-connections-per-client",
     "NUMBER",
-    "How many connections one address may have; note that all of a platform may come through one proxy",
+    "How many connections one address may have; a platform behind one proxy counts as one address",
 )
 .default_in_words("no separate limit")
 .example("1000");

@@ -164,7 +164,7 @@ impl Aws<'_> {
         command.env("AWS_REGION", self.region).env("AWS_DEFAULT_REGION", self.region);
         command.env("AWS_ACCESS_KEY_ID", self.access_key_id);
         command.env("AWS_SECRET_ACCESS_KEY", self.secret_access_key);
-        // Those of the agent's user do not belong to this key.
+        // AWS variables of the agent's own user (session token, profile) do not belong to this key.
         command.env_remove("AWS_SESSION_TOKEN").env_remove("AWS_PROFILE");
         run("aws", command, b"").await
     }

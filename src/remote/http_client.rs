@@ -89,10 +89,10 @@ impl HttpClients {
 /// pre-signed.
 #[derive(Debug, thiserror::Error)]
 pub enum HttpError {
-    /// The URL is not one.
+    /// The URL can't be parsed.
     #[error("the URL is invalid")]
     Url(#[source] InvalidUri),
-    /// The URL is not one of HTTP or HTTPS.
+    /// The URL's scheme is neither http nor https, or it has no host.
     #[error("the URL must begin with http: or https: and name a host")]
     Scheme,
     /// The certificate authorities can't be read.
@@ -107,7 +107,7 @@ pub enum HttpError {
     /// The connection was closed before the response.
     #[error("the connection was closed before an answer came")]
     Closed,
-    /// There is no connection.
+    /// The connection could not be established.
     #[error("the server can't be reached: {0}")]
     Unreachable(
         /// The cause, as text: the library's errors can't be sent between threads.

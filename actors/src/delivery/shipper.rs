@@ -28,13 +28,13 @@ const MOST_BYTES: u64 = 1 << 20;
 /// The fewest bytes that batches are halved to after timeouts; a single longer line is sent whole.
 const FEWEST_BYTES: u64 = 8 << 10;
 
-/// How many successes in a row double the bytes of a batch: one that is too large costs 5 s.
+/// How many successes in a row double the bytes of a batch: because a batch that is too large costs 5 s.
 const SEVERAL_SUCCESSES: u32 = 4;
 
 /// The outage after which the log server may have lost lines that it had acknowledged.
 const OUTAGE: Duration = Duration::from_secs(1);
 
-/// How many successes in a row double the lines of a batch: one that has too many costs a request.
+/// How many successes in a row double the lines of a batch: because a batch with too many lines costs a request.
 const MANY_SUCCESSES: u32 = 32;
 
 /// The pause between two batches while the job runs, in milliseconds.
@@ -160,7 +160,7 @@ impl LogShipper {
         let mut back_off = BackOff::default();
         let mut fresh_token = false;
         let mut outage = Outage::default();
-        // One future for all pauses: each would register a follower with the log buffer.
+        // Created once and reused in every pause, because each call registers a new follower with the log buffer.
         let sealed = log.sealed();
         tokio::pin!(sealed);
         loop {

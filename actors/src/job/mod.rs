@@ -146,9 +146,9 @@ pub struct Job {
     pub commands: Vec<Command>,
     /// Commands that run after the main ones, whatever their result.
     pub epilogue_always: Vec<Command>,
-    /// Commands that run then if the job passed.
+    /// Commands that run after `epilogue_always` if the job passed.
     pub epilogue_on_pass: Vec<Command>,
-    /// Commands that run then if the job failed.
+    /// Commands that run after `epilogue_always` if the job failed.
     pub epilogue_on_fail: Vec<Command>,
     /// Keys for SSH access while the job runs, each one line of `authorized_keys`.
     pub ssh_keys: Result<Vec<Bytes>, Problems>,

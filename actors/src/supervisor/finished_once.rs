@@ -1,4 +1,4 @@
-//! Turns the one [`JobFinished`] of a job into a value to await, for callers that are no actors.
+//! Turns the one [`JobFinished`] of a job into a value to await, for callers that are not actors.
 
 use actix::prelude::*;
 use tokio::sync::oneshot;
