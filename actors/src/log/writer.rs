@@ -1,4 +1,4 @@
-//! Writes a job's log: everything in it goes through the [`LogWriter`], which the job's steps and
+//! Writes a job's log: everything in it goes through the `LogWriter`, which the job's steps and
 //! its executor share: the titles and lines of the agent, and the output of the job's session, whose bytes
 //! become UTF-8 text with `\n` line ends ([`TerminalText`]), cut into events that fit their lines.
 //!
