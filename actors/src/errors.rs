@@ -9,19 +9,24 @@ pub type Cause = Box<dyn Error + Send + Sync>;
 /// Shows an error and, behind a colon each, its causes: `PATH: can't be read: permission denied`.
 ///
 /// Errors keep their causes as [`Error::source`], not in their own text. They are shown whole where they
-/// leave the program: in a log, an answer of the API, or on the terminal.
+/// leave the program: in a log, an answer of the API, or on the terminal. Libraries do not all keep to
+/// that, so a cause is left out if the text before it contains it already.
 #[derive(Debug)]
 pub struct WithCauses<'a>(pub &'a (dyn Error + 'a));
 
 impl fmt::Display for WithCauses<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)?;
+        let mut shown = self.0.to_string();
         let mut error = self.0;
         while let Some(cause) = error.source() {
-            write!(f, ": {cause}")?;
+            let text = cause.to_string();
+            if !shown.contains(&text) {
+                shown.push_str(": ");
+                shown.push_str(&text);
+            }
             error = cause;
         }
-        Ok(())
+        f.write_str(&shown)
     }
 }
 
@@ -53,6 +58,8 @@ mod tests {
         assert_eq!(WithCauses(&alone).to_string(), "permission denied");
         let error = ErrorOf::new("/a", refused());
         assert_eq!(WithCauses(&error).to_string(), "/a: permission denied");
+        let repeating = ErrorOf::new("/a: permission denied", refused());
+        assert_eq!(WithCauses(&repeating).to_string(), "/a: permission denied");
         let outer = ErrorOf::new("file 1", io::Error::other(error));
         assert_eq!(WithCauses(&outer).to_string(), "file 1: /a: permission denied");
     }

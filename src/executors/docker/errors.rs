@@ -19,25 +19,35 @@ const TRANSIENT: [&str; 10] = [
 
 /// A request that the engine refused or did not respond to. Shown as the engine's message, without the library's words
 /// around it.
+///
+/// The library's error is no `source`: its text would repeat the message.
 #[derive(Debug, thiserror::Error)]
-#[error("{}", message_of(.0))]
-pub struct RequestError(#[from] Error);
+#[error("{}", message_of(error))]
+pub struct RequestError {
+    error: Error,
+}
+
+impl From<Error> for RequestError {
+    fn from(error: Error) -> Self {
+        Self { error }
+    }
+}
 
 impl RequestError {
     /// Returns whether a pull that failed like this may succeed the next time.
     pub fn is_transient(&self) -> bool {
-        let message = message_of(&self.0).to_ascii_lowercase();
+        let message = message_of(&self.error).to_ascii_lowercase();
         TRANSIENT.iter().any(|transient| message.contains(transient))
     }
 
     /// Returns whether the engine does not have what was asked for.
     pub fn is_not_found(&self) -> bool {
-        matches!(self.0, Error::DockerResponseServerError { status_code: 404, .. })
+        matches!(self.error, Error::DockerResponseServerError { status_code: 404, .. })
     }
 
     /// Returns whether the engine's message is about `path`.
     pub fn is_about(&self, path: &str) -> bool {
-        message_of(&self.0).contains(path)
+        message_of(&self.error).contains(path)
     }
 }
 
@@ -105,13 +115,23 @@ impl MainContainerError {
 
 #[cfg(test)]
 mod tests {
+    use actors::errors::{ErrorOf, WithCauses};
+
     use super::*;
+
+    #[test]
+    fn the_engines_message_is_shown_once() {
+        let message = "no such user".to_owned();
+        let error = Error::DockerResponseServerError { status_code: 500, message };
+        let error = ErrorOf::new("main", RequestError::from(error));
+        assert_eq!(WithCauses(&error).to_string(), "main: no such user");
+    }
 
     #[test]
     fn failed_connections_are_transient_and_refusals_are_not() {
         let error = |message: &str| {
             let message = message.to_owned();
-            RequestError(Error::DockerResponseServerError { status_code: 500, message })
+            RequestError::from(Error::DockerResponseServerError { status_code: 500, message })
         };
         assert!(
             error("Get \"https://r/v2/\": dial tcp: connect: connection refused").is_transient()
