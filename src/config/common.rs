@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::options::{Opt, Seconds};
+use super::option::{Opt, Seconds};
 use super::{ConfigError, DockerSocket, FileMount, Settings};
 use crate::service::environment::Environment;
 use crate::ssh_access;

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 use super::common::CONFIG_FILE;
 use super::file::{AnyValue, OptionsInFile};
-use super::options::{BadValue, Opt, OptionValue, Spec};
+use super::option::{BadValue, Opt, OptionValue, Spec};
 use super::{ConfigError, PREFIX, nearest};
 use crate::decode::place::{Segment, line_in_yaml};
 use crate::decode::without_value;

@@ -4,7 +4,7 @@
 pub mod common;
 mod file;
 pub mod layers;
-pub mod options;
+pub mod option;
 pub mod run;
 mod secret;
 pub mod serve;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::common::{DOCKER_SOCKET, GRACE_PERIOD, STATE_DIR, state_dir};
 use super::layers::{Flags, OptionSet, Settings};
-use super::options::Spec;
+use super::option::Spec;
 use super::{ConfigError, DockerSocket};
 use crate::service::environment::Environment;
 

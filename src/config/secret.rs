@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use nix::unistd::geteuid;
 
-use super::options::{Descriptor, Opt, Spec};
+use super::option::{Descriptor, Opt, Spec};
 use super::{ConfigError, MASKED, Settings};
 use crate::os::sys;
 

@@ -22,7 +22,7 @@ use super::common::{
     jump_point, state_dir,
 };
 use super::layers::{Flags, OptionSet, Settings};
-use super::options::{Opt, Seconds};
+use super::option::{Opt, Seconds};
 use super::{ConfigError, DockerSocket, FileMount, Secret};
 use crate::remote::http_client::{Proxy, tls_connector};
 use crate::remote::log_artifact::UploadCondition;

@@ -11,7 +11,7 @@ use crate::config::common::{
     SSH_JUMP_POINT_PATH, STATE_DIR,
 };
 use crate::config::layers::OptionSet;
-use crate::config::options::{Opt, Seconds, Spec};
+use crate::config::option::{Opt, Seconds, Spec};
 use crate::config::secret::SecretOptions;
 use crate::remote::log_artifact::UploadCondition;
 
