@@ -143,7 +143,7 @@ impl SecureHub {
     /// Asserts that no request came through, and that the agent logs this reason.
     fn assert_refused(&self, mut agent: StartAgent, why: &str) {
         let own_log = agent.wait_for_own_log("the request failed; retrying");
-        let line = own_log.lines().find(|line| line.contains("trying again")).unwrap();
+        let line = own_log.lines().find(|line| line.contains("retrying")).unwrap();
         assert!(line.contains("what=registration") && line.contains(why), "{why}: {own_log}");
         agent.interrupt();
         assert_eq!(agent.exit_code_and_log().0, Some(0));
