@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -42,6 +42,13 @@ pub fn open() -> io::Result<(Pty, OwnedFd)> {
     // Read the modes back: the kernel may report more flags than were set, and `reset_modes` compares them.
     let modes = tcgetattr(&pair.master)?;
     Ok((Pty { master: sys::watch(File::from(pair.master))?, modes }, pair.slave))
+}
+
+impl Pty {
+    /// Returns another handle on the agent's end, which keeps the terminal from being closed.
+    pub fn try_clone(&self) -> io::Result<OwnedFd> {
+        self.master.get_ref().as_fd().try_clone_to_owned()
+    }
 }
 
 impl Terminal for Pty {

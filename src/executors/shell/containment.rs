@@ -60,6 +60,8 @@ struct Shared {
     closed: Cell<bool>,
     /// The command `release` was sent, so job-init may report `released`.
     may_release: Cell<bool>,
+    /// The terminal of a shell that is killed before it was ready. Closed when the shell has ended.
+    unready_terminal: RefCell<Option<OwnedFd>>,
 }
 
 impl ShellContainment {
@@ -70,6 +72,7 @@ impl ShellContainment {
             guard: RefCell::new(None),
             closed: Cell::new(false),
             may_release: Cell::new(false),
+            unready_terminal: RefCell::default(),
         };
         Self { shared: Rc::new(shared) }
     }
@@ -115,6 +118,7 @@ impl ShellContainment {
         actix::spawn(async move {
             let result = supervise(child, answers, started, &overdue, &shared).await;
             shared.directory.delete_secrets();
+            drop(shared.unready_terminal.take());
             ended.send_replace(Some(result));
         });
         let answer = answer.await.unwrap_or_default();
@@ -134,8 +138,10 @@ impl ShellContainment {
         }
     }
 
-    /// Kills everything, the shell included. Only sends the request.
-    pub fn kill_all(&self) {
+    /// Kills everything, the shell included, and keeps its terminal open until it has ended: at a hangup, bash would
+    /// save its history first. Only sends the request.
+    pub fn kill_unready(&self, terminal: OwnedFd) {
+        self.shared.unready_terminal.replace(Some(terminal));
         self.send("kill-all");
     }
 

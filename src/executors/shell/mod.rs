@@ -7,6 +7,7 @@ pub mod job_init;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write as _};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -159,8 +160,8 @@ impl ShellBackend {
             open_files: open_files::before(),
         };
         self.containment.start(&spec, shell_end, self.config.environment.clone()).await?;
-        let mut kill_unless_ready =
-            KillUnlessReady { containment: &self.containment, is_ready: false };
+        let terminal = Some(pty.try_clone()?);
+        let mut kill_unless_ready = KillUnlessReady { containment: &self.containment, terminal };
         let mut session = Session::new(pty, gone)?;
         let path = self.directory.scratch().join("session");
         write_private(&path, session.bootstrap().as_bytes())?;
@@ -186,7 +187,7 @@ impl ShellBackend {
                 printed.trim()
             )));
         }
-        kill_unless_ready.is_ready = true;
+        kill_unless_ready.terminal = None;
         let script = self.directory.scratch().join("command");
         Ok(LocalSession { session, script, kills_before: out_of_memory_kills(), end: None })
     }
@@ -198,13 +199,14 @@ impl ShellBackend {
 /// history.
 struct KillUnlessReady<'a> {
     containment: &'a ShellContainment,
-    is_ready: bool,
+    /// The shell's terminal; `None` once the shell is ready.
+    terminal: Option<OwnedFd>,
 }
 
 impl Drop for KillUnlessReady<'_> {
     fn drop(&mut self) {
-        if !self.is_ready {
-            self.containment.kill_all();
+        if let Some(terminal) = self.terminal.take() {
+            self.containment.kill_unready(terminal);
         }
     }
 }

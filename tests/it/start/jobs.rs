@@ -9,7 +9,9 @@ use test_support::callbacks::CallbackServer;
 use test_support::control_plane::Fault;
 use test_support::jobs::{go, in_parts};
 use test_support::start::{FAR_OFF, Hub, NAME, SOON, StartAgent, TOKEN};
-use test_support::{Finished, RUN_FOR_EVER, RUNNING, World, base64, job, marked, processes_with};
+use test_support::{
+    Finished, RUN_FOR_EVER, RUNNING, World, base64, job, marked, processes_with, wait_until,
+};
 
 const EXPORTS: &str = "Exporting environment variables";
 
@@ -300,7 +302,10 @@ fn a_malformed_job_is_a_failed_job() {
             "{value}"
         );
     }
-    assert_eq!(agent.own_log().matches("the job can't be run").count(), 6);
+    wait_until(
+        || agent.own_log().matches("the job can't be run").count() == 6,
+        || format!("not all are in the agent's own log: {}", agent.own_log()),
+    );
     assert!(!world.home().join("never").exists());
     assert_eq!(hub.run(&job("next", &["true"])).result(), "passed");
 }
